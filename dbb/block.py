@@ -1,0 +1,211 @@
+"""The block: a sum of branches in training, one convolution in eval and after conversion."""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dbb.branches import BRANCHES, uses_batch_statistics
+from dbb.geometry import Geometry
+from dbb.moments import batch_moments
+from dbb.transforms import add_branches
+
+
+class ReparamConv2d(nn.Module):
+    """`nn.Conv2d` and the norm behind it, as a sum of branches `BN_b(conv(x, K_b))`.
+
+    Maps `[N, in_channels, H, W]` to `[N, out_channels, H', W']`. In training every branch is normalised with the
+    statistics of its own map. With running statistics (eval, or all norms frozen) the sum is run as one merged convolution.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: int or (height, width); likewise `stride`, `padding` and `dilation`, all as in `nn.Conv2d`.
+        stride: see `kernel_size`.
+        padding: see `kernel_size`; also "same" and "valid".
+        dilation: see `kernel_size`.
+        groups: as in `nn.Conv2d`.
+        branches: names from `BRANCHES`; one that does not fit the shape (an identity with stride 2) is left out.
+        padding_mode: as in `nn.Conv2d`.
+        internal_channels: width inside `1x1_kxk`; by default in_channels, twice that in a depthwise block.
+        deploy: build the merged convolution only, for loading converted weights.
+        nonlinear: a module applied to the sum.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if a branch is unknown, channels do not divide by groups, or no branch spans the kernel.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1, groups: int = 1,
+                 branches: Sequence[str] = ("kxk",), padding_mode: str = "zeros", internal_channels: int | None = None,
+                 deploy: bool = False, nonlinear: nn.Module | None = None, device=None, dtype=None):
+        super().__init__()
+        self.geometry = Geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode,
+                                 internal_channels)
+        self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
+        self.branchwise = False  # see the context manager of that name
+        self.branches = nn.ModuleDict()
+        self.reparam = None
+        if deploy:
+            self.reparam = self._plain_conv(device, dtype)
+            self.reparam.reset_parameters()
+            return
+        copies = Counter()
+        for name in branches:
+            if name not in BRANCHES:
+                raise ValueError(f"branches: there is no branch {name!r}; known are {', '.join(sorted(BRANCHES))}")
+            if BRANCHES[name].fits(self.geometry):
+                copies[name] += 1
+                key = name if copies[name] == 1 else f"{name}_{copies[name]}"
+                self.branches[key] = BRANCHES[name](self.geometry, device=device, dtype=dtype)
+        if not self.branches:
+            raise ValueError(f"branches={list(branches)}: none of them fits {self.geometry}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_padded = self.geometry.pad(x)
+        if self.reparam is not None:
+            y = self.geometry.conv(x_padded, self.reparam.weight, self.reparam.bias)
+        elif self._uses_batch_statistics():
+            moments = self._moments(x)
+            y = sum(branch.bn(branch.response(x_padded, moments)) for branch in self.branches.values())
+        elif self.branchwise:
+            y = sum(branch.bn(branch.drawn(x_padded)) for branch in self.branches.values())
+        else:
+            y = self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
+        return self.nonlinear(y)
+
+    def _uses_batch_statistics(self) -> bool:
+        return any(uses_batch_statistics(branch.bn) for branch in self.branches.values())
+
+    def _moments(self, x: Tensor):
+        """The input's second moments, if an inner norm is about to use them."""
+        norms = [b.bn for b in self.branches.values() if hasattr(b, "scale") and uses_batch_statistics(b.bn)]
+        if not norms:
+            return None
+        sync = isinstance(norms[0], nn.SyncBatchNorm) and norms[0].training
+        return batch_moments(x, self.geometry.groups, sync, norms[0].process_group if sync else None)
+
+    def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """Kernel `[C_out, C_in/groups, KH, KW]` and bias `[C_out]` of the merged convolution.
+
+        Differentiable in every parameter; uses running statistics, whatever the mode.
+        """
+        if self.reparam is not None:
+            return self.reparam.weight, self.reparam.bias
+        return add_branches(*zip(*[branch.equivalent() for branch in self.branches.values()], strict=True))
+
+    def fuse(self) -> nn.Module:
+        """Make the plain convolution that computes the same, in float64, cast back at the end.
+
+        Returns:
+            A trainable `nn.Conv2d` of the block's dtype, device and memory format; with `nonlinear`, a
+            `nn.Sequential` of the two.
+
+        Raises:
+            ValueError: in training mode, where a block has no fixed function yet.
+        """
+        if self.reparam is None:
+            if self.training or self._uses_batch_statistics():
+                raise ValueError("a block in training mode cannot be converted: call model.eval() first")
+            weight = next(iter(self.branches.values())).bn.weight
+            conv = self._plain_conv(weight.device, weight.dtype)
+            kernel, bias = copy.deepcopy(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
+            with torch.no_grad():
+                conv.weight.copy_(kernel)
+                conv.bias.copy_(bias)
+            if any(p.ndim == 4 and not p.is_contiguous() for p in self.parameters()):
+                conv = conv.to(memory_format=torch.channels_last)
+            conv.train(self.training)
+        else:
+            conv = self.reparam
+        return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
+
+    def switch_to_deploy(self) -> None:
+        """Convert in place: from now on the block holds one convolution. Harmless the second time.
+
+        Raises:
+            ValueError: in training mode.
+        """
+        if self.reparam is None:
+            fused = self.fuse()
+            self.reparam = fused[0] if isinstance(fused, nn.Sequential) else fused
+            self.branches.clear()
+
+    def init_gamma(self, value: float) -> None:
+        """Set the outer norm's gamma of every branch."""
+        for branch in self.branches.values():
+            nn.init.constant_(branch.bn.weight, value)
+
+    def single_init(self) -> None:
+        """Start as the plain convolution: gamma 1 in the first `kxk` branch, 0 in all others."""
+        self.init_gamma(0.0)
+        nn.init.ones_(self.branches["kxk"].bn.weight)
+
+    def _plain_conv(self, device, dtype) -> nn.Conv2d:
+        g = self.geometry
+        return nn.utils.skip_init(nn.Conv2d, g.in_channels, g.out_channels, g.kernel_size, g.stride, g.padding, g.dilation,
+                                  g.groups, padding_mode=g.padding_mode, device=device or "cpu", dtype=dtype)
+
+    def extra_repr(self) -> str:
+        g = self.geometry
+        return (f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}, padding={g.padding}, "
+                f"dilation={g.dilation}, groups={g.groups}")
+
+
+class DiverseBranchBlock(ReparamConv2d):
+    """The Diverse Branch Block with its published signature (CVPR 2021, figure 2; the authors' code).
+
+    Branches: kxk, 1x1, 1x1_avg and 1x1_kxk; in depthwise convolutions kxk, avg and 1x1_kxk.
+
+    Args:
+        in_channels: as `ReparamConv2d`, and likewise all that is not named here.
+        out_channels: see there.
+        kernel_size: see there.
+        stride: see there.
+        padding: see there.
+        dilation: see there.
+        groups: see there.
+        internal_channels_1x1_3x3: see `internal_channels` there.
+        deploy: see there.
+        nonlinear: see there.
+        single_init: start as the plain convolution, see the method.
+        **kwargs: `padding_mode`, `device`, `dtype`.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
+                 internal_channels_1x1_3x3=None, deploy=False, nonlinear=None, single_init=False, **kwargs):
+        depthwise = groups == in_channels == out_channels
+        branches = ("kxk", "avg", "1x1_kxk") if depthwise else ("kxk", "1x1", "1x1_avg", "1x1_kxk")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, branches,
+                         internal_channels=internal_channels_1x1_3x3, deploy=deploy, nonlinear=nonlinear, **kwargs)
+        if single_init and not deploy:
+            self.single_init()
+
+
+class AsymmetricConvBlock(ReparamConv2d):
+    """ACNet's block (ICCV 2019): kxk, 1xk and kx1. Arguments as `ReparamConv2d`, without `branches`."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, **kwargs):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, ("kxk", "1xk", "kx1"),
+                         **kwargs)
+
+
+BLOCKS = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock}
+
+
+@contextmanager
+def branchwise(model: nn.Module):
+    """Within this context, every block of `model` in eval runs branch by branch: the "before" of a proof."""
+    blocks = [m for m in model.modules() if isinstance(m, ReparamConv2d)]
+    before = [block.branchwise for block in blocks]
+    for block in blocks:
+        block.branchwise = True
+    try:
+        yield model
+    finally:
+        for block, value in zip(blocks, before, strict=True):
+            block.branchwise = value

@@ -1,0 +1,48 @@
+"""Two networks side by side: how far apart are their logits, and which predictions differ?"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured over `images` images."""
+
+    images: int
+    absolute_error: float  # largest |difference| of a logit
+    relative_error: float  # largest, over images, of largest |difference| / largest |logit|
+    predictions_changed: int  # top-1 predictions that differ, ties not counted
+    ties: int  # those that differ while the two leading logits lie closer than `absolute_error`
+
+
+def compare_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
+    """Compare pairs of logits `[N, classes]`, batch by batch."""
+    images, absolute, relative, gaps = 0, 0.0, 0.0, []
+    for before, after in batches:
+        before, after = before.double(), after.double()
+        difference = (before - after).abs().amax(1)
+        largest = before.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+        images += len(before)
+        # torch's max, unlike Python's, hands on a NaN
+        absolute = torch.stack([difference.new_tensor(absolute), difference.max()]).max().item()
+        relative = torch.stack([difference.new_tensor(relative), (difference / largest).max()]).max().item()
+        leading = before.topk(2).values if before.shape[1] > 1 else before.expand(-1, 2)
+        gaps.append((leading[:, 0] - leading[:, 1])[before.argmax(1) != after.argmax(1)])
+    gaps = torch.cat(gaps) if gaps else torch.empty(0)
+    ties = int((gaps < absolute).sum())
+    return Comparison(images, absolute, relative, len(gaps) - ties, ties)
+
+
+@torch.no_grad()
+def compare(a: nn.Module, b: nn.Module, batches: Iterable[Tensor]) -> Comparison:
+    """Run two networks on the same batches `[N, C, H, W]` and compare their logits `[N, classes]`.
+
+    Raises:
+        ValueError: if one of them is in training mode.
+    """
+    if a.training or b.training:
+        raise ValueError("networks in training mode cannot be compared: call .eval() on both first")
+    return compare_logits((a(x), b(x)) for x in batches)

@@ -1,0 +1,99 @@
+"""The six transformations of the Diverse Branch Block (CVPR 2021, section 3.2) as pure functions.
+
+Shapes: O output channels, I input channels, M internal channels, G groups, KH x KW kernel. A convolution kernel
+is `[O, I/G, KH, KW]`, a bias `[O]`. Every function keeps the float type and device of its arguments, is
+differentiable, and holds for any stride, padding and dilation, because none of them enters the formulas.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tensor, weight: Tensor, beta: Tensor,
+                   eps: float) -> tuple[Tensor, Tensor]:
+    """Transform I: a convolution followed by a BatchNorm with fixed statistics is a convolution.
+
+    Args:
+        kernel: `[O, I/G, KH, KW]`.
+        bias: `[O]`, or 0 where the convolution has none.
+        mean: the norm's mean, `[O]`.
+        var: the norm's variance, `[O]`.
+        weight: the norm's gamma, `[O]`.
+        beta: the norm's bias, `[O]`.
+        eps: the norm's epsilon.
+
+    Returns:
+        Kernel `[O, I/G, KH, KW]` and bias `[O]`.
+    """
+    scale = weight / (var + eps).sqrt()
+    return kernel * scale[:, None, None, None], beta + (bias - mean) * scale
+
+
+def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Transform II: the sum of convolutions of one geometry is one convolution."""
+    return sum(kernels[1:], kernels[0]), sum(biases[1:], biases[0])
+
+
+def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Tensor | None = None,
+                  second_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Transform III: a 1x1 convolution, then a KxK one, is one KxK convolution.
+
+    With `first_bias` this holds only if the map between the two is padded with that bias (paper, section 3.2).
+
+    Args:
+        first: 1x1 kernel, `[M, I/G, 1, 1]`.
+        second: KxK kernel, `[O, M/G, KH, KW]`.
+        groups: the groups of both.
+        first_bias: `[M]` or None.
+        second_bias: `[O]` or None.
+
+    Returns:
+        Kernel `[O, I/G, KH, KW]` and bias `[O]`, None if both biases are.
+    """
+    first_g = first.reshape(groups, -1, first.shape[1])  # [G, M/G, I/G]
+    second_g = second.reshape(groups, -1, *second.shape[1:])  # [G, O/G, M/G, KH, KW]
+    kernel = torch.einsum("gomhw,gmi->goihw", second_g, first_g).flatten(0, 1)
+    if first_bias is None:
+        return kernel, second_bias
+    bias = torch.einsum("gomhw,gm->go", second_g, first_bias.reshape(groups, -1)).flatten()
+    return kernel, bias if second_bias is None else bias + second_bias
+
+
+def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Transform IV: the depth concatenation of convolutions is a convolution with concatenated outputs."""
+    return torch.cat(list(kernels)), torch.cat(list(biases))
+
+
+def average_kernel(channels: int, kernel_size: tuple[int, int], groups: int = 1, dtype: torch.dtype | None = None,
+                   device: torch.device | None = None) -> Tensor:
+    """Transform V: average pooling (padding counted) is a convolution, `[C, C/G, KH, KW]`."""
+    box = torch.full((1, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]), dtype=dtype, device=device)
+    return identity_kernel(channels, groups, dtype, device) * box
+
+
+def identity_kernel(channels: int, groups: int = 1, dtype: torch.dtype | None = None,
+                    device: torch.device | None = None) -> Tensor:
+    """The 1x1 kernel that changes nothing, an identity matrix within each group: `[C, C/G, 1, 1]`."""
+    return torch.eye(channels // groups, dtype=dtype, device=device).repeat(groups, 1)[:, :, None, None]
+
+
+def embed_kernel(kernel: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Transform VI: a smaller kernel is a KH x KW kernel with zeros around it.
+
+    Its own centre tap comes to lie on the centre tap `(K - 1) // 2` of the large one, in each direction.
+
+    Args:
+        kernel: `[O, I/G, h, w]` with h <= KH and w <= KW.
+        kernel_size: `(KH, KW)`.
+    """
+    top, left = offsets(kernel.shape[2:], kernel_size)
+    bottom, right = kernel_size[0] - kernel.shape[2] - top, kernel_size[1] - kernel.shape[3] - left
+    return F.pad(kernel, (left, right, top, bottom))  # F.pad counts from the last dimension: W before H
+
+
+def offsets(small: Sequence[int], large: Sequence[int]) -> list[int]:
+    """Row and column of a small kernel's first tap inside a large one, centre tap on centre tap."""
+    return [(k_large - 1) // 2 - (k_small - 1) // 2 for k_small, k_large in zip(small, large, strict=True)]
