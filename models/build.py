@@ -56,32 +56,26 @@ def build_model(name: str, num_classes: int, block: str | None = None, image_siz
         image_size: side of the images in pixels; decides the stem (up to 64 pixels: that of CIFAR networks).
 
     Returns:
-        The network; its attribute `report` says of every convolution what became of it.
+        The network. Its attribute `report` says of every convolution what became of it; `total_stride` how many pixels
+        of the image lie between neighbours of the last feature map (None for a network without one).
 
     Raises:
-        ValueError: if a name is unknown (with the nearest known ones).
+        ValueError: if a name is unknown (with the nearest known ones), or the network cannot take images of that size.
     """
     if name in BACKBONES:
         net = BACKBONES[name](num_classes, image_size)
     elif timm.is_model(name):
         net = timm.create_model(name, num_classes=num_classes)
     else:
-        nearest = get_close_matches(name, [*BACKBONES, *timm.list_models()], n=4)
-        raise ValueError(f"model.name={name!r} is unknown here and to timm" + (f"; did you mean {', '.join(nearest)}?" if nearest
-                         else f"; known are {', '.join(BACKBONES)} and timm.list_models()"))
-    report = Report()
+        nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4) or [*BACKBONES, "timm.list_models()"]
+        raise ValueError(f"model.name={name!r} is unknown here and to timm; nearest are {', '.join(nearest)}")
+    training, example, report = net.training, torch.zeros(1, 3, image_size, image_size), Report()
+    try:
+        with torch.no_grad():
+            features = net.eval().forward_features(example)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} cannot take images of {image_size} pixels (data.image_size sets it): {error}") from error
     if block is not None:
-        training = net.training
-        net, report = replace_convs(net, block, example_input=torch.zeros(1, 3, image_size, image_size))
-        net.train(training)
-    net.report = report
-    return net
-
-
-@torch.no_grad()
-def total_stride(net: nn.Module, image_size: int) -> int | None:
-    """How many pixels of the image lie between neighbours of the last feature map; None for networks without one."""
-    training, weight = net.training, next(net.parameters())
-    features = net.eval().forward_features(torch.zeros(1, 3, image_size, image_size).to(weight))
-    net.train(training)
-    return round(image_size / features.shape[-1]) if features.ndim == 4 else None
+        net, report = replace_convs(net, block, example_input=example)
+    net.report, net.total_stride = report, round(image_size / features.shape[-1]) if features.ndim == 4 else None
+    return net.train(training)

@@ -1,0 +1,42 @@
+"""Evaluate a checkpoint on the test set, in float32.
+
+    python eval.py ckpt=outputs/.../checkpoints/last.ckpt
+"""
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from training.checkpoint import load_checkpoint, load_network
+from training.cli import plain_errors
+from training.data import ImageData
+from training.evaluate import pick_device, predict, scores
+from training.settings import Settings, resolve
+
+
+def evaluate(settings: Settings) -> dict[str, float]:
+    """Evaluate `settings.ckpt`.
+
+    Returns:
+        `top1`, `top5` (fractions) and `loss`.
+
+    Raises:
+        ValueError: if the checkpoint or the data is wrong.
+    """
+    data = ImageData(settings.data, settings.seed)
+    data.load(train=False)
+    net = load_network(load_checkpoint(settings.ckpt), settings, len(data.classes))
+    return scores(*predict(net, data, pick_device(settings.trainer.accelerator), "test"))
+
+
+@hydra.main(config_path="configs", config_name="eval", version_base="1.3")
+def main(cfg: DictConfig) -> float:
+    with plain_errors():
+        settings = resolve(cfg, HydraConfig.get().overrides.task)
+        result = evaluate(settings)
+        print(f"test top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}  ({settings.ckpt})")
+        return result["top1"]
+
+
+if __name__ == "__main__":
+    main()

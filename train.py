@@ -1,0 +1,88 @@
+"""Train a network.
+
+    python train.py model=resnet18_dbb
+    python train.py model=resnet18 block=acb data=cifar100 optim.lr=0.2
+    python train.py ckpt=outputs/.../checkpoints/last.ckpt     # goes on where it stopped
+"""
+
+import secrets
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import hydra
+import pytorch_lightning as pl
+import wandb
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from training.callbacks import make_callbacks, make_loggers, shows_progress_bar
+from training.checkpoint import load_checkpoint, load_network
+from training.cli import plain_errors
+from training.data import ImageData
+from training.evaluate import pick_device, predict, scores
+from training.module import Classifier
+from training.settings import Settings, resolve
+
+
+def train(settings: Settings, run_dir: Path) -> dict[str, float]:
+    """Train, keep the last checkpoint, and evaluate it on the test set.
+
+    Args:
+        settings: of the run; with `ckpt` set, training goes on from there.
+        run_dir: gets config.yaml, metrics.csv, checkpoints/last.ckpt and W&B's files.
+
+    Returns:
+        `top1`, `top5` (fractions) and `loss` of the checkpoint kept; empty in all processes but the first.
+
+    Raises:
+        ValueError: if a setting or the data is wrong, or `run_dir` already holds another run.
+    """
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if settings.ckpt is None and last.exists():
+        raise ValueError(f"{run_dir} already holds a run: go on with it by ckpt={last}, or choose another hydra.run.dir")
+    if settings.logger.id is None:
+        settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
+
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    data = ImageData(settings.data, settings.seed)
+    data.load(train=True)
+    model = Classifier(settings, data.classes, data.image_size)
+    if settings.ckpt is not None:
+        load_network(load_checkpoint(settings.ckpt), settings, len(data.classes))  # says what does not fit, before Lightning would
+
+    options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
+    trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
+                         logger=make_loggers(settings.logger, run_dir, run_dir.parent.name), enable_model_summary=False,
+                         use_distributed_sampler=False, num_sanity_val_steps=0)
+    if trainer.is_global_zero:
+        OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
+        for logger in trainer.loggers:
+            logger.log_hyperparams(asdict(settings))
+        print(f"{settings.model.name} with block={settings.block.name}: {sum(p.numel() for p in model.net.parameters()):,} parameters, "
+              f"total stride {model.net.total_stride} at {data.image_size} pixels, on {trainer.strategy.root_device}", model.net.report, f"run folder: {run_dir}", sep="\n")
+
+    trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
+    if trainer.interrupted or not trainer.is_global_zero:
+        return {}
+    net = load_network(load_checkpoint(last), settings, len(data.classes))
+    result = scores(*predict(net, data, pick_device(settings.trainer.accelerator), "test"))
+    for logger in trainer.loggers:
+        logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
+        logger.save()
+    print(f"test top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}  ({last})")
+    return result
+
+
+@hydra.main(config_path="configs", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> float | None:
+    hydra_cfg = HydraConfig.get()
+    with plain_errors():
+        try:
+            settings = resolve(cfg, hydra_cfg.overrides.task)
+            return train(settings, Path(hydra_cfg.runtime.output_dir)).get("top1")
+        finally:
+            wandb.finish()  # one run a job, also in a multirun
+
+
+if __name__ == "__main__":
+    main()

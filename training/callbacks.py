@@ -1,0 +1,101 @@
+"""What is seen of a run: speed, memory, one line an epoch, and the loggers."""
+
+import csv
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import wandb
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+
+from training.settings import LoggerConf, Settings
+
+
+class Speed(Callback):
+    """Log seconds per training step, images per second over all processes, and peak memory (MiB), each epoch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.start, self.steps, self.seconds = None, 0, 0.0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if self.start is None:  # the first step also starts workers and compiles: not counted
+            return
+        self.steps += 1
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        now = time.perf_counter()
+        if self.start is not None:
+            self.seconds = now - self.start
+        else:
+            self.start = now
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        module.log("train/peak_memory_mib", peak / 2**20)
+        if self.steps:
+            per_step = self.seconds / self.steps
+            module.log("train/seconds_per_step", per_step)
+            module.log("train/images_per_second", module.settings.data.batch_size / per_step)
+
+
+class EpochLine(Callback):
+    """One printed line an epoch, for where there is no progress bar."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            shown = ("train/loss_epoch", "test/loss", "test/top1", "test/top5", "val/top1", "train/images_per_second")
+            values = [f"{key.removesuffix('_epoch')} {float(trainer.callback_metrics[key]):.4g}"
+                      for key in shown if key in trainer.callback_metrics]
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *values, sep="  ", flush=True)
+
+
+def make_callbacks(settings: Settings, run_dir: Path) -> list[Callback]:
+    """The callbacks of a run. The checkpoint kept is the last: nothing is selected on test data."""
+    callbacks = [
+        Speed(),
+        LearningRateMonitor(logging_interval="step"),
+        ModelCheckpoint(run_dir / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
+    ]
+    if not shows_progress_bar(settings):
+        callbacks.append(EpochLine())
+    if settings.optim.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=settings.optim.ema_decay))
+    return callbacks
+
+
+def shows_progress_bar(settings: Settings) -> bool:
+    """As `trainer.enable_progress_bar` says, and by default on a terminal."""
+    wanted = settings.trainer.enable_progress_bar
+    return sys.stdout.isatty() if wanted is None else wanted
+
+
+def make_loggers(conf: LoggerConf, run_dir: Path, name: str) -> list[Logger]:
+    """CSV, and W&B unless `logger=csv`; both go on where an earlier session of the same run stopped."""
+    loggers = [_csv(run_dir)]
+    if conf.name == "wandb":
+        # Without a key there is nobody to ask: run offline, to be sent later with `wandb sync`.
+        offline = conf.offline or not wandb.login(prompt=False, verify=False)
+        mode = os.environ.get("WANDB_MODE", "offline" if offline else "online")
+        loggers.append(WandbLogger(name, run_dir, id=conf.id, project=conf.project, entity=conf.entity, group=conf.group,
+                                   tags=list(conf.tags), mode=mode))
+    return loggers
+
+
+def _csv(run_dir: Path) -> CSVLogger:
+    """Lightning's logger deletes an existing metrics.csv; this one goes on after its last row."""
+    path, kept = run_dir / "metrics.csv", run_dir / "metrics-before-resume.csv"
+    if path.exists():
+        path.rename(kept)
+    logger = CSVLogger(run_dir, name="", version="")
+    writer = logger.experiment
+    if kept.exists():
+        kept.rename(path)
+        with path.open(newline="") as file:
+            writer.metrics_keys = next(csv.reader(file), [])
+    return logger

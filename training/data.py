@@ -1,0 +1,136 @@
+"""The data module: which images, in which order, with which augmentation.
+
+Order and augmentation are functions of (seed, epoch, index of the image), for any number of workers or processes; the
+sampler therefore yields keys `(epoch, index, real)`, where `real` is False for a repeated image that fills up the share
+of a process and must not be counted (its target becomes -1).
+"""
+
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from training.random import generator
+from training.settings import TENSOR_SETS, DataConf
+from training.sources import load_files, load_tensors
+
+
+class KeySampler(Sampler):
+    """Keys `(epoch, index, real)` for one process of `world_size`; shuffled ones drop the last few, others fill up."""
+
+    def __init__(self, indices: Tensor, shuffle: bool, seed: int, rank: int, world_size: int):
+        self.indices, self.shuffle, self.seed = indices, shuffle, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        n = len(self.indices)
+        return n // self.world_size if self.shuffle else -(-n // self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int, bool]]:
+        n, order = len(self.indices), self.indices
+        if self.shuffle:
+            order = order[torch.randperm(n, generator=generator(self.seed, self.epoch))]
+        for position in range(self.rank, len(self) * self.world_size, self.world_size):
+            yield self.epoch, int(order[position % n]), position < n
+
+
+class ImageData(pl.LightningDataModule):
+    """Any of the data sets, by `conf.name`.
+
+    Batches on the device are `(images, targets)`: float `[N, 3, H, W]`, normalised, and int64 `[N]`.
+
+    Args:
+        conf: the settings.
+        seed: of the run, for order and augmentation.
+    """
+
+    def __init__(self, conf: DataConf, seed: int):
+        super().__init__()
+        self.conf, self.seed = conf, seed
+        self.train_set: Dataset | None = None
+        self.test_set: Dataset | None = None
+
+    def load(self, train: bool) -> None:
+        """Find and read the test images, and with `train` the training images; decoded once where they are small.
+
+        Raises:
+            ValueError: if there is no such data, or it is not of the expected form.
+        """
+        read = load_tensors if self.conf.name in TENSOR_SETS else load_files
+        if self.test_set is None:
+            self.test_set, self.classes = read(self.conf, self.seed, train=False)
+        if train and self.train_set is None:
+            self.train_set, _ = read(self.conf, self.seed, train=True)
+            n, held_out = len(self.train_set), self.conf.val_size
+            if n - held_out < self.conf.batch_size:
+                raise ValueError(f"data.batch_size={self.conf.batch_size} is larger than the {max(n - held_out, 0)} training images "
+                                 f"of data={self.conf.name}" + (f" (data.val_size={held_out} held out)" if held_out else ""))
+            order = torch.randperm(n, generator=generator(0))  # the same images are held out whatever the run's seed
+            self.val_indices, self.train_indices = order[:held_out], order[held_out:].sort().values
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.test_set.image_size
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_set, self.train_indices, shuffle=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """The test split and, with `val_size`, the held-out training images."""
+        loaders = [self.test_dataloader()]
+        if self.conf.val_size:
+            plain = self.train_set.without_augmentation()
+            loaders.append(self._loader(plain, self.val_indices, shuffle=False))
+        return loaders
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.test_set, torch.arange(len(self.test_set)), shuffle=False)
+
+    def _loader(self, dataset: Dataset, indices: Tensor, shuffle: bool) -> DataLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.conf.batch_size % world_size:
+            raise ValueError(f"data.batch_size={self.conf.batch_size} is the batch of all {world_size} processes together and "
+                             "must be divisible by their number")
+        workers = self.conf.num_workers
+        return DataLoader(dataset, self.conf.batch_size // world_size, drop_last=shuffle, num_workers=workers,
+                          sampler=KeySampler(indices, shuffle, self.seed, rank, world_size),
+                          collate_fn=dataset.collate, pin_memory=torch.cuda.is_available(),
+                          persistent_workers=workers > 0 and shuffle,
+                          generator=torch.Generator())  # its own: the global one is left alone
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
+        """Augment and normalise a whole batch on the device.
+
+        Args:
+            batch: uint8 images `[N, 3, H, W]`, targets `[N]` and, for training on tensors, moves `[N, 3]`.
+            dataloader_idx: unused.
+        """
+        images, targets, *moves = batch
+        if moves:
+            images = crop_and_flip(images, moves[0], self.conf.crop_padding)
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (self.conf.mean, self.conf.std))
+        return (images.float() - mean) / std, targets
+
+
+def crop_and_flip(images: Tensor, moves: Tensor, padding: int) -> Tensor:
+    """Pad with black, crop back to the old size, and mirror, each image by its own move, in one gather.
+
+    Args:
+        images: `[N, C, H, W]`.
+        moves: `[N, 3]`: first row and column of the crop in 0 .. 2 * padding, and whether to mirror.
+        padding: pixels on each side.
+    """
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, [padding] * 4)
+    rows = moves[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = moves[:, 1:2] + torch.where(moves[:, 2:] > 0, columns.flip(0), columns)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

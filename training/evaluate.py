@@ -1,0 +1,78 @@
+"""The one evaluation that train.py, eval.py and convert.py share: float32, deterministic, on one device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.classification import multiclass_accuracy
+from tqdm import tqdm
+
+from training.data import ImageData
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """The machine's accelerator, unless `trainer.accelerator=cpu`: a network trained on a GPU is evaluated anywhere."""
+    if accelerator != "cpu" and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """TF32, autotuning and nondeterministic convolutions off, as a claim of equality needs."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@torch.no_grad()
+def predict(net: nn.Module, data: ImageData, device: torch.device, text: str) -> tuple[Tensor, Tensor]:
+    """Logits `[N, classes]` and targets `[N]` of the whole test set, on the CPU.
+
+    Args:
+        net: in eval; moved to `device`.
+        data: loaded.
+        device: where to run.
+        text: shown before the progress bar.
+    """
+    net, logits, targets = net.to(device), [], []
+    with exact_arithmetic():
+        for batch in tqdm(data.test_dataloader(), text, disable=None, leave=False):
+            images, target = data.on_after_batch_transfer([part.to(device) for part in batch])
+            logits.append(net(images).cpu())
+            targets.append(target.cpu())
+    return torch.cat(logits), torch.cat(targets)
+
+
+def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy as fractions, and the mean cross-entropy, in float64.
+
+    Args:
+        logits: `[N, classes]`.
+        targets: `[N]`.
+    """
+    classes = logits.shape[1]
+    top = {k: multiclass_accuracy(logits, targets, classes, average="micro", top_k=min(k, classes)).double().item() for k in (1, 5)}
+    return {"top1": round(top[1] * len(targets)) / len(targets), "top5": round(top[5] * len(targets)) / len(targets),
+            "loss": F.cross_entropy(logits.double(), targets).item()}
+
+
+@torch.no_grad()
+def cost(net: nn.Module, image_size: int) -> dict[str, Any]:
+    """Parameters, multiply-accumulates and milliseconds of one image (median, on the network's own device)."""
+    image = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
+    with FlopCounterMode(display=False) as counter:
+        net(image)
+    timer = Timer("net(image)", globals={"net": net, "image": image}, num_threads=torch.get_num_threads())
+    return {"parameters": sum(p.numel() for p in net.parameters()),
+            "macs": counter.get_total_flops() // 2,  # the counter takes a multiply-accumulate for two
+            "latency_ms": timer.blocked_autorange(min_run_time=1).median * 1e3}

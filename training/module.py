@@ -1,0 +1,95 @@
+"""The Lightning module: a classifier, its loss, its metrics, its optimiser."""
+
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import Any
+
+import pytorch_lightning as pl
+import timm.layers
+import timm.optim
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from models import build_model
+from training.random import seed_of
+from training.settings import Settings
+
+SPLITS = ("test", "val")  # in the order of `ImageData.val_dataloader`
+
+
+class Classifier(pl.LightningModule):
+    """Trains `models.build_model(...)` with cross-entropy.
+
+    Args:
+        settings: of the run; they go into the checkpoint as plain values.
+        classes: names of the classes, in the order of the logits.
+        image_size: side of the images in pixels.
+    """
+
+    def __init__(self, settings: Settings, classes: list[str], image_size: int):
+        super().__init__()
+        self.settings, self.classes, self.image_size = settings, classes, image_size
+        block = None if settings.block.name == "none" else settings.block.name
+        self.net = build_model(settings.model.name, len(classes), block, image_size)
+        if settings.trainer.sync_batchnorm:
+            # torch's own converter, which Lightning's flag calls, drops the activation inside timm's BatchNormAct2d.
+            self.net = timm.layers.convert_sync_batchnorm(self.net)
+        if settings.model.channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)
+        if settings.model.compile:
+            self.net.compile()  # in place: the keys of the state dict stay as they are
+        self.metrics = nn.ModuleDict({split: MetricCollection({
+            "top1": MulticlassAccuracy(len(classes), top_k=1, average="micro"),
+            "top5": MulticlassAccuracy(len(classes), top_k=min(5, len(classes)), average="micro"),
+            "loss": MeanMetric()}, compute_groups=False) for split in SPLITS})
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.settings.model.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.net(images)
+
+    def on_train_epoch_start(self) -> None:
+        # Dropout and the like: a function of (seed, epoch, process), so that a resumed run draws the same.
+        torch.manual_seed(seed_of(self.settings.seed, self.current_epoch, self.global_rank))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        loss = F.cross_entropy(self(images), targets, label_smoothing=self.settings.optim.label_smoothing)
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, targets = batch
+        logits = self(images).float()
+        real = targets >= 0  # images that only fill up a process's share do not count
+        metrics = self.metrics[SPLITS[dataloader_idx]]
+        metrics["top1"].update(logits[real], targets[real])
+        metrics["top5"].update(logits[real], targets[real])
+        metrics["loss"].update(F.cross_entropy(logits[real], targets[real], reduction="none"))
+
+    def on_validation_epoch_end(self) -> None:
+        for split in SPLITS[:1 + bool(self.settings.data.val_size)]:
+            self.log_dict({f"{split}/{name}": value for name, value in self.metrics[split].compute().items()})
+            self.metrics[split].reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        conf = self.settings.optim
+        if conf.name not in timm.optim.list_optimizers():
+            nearest = get_close_matches(conf.name, timm.optim.list_optimizers(), n=3)
+            raise ValueError(f"optim.name={conf.name} is unknown to timm.optim; nearest are {', '.join(nearest) or 'none'}")
+        optimizer = timm.optim.create_optimizer_v2(self.net, conf.name, conf.lr, conf.weight_decay, conf.momentum,
+                                                   filter_bias_and_bn=not conf.decay_norm_and_bias)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = min(steps - 1, steps * conf.warmup_epochs // self.trainer.max_epochs)
+        schedule = CosineAnnealingLR(optimizer, max(1, steps - warmup))
+        if warmup > 0:
+            start = LinearLR(optimizer, start_factor=1e-3, total_iters=warmup)
+            schedule = SequentialLR(optimizer, [start, schedule], milestones=[warmup])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes, "image_size": self.image_size}

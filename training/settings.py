@@ -1,0 +1,212 @@
+"""The schema behind `configs/`, and where a run's settings come from: the command line, or a checkpoint.
+
+Every knob is a typed field, so that a misspelt name and a value of the wrong type fail at once.
+"""
+
+import os
+from dataclasses import dataclass, field
+from datetime import datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dbb import BLOCKS
+from training.checkpoint import load_checkpoint
+
+GROUPS = ("model", "block", "data", "optim", "trainer", "logger")
+TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
+FILE_SETS = ("imagenet", "folder")  # read image by image
+
+
+@dataclass
+class ModelConf:
+    """The backbone."""
+
+    name: str = MISSING
+    channels_last: bool = False
+    compile: bool = False
+
+
+@dataclass
+class BlockConf:
+    """What K x K convolutions are swapped for; `none` leaves them."""
+
+    name: str = "none"
+
+
+@dataclass
+class DataConf:
+    """A data set. Paths as typed are resolved against the current folder."""
+
+    name: str = MISSING
+    root: str | None = None
+    download: bool = True
+    image_size: int | None = None
+    batch_size: int = 128
+    num_workers: int = 0
+    val_size: int = 0
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    crop_padding: int = 0
+    flip: bool = True
+    color_jitter: bool = False
+    lighting: bool = False
+
+
+@dataclass
+class OptimConf:
+    """Optimiser and schedule."""
+
+    name: str = MISSING
+    lr: float = MISSING
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    decay_norm_and_bias: bool = True
+    warmup_epochs: int = 0
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+
+
+@dataclass
+class TrainerConf:
+    """Arguments of Lightning's Trainer, under its own names."""
+
+    max_epochs: int = MISSING
+    max_time: str | None = None
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    sync_batchnorm: bool = False
+    gradient_clip_val: float | None = None
+    accumulate_grad_batches: int = 1
+    check_val_every_n_epoch: int = 1
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    overfit_batches: int | float = 0.0
+    log_every_n_steps: int = 50
+    deterministic: bool = False
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+    profiler: str | None = None
+    enable_progress_bar: bool | None = None
+
+
+@dataclass
+class LoggerConf:
+    """`csv` writes metrics.csv; `wandb` does that and W&B."""
+
+    name: str = "wandb"
+    project: str = "dbb"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    offline: bool = False
+    id: str | None = None
+
+
+@dataclass
+class Settings:
+    """All settings of a run. `out` and `tolerance` are convert.py's."""
+
+    model: ModelConf = field(default_factory=ModelConf)
+    block: BlockConf = field(default_factory=BlockConf)
+    data: DataConf = field(default_factory=DataConf)
+    optim: OptimConf = field(default_factory=OptimConf)
+    trainer: TrainerConf = field(default_factory=TrainerConf)
+    logger: LoggerConf = field(default_factory=LoggerConf)
+    seed: int = 0
+    ckpt: str | None = None
+    out: str | None = None
+    tolerance: float = 1e-4
+
+    def __post_init__(self):
+        """Check what a type cannot say.
+
+        Raises:
+            ValueError: with the knob, its value, and what to do.
+        """
+        _one_of("block.name", self.block.name, ["none", *BLOCKS])
+        _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS])
+        _one_of("logger.name", self.logger.name, ["csv", "wandb"])
+        unused = ["color_jitter", "lighting"] if self.data.name in TENSOR_SETS else ["crop_padding"]
+        for knob in unused:
+            if getattr(self.data, knob):
+                raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such augmentation")
+        if self.data.image_size is None and self.data.name in FILE_SETS:
+            raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
+        for knob, value in (("data.batch_size", self.data.batch_size), ("trainer.max_epochs", self.trainer.max_epochs)):
+            if value < 1:
+                raise ValueError(f"{knob}={value} must be at least 1")
+        for knob in ("val_size", "num_workers", "crop_padding"):
+            if getattr(self.data, knob) < 0:
+                raise ValueError(f"data.{knob}={getattr(self.data, knob)} must not be negative")
+        if not (len(self.data.mean) == len(self.data.std) == 3 and min(self.data.std) > 0):
+            raise ValueError("data.mean and data.std need three numbers each, one a channel, and no deviation of zero")
+
+
+def _one_of(knob: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        nearest = get_close_matches(value, known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"{knob}={value} is unknown; known are {', '.join(known)}{hint}")
+
+
+def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
+    """The settings of a run, checked.
+
+    With `ckpt`, every setting is the checkpoint's but for what stands on the command line; each such change is printed.
+
+    Args:
+        cfg: what Hydra composed.
+        overrides: the command line, `key=value` each.
+
+    Raises:
+        ValueError: if a setting is wrong, or cannot be changed on a checkpoint.
+    """
+    try:
+        if cfg.ckpt is not None:
+            cfg = _on_checkpoint(cfg, overrides)
+        cfg = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(cfg, resolve=True))
+        settings = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+    if settings.data.root is not None:
+        settings.data.root = str(Path(settings.data.root).expanduser().resolve())
+    return settings
+
+
+def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
+    result = OmegaConf.merge(OmegaConf.structured(Settings), stored)
+    for override in overrides:
+        key, plus = override.split("=")[0].lstrip("+~"), override[0] in "+~"
+        if key in ("experiment", "debug") or plus:
+            raise ValueError(f"{override} cannot stand beside ckpt=, which takes every setting from the checkpoint: "
+                             "name the settings to change themselves")
+        for changed in (["model", "block"] if key == "model" else [key]):
+            before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
+            if before != after and changed not in ("ckpt", "out"):
+                print(f"changed beside the checkpoint: {changed}: {before} -> {after}")
+            OmegaConf.update(result, changed, after, merge=False)
+    return result
+
+
+def _run_dir(ckpt: str | None, model: str, block: str, data: str) -> str:
+    """The run's folder: the checkpoint's own, or a new one; only the first process of a job makes one."""
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) != 0:
+        return "."
+    if ckpt is not None:
+        return str(Path(ckpt).absolute().parent.parent) if Path(ckpt).is_file() else "."
+    name = model if block == "none" else f"{model}_{block}"
+    return f"outputs/{name}_{data}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+ConfigStore.instance().store(name="schema", node=Settings)
+OmegaConf.register_new_resolver("run_dir", _run_dir, use_cache=True)

@@ -1,0 +1,217 @@
+"""Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from training.random import generator, seed_of
+from training.settings import DataConf
+
+CLASSES = {"cifar10": 10, "cifar100": 100}
+Key = tuple[int, int, bool]  # see training.data
+
+
+class TensorImages(Dataset):
+    """uint8 images `[N, 3, H, W]` in memory; with `augment`, a batch carries a random move for each image."""
+
+    def __init__(self, images: Tensor, targets: Tensor, conf: DataConf, seed: int, augment: bool):
+        self.images, self.targets, self.conf, self.seed, self.augment = images, targets, conf, seed, augment
+        self.image_size = images.shape[-1]
+        self._moves = (-1, images)  # the epoch last drawn for, and its moves
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, ...]:
+        index = torch.tensor([index for _, index, _ in keys])
+        targets = self.targets[index].masked_fill(torch.tensor([not real for _, _, real in keys]), -1)
+        if not self.augment:
+            return self.images[index], targets
+        return self.images[index], targets, self.moves(epoch=keys[0][0])[index]
+
+    def moves(self, epoch: int) -> Tensor:
+        """Row, column and mirroring of every image in an epoch, `[N, 3]`."""
+        if self._moves[0] == epoch:
+            return self._moves[1]
+        bounds = [2 * self.conf.crop_padding + 1] * 2 + [1 + self.conf.flip]
+        draw = generator(self.seed, epoch, 1)
+        self._moves = epoch, torch.stack([torch.randint(bound, (len(self),), generator=draw) for bound in bounds], 1)
+        return self._moves[1]
+
+    def without_augmentation(self) -> "TensorImages":
+        return TensorImages(self.images, self.targets, self.conf, self.seed, augment=False)
+
+    @staticmethod
+    def collate(batch):
+        """Batches are made whole by `__getitems__`."""
+        return batch
+
+
+def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, list[str]]:
+    """Read one split of a small data set.
+
+    Returns:
+        The images, and the names of the classes.
+    """
+    images, targets, classes = (_digits if conf.name == "digits" else _cifar)(conf, train)
+    if conf.image_size is not None and conf.image_size != images.shape[-1]:
+        images = torch.cat([TF.resize(part, [conf.image_size] * 2, antialias=True) for part in images.split(1000)])
+    return TensorImages(images, targets, conf, seed, augment=train), classes
+
+
+def _digits(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """scikit-learn's 1,797 scans of 8x8 pixels: 1,437 to train, 360 to test, stratified, always the same."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, targets = load_digits(return_X_y=True)
+    split = train_test_split(pixels, targets, test_size=360, stratify=targets, random_state=0)
+    pixels, targets = (split[0], split[2]) if train else (split[1], split[3])
+    images = torch.tensor(pixels * (255 / 16)).round().to(torch.uint8).reshape(-1, 1, 8, 8)
+    return images.repeat(1, 3, 1, 1), torch.tensor(targets), [str(digit) for digit in range(10)]
+
+
+def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    root = _root(conf)
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        images, targets, classes = _tree(conf, root, "train" if train else "test")
+    else:
+        archive = datasets.CIFAR10 if conf.name == "cifar10" else datasets.CIFAR100
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):  # one process of a job downloads, the others find it
+                data = archive(str(root), train=train, download=conf.download)
+        except (OSError, RuntimeError) as error:  # no network, no archive, or one that is damaged
+            raise ValueError(
+                f"no {conf.name} at data.root={root}, and it could not be downloaded ({str(error).splitlines()[0]}). Put the "
+                "official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try data=digits, which "
+                "needs no file") from error
+        images, targets, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), data.classes
+    if len(classes) != CLASSES[conf.name]:
+        raise ValueError(f"data={conf.name} has {CLASSES[conf.name]} classes, but {root} has {len(classes)}; data=folder "
+                         "takes any number")
+    return images.contiguous(), targets, list(classes)
+
+
+def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
+    tree = Tree(str(root / split), _classes(root / "train"))
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        images = list(pool.map(lambda sample: TF.pil_to_tensor(read_image(sample[0])), tree.samples))
+    for (path, _), image in zip(tree.samples, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(f"{path} is {image.shape[2]}x{image.shape[1]} pixels, but others are {images[0].shape[2]}x"
+                             f"{images[0].shape[1]}; data={conf.name} needs one size, data=folder takes any")
+    return torch.stack(images), torch.tensor(tree.targets), tree.classes
+
+
+class FileImages(Dataset):
+    """A tree of images, read one by one; batches of uint8 `[N, 3, H, W]`.
+
+    Training: random resized crop and mirroring, and by choice the DBB paper's colour jitter and lighting (the authors'
+    train.py: brightness 0.4, saturation 0.4, hue 0.4; lighting 0.1). Otherwise: resize to 256/224 of the image size, centre crop.
+    """
+
+    def __init__(self, tree: "Tree", conf: DataConf, seed: int, augment: bool):
+        self.tree, self.conf, self.seed, self.augment, self.image_size = tree, conf, seed, augment, conf.image_size
+        size = conf.image_size
+        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        if augment:
+            steps = [v2.RandomResizedCrop(size)]
+            steps += [v2.RandomHorizontalFlip()] if conf.flip else []
+            steps += [v2.ColorJitter(brightness=0.4, saturation=0.4, hue=0.4)] if conf.color_jitter else []
+        self.transform = v2.Compose([*steps, v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.tree.samples)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index, real = key
+        path, target = self.tree.samples[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, epoch, index))
+            image = self.transform(read_image(path))
+            if self.augment and self.conf.lighting:
+                image = lighting(image)
+        return image, target if real else -1
+
+    def without_augmentation(self) -> "FileImages":
+        return FileImages(self.tree, self.conf, self.seed, augment=False)
+
+    collate = staticmethod(torch.utils.data.default_collate)
+
+
+def lighting(image: Tensor, std: float = 0.1) -> Tensor:
+    """Shift the colours of a uint8 image `[3, H, W]` along ImageNet's principal components (AlexNet, section 4.1)."""
+    values = torch.tensor([0.2175, 0.0188, 0.0045])
+    vectors = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    shift = vectors @ (values * torch.randn(3) * std) * 255
+    return (image + shift[:, None, None]).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_files(conf: DataConf, seed: int, train: bool) -> tuple[FileImages, list[str]]:
+    """Find one split of a tree `train/<class>/`, `val/<class>/` (or `test/<class>/`).
+
+    Returns:
+        The images, and the names of the classes.
+    """
+    root = _root(conf)
+    if not (root / "train").is_dir() or not ((root / "val").is_dir() or (root / "test").is_dir()):
+        raise ValueError(f"no images at data.root={root}: data={conf.name} expects train/<class>/ and val/<class>/ there; "
+                         "data=digits needs no file")
+    held_out = root / ("val" if (root / "val").is_dir() else "test")
+    tree = Tree(str(root / "train" if train else held_out), _classes(root / "train"))
+    return FileImages(tree, conf, seed, augment=train), tree.classes
+
+
+class Tree(datasets.ImageFolder):
+    """An image folder whose classes are those of the training split.
+
+    Raises:
+        ValueError: if it has a class that training lacks, or holds no images.
+    """
+
+    def __init__(self, folder: str, classes: list[str]):
+        self.known = classes
+        try:
+            super().__init__(folder, allow_empty=True)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        if not self.samples:
+            raise ValueError(f"{folder} holds no images")
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """The training classes, in alphabetical order."""
+        if new := sorted(set(_classes(Path(directory))) - set(self.known)):
+            raise ValueError(f"{directory} has classes that the training images lack: {', '.join(new[:5])}")
+        return self.known, {name: index for index, name in enumerate(self.known)}
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+def _root(conf: DataConf) -> Path:
+    if conf.root is None:
+        raise ValueError(f"data.root: data={conf.name} needs the folder that holds its images")
+    return Path(conf.root)
+
+
+def read_image(path: str) -> Image.Image:
+    """Read one image as RGB.
+
+    Raises:
+        ValueError: with the path, if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise ValueError(f"unreadable image: {path} ({error})") from error
