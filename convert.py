@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dbb import branchwise, compare_logits, reparameterize
 from training.callbacks import make_loggers
 from training.checkpoint import load_checkpoint, load_network, load_weights
-from training.cli import plain_errors
+from training.cli import output_folder, plain_errors
 from training.data import ImageData
 from training.evaluate import cost, pick_device, predict, scores
 from training.settings import Settings, resolve
@@ -36,10 +36,10 @@ def convert(settings: Settings, out: Path) -> dict:
     Raises:
         ValueError: if the checkpoint or the data is wrong, or the conversion changed more than `tolerance` allows.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = load_checkpoint(settings.ckpt)
+    output_folder(out)
     data = ImageData(settings.data, settings.seed)
     data.load(train=False)
-    checkpoint = load_checkpoint(settings.ckpt)
     net = load_network(checkpoint, settings, len(data.classes))
     device = pick_device(settings.trainer.accelerator)
 
@@ -101,7 +101,7 @@ def log(report: dict, settings: Settings, run_dir: Path) -> None:
 def main(cfg: DictConfig) -> None:
     with plain_errors():
         settings = resolve(cfg, HydraConfig.get().overrides.task)
-        run_dir = Path(settings.ckpt).absolute().parent.parent
+        run_dir = Path(settings.ckpt or "").absolute().parent.parent
         out = Path(settings.out) if settings.out else run_dir / "convert"
         report = convert(settings, out)
         print(f"written to {out}: model.safetensors, report.json")

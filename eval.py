@@ -23,9 +23,10 @@ def evaluate(settings: Settings) -> dict[str, float]:
     Raises:
         ValueError: if the checkpoint or the data is wrong.
     """
+    checkpoint = load_checkpoint(settings.ckpt)
     data = ImageData(settings.data, settings.seed)
     data.load(train=False)
-    net = load_network(load_checkpoint(settings.ckpt), settings, len(data.classes))
+    net = load_network(checkpoint, settings, len(data.classes))
     return scores(*predict(net, data, pick_device(settings.trainer.accelerator), "test"))
 
 

@@ -39,16 +39,17 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     """
     last = run_dir / "checkpoints" / "last.ckpt"
     if settings.ckpt is None and last.exists():
-        raise ValueError(f"{run_dir} already holds a run: go on with it by ckpt={last}, or choose another hydra.run.dir")
+        raise ValueError(f"{run_dir} already holds a run: go on with it by ckpt={last}, or choose another folder with out=DIR")
     if settings.logger.id is None:
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    data = ImageData(settings.data, settings.seed)
+    checkpoint = load_checkpoint(settings.ckpt) if settings.ckpt is not None else None
+    data = ImageData(settings.data, settings.seed, first_epoch=checkpoint["epoch"] + 1 if checkpoint else 0)
     data.load(train=True)
     model = Classifier(settings, data.classes, data.image_size)
-    if settings.ckpt is not None:
-        load_network(load_checkpoint(settings.ckpt), settings, len(data.classes))  # says what does not fit, before Lightning would
+    if checkpoint is not None:
+        load_network(checkpoint, settings, len(data.classes))  # says what does not fit, before Lightning would
 
     options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
     trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
@@ -56,8 +57,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
                          use_distributed_sampler=False, num_sanity_val_steps=0)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
-        for logger in trainer.loggers:
-            logger.log_hyperparams(asdict(settings))
+        trainer.loggers[-1].log_hyperparams(asdict(settings))
         print(f"{settings.model.name} with block={settings.block.name}: {sum(p.numel() for p in model.net.parameters()):,} parameters, "
               f"total stride {model.net.total_stride} at {data.image_size} pixels, on {trainer.strategy.root_device}", model.net.report, f"run folder: {run_dir}", sep="\n")
 
@@ -76,12 +76,14 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
+    run_dir = Path(hydra_cfg.runtime.output_dir)
     with plain_errors():
         try:
-            settings = resolve(cfg, hydra_cfg.overrides.task)
-            return train(settings, Path(hydra_cfg.runtime.output_dir)).get("top1")
+            return train(resolve(cfg, hydra_cfg.overrides.task), run_dir).get("top1")
         finally:
             wandb.finish()  # one run a job, also in a multirun
+            if not any(run_dir.iterdir()):
+                run_dir.rmdir()  # stopped before it began
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class Scale(nn.Module):
         with full_precision(first.device):
             var = (rows @ covariance * rows).sum(-1).flatten().clamp_min(0)
         if bn.training and bn.track_running_stats:
-            momentum = 1 / (bn.num_batches_tracked + 1) if bn.momentum is None else bn.momentum
+            momentum = 1 / (bn.num_batches_tracked + 1).to(var) if bn.momentum is None else bn.momentum
             with torch.no_grad():
                 unbiased = (var * (count / (count - 1))).to(self.running_var.dtype)
                 self.running_var += momentum * (unbiased - self.running_var)

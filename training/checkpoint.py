@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from models import build_model
 
 
-def load_checkpoint(path: str) -> dict[str, Any]:
+def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     """Load a checkpoint of train.py onto the CPU.
 
     Raises:
         ValueError: if it is missing, damaged, holds more than plain values and tensors, or is not one of ours.
     """
+    if path is None:
+        raise ValueError("ckpt=PATH is needed: the checkpoint of a run, outputs/.../checkpoints/last.ckpt")
     if not Path(path).is_file():
         raise ValueError(f"ckpt={path}: there is no such file; a run keeps its own under outputs/.../checkpoints/last.ckpt")
     try:

@@ -1,9 +1,11 @@
-"""What the three scripts share on the command line: plain sentences instead of tracebacks."""
+"""What the three scripts share on the command line: plain sentences instead of tracebacks, and output folders."""
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -23,3 +25,17 @@ def plain_errors() -> Iterator[None]:
         if "Original Traceback" in text:  # raised in a loader's worker: the sentence comes last
             text = text.splitlines()[-1].removeprefix("ValueError: ")
         sys.exit(f"error: {text}")
+
+
+def output_folder(path: str | Path) -> Path:
+    """Make a folder to write into.
+
+    Raises:
+        ValueError: if it cannot be made or written into.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
+    except OSError as error:
+        raise ValueError(f"cannot write into {path} ({error.strerror}): choose another folder with out=DIR") from error

@@ -20,9 +20,9 @@ from training.sources import load_files, load_tensors
 class KeySampler(Sampler):
     """Keys `(epoch, index, real)` for one process of `world_size`; shuffled ones drop the last few, others fill up."""
 
-    def __init__(self, indices: Tensor, shuffle: bool, seed: int, rank: int, world_size: int):
+    def __init__(self, indices: Tensor, shuffle: bool, seed: int, rank: int, world_size: int, epoch: int = 0):
         self.indices, self.shuffle, self.seed = indices, shuffle, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.rank, self.world_size, self.epoch = rank, world_size, epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
@@ -48,11 +48,12 @@ class ImageData(pl.LightningDataModule):
     Args:
         conf: the settings.
         seed: of the run, for order and augmentation.
+        first_epoch: where a resumed run goes on; Lightning lets workers fetch ahead before it tells the sampler.
     """
 
-    def __init__(self, conf: DataConf, seed: int):
+    def __init__(self, conf: DataConf, seed: int, first_epoch: int = 0):
         super().__init__()
-        self.conf, self.seed = conf, seed
+        self.conf, self.seed, self.first_epoch = conf, seed, first_epoch
         self.train_set: Dataset | None = None
         self.test_set: Dataset | None = None
 
@@ -100,7 +101,7 @@ class ImageData(pl.LightningDataModule):
                              "must be divisible by their number")
         workers = self.conf.num_workers
         return DataLoader(dataset, self.conf.batch_size // world_size, drop_last=shuffle, num_workers=workers,
-                          sampler=KeySampler(indices, shuffle, self.seed, rank, world_size),
+                          sampler=KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch),
                           collate_fn=dataset.collate, pin_memory=torch.cuda.is_available(),
                           persistent_workers=workers > 0 and shuffle,
                           generator=torch.Generator())  # its own: the global one is left alone

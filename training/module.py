@@ -1,5 +1,6 @@
 """The Lightning module: a classifier, its loss, its metrics, its optimiser."""
 
+import math
 from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
@@ -10,7 +11,7 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -83,13 +84,26 @@ class Classifier(pl.LightningModule):
             raise ValueError(f"optim.name={conf.name} is unknown to timm.optim; nearest are {', '.join(nearest) or 'none'}")
         optimizer = timm.optim.create_optimizer_v2(self.net, conf.name, conf.lr, conf.weight_decay, conf.momentum,
                                                    filter_bias_and_bn=not conf.decay_norm_and_bias)
+        self.fresh_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = min(steps - 1, steps * conf.warmup_epochs // self.trainer.max_epochs)
-        schedule = CosineAnnealingLR(optimizer, max(1, steps - warmup))
-        if warmup > 0:
-            start = LinearLR(optimizer, start_factor=1e-3, total_iters=warmup)
-            schedule = SequentialLR(optimizer, [start, schedule], milestones=[warmup])
+        warmup = steps * conf.warmup_epochs // self.trainer.max_epochs
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        # A checkpoint brings its optimiser's options along; those of the settings, perhaps changed beside it, stand.
+        # The schedule has no state but its step, so that a changed `trainer.max_epochs` stretches it.
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        schedule.base_lrs = [fresh["lr"] for fresh in self.fresh_options]
+        for group, fresh in zip(optimizer.param_groups, self.fresh_options, strict=True):
+            group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes, "image_size": self.image_size}
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate at a step: linear over `warmup` steps, then a cosine that reaches 0 after `steps`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

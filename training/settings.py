@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dbb import BLOCKS
 from training.checkpoint import load_checkpoint
+from training.cli import output_folder, plain_errors
 
 GROUPS = ("model", "block", "data", "optim", "trainer", "logger")
 TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
@@ -112,7 +113,7 @@ class LoggerConf:
 
 @dataclass
 class Settings:
-    """All settings of a run. `out` and `tolerance` are convert.py's."""
+    """All settings of a run. `out` is where it writes; `tolerance` is convert.py's."""
 
     model: ModelConf = field(default_factory=ModelConf)
     block: BlockConf = field(default_factory=BlockConf)
@@ -184,7 +185,7 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
 
 def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
-    result = OmegaConf.merge(OmegaConf.structured(Settings), stored)
+    result = OmegaConf.merge(OmegaConf.structured(Settings), stored, {"ckpt": cfg.ckpt, "out": cfg.out})
     for override in overrides:
         key, plus = override.split("=")[0].lstrip("+~"), override[0] in "+~"
         if key in ("experiment", "debug") or plus:
@@ -192,20 +193,21 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                              "name the settings to change themselves")
         for changed in (["model", "block"] if key == "model" else [key]):
             before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
-            if before != after and changed not in ("ckpt", "out"):
+            if before != after:
                 print(f"changed beside the checkpoint: {changed}: {before} -> {after}")
             OmegaConf.update(result, changed, after, merge=False)
     return result
 
 
-def _run_dir(ckpt: str | None, model: str, block: str, data: str) -> str:
+def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, data: str) -> str:
     """The run's folder: the checkpoint's own, or a new one; only the first process of a job makes one."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) != 0:
         return "."
     if ckpt is not None:
         return str(Path(ckpt).absolute().parent.parent) if Path(ckpt).is_file() else "."
     name = model if block == "none" else f"{model}_{block}"
-    return f"outputs/{name}_{data}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    with plain_errors():
+        return str(output_folder(out or f"outputs/{name}_{data}/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 
 ConfigStore.instance().store(name="schema", node=Settings)

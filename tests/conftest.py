@@ -1,0 +1,50 @@
+"""Shared by all tests: settings from the real configs, random norm statistics, relative errors."""
+
+import os
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from training import settings as settings_module
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def make_settings(tmp_path):
+    """Compose settings as the command line does: `make_settings("model=resnet20", "data=digits")`."""
+    def make(*overrides: str, config_name: str = "train"):
+        with initialize_config_dir(os.path.join(ROOT, "configs"), version_base="1.3"):
+            cfg = compose(config_name, list(overrides))
+        return settings_module.resolve(cfg, list(overrides))
+    return make
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random norm parameters and statistics: with the default ones, no conversion bug shows."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def uniform_(tensor, low, high):
+        with torch.no_grad():
+            tensor.copy_(torch.rand(tensor.shape, generator=draw, dtype=torch.float64) * (high - low) + low)
+
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            uniform_(module.running_var, 0.5, 2)
+            uniform_(module.weight, 0.5, 1.5)
+        if isinstance(module, nn.BatchNorm2d):
+            uniform_(module.running_mean, -1, 1)
+            uniform_(module.bias, -1, 1)
+        if isinstance(getattr(module, "first", None), nn.Parameter):  # zero at first, where it is added to the identity
+            uniform_(module.first, -0.5, 0.5)
+    return model
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over norm of the expected tensor."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())

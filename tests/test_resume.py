@@ -1,0 +1,62 @@
+"""A run that stopped and went on ends with the same weights as one that did not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+
+import train as train_script
+from training.checkpoint import load_checkpoint
+
+SHORT = ("model=resnet20_dbb", "data=digits", "logger=csv", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1",
+         "trainer.max_epochs=3", "trainer.log_every_n_steps=1")
+
+
+class Crash(Callback):
+    """Die at the start of the second epoch."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            raise RuntimeError("power failure")
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run_dir / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+@pytest.mark.parametrize("extra", [(), ("data.num_workers=2",), ("optim.ema_decay=0.9", "optim.warmup_epochs=1")],
+                         ids=["no workers", "workers", "ema and warm-up"])
+def test_resumed_run_is_bitwise_the_same(make_settings, tmp_path, monkeypatch, extra):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_script.train(make_settings(*SHORT, *extra), whole)
+
+    callbacks = train_script.make_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "make_callbacks", lambda *args: [*callbacks(*args), Crash()])
+        with pytest.raises(RuntimeError, match="power failure"):
+            train_script.train(make_settings(*SHORT, *extra), parts)
+    assert load_checkpoint(parts / "checkpoints" / "last.ckpt")["epoch"] == 0
+
+    train_script.train(make_settings(f"ckpt={parts}/checkpoints/last.ckpt"), parts)
+    before, after = weights(whole), weights(parts)
+    assert before.keys() == after.keys()
+    different = [key for key in before if not torch.equal(before[key], after[key])]
+    assert not different
+
+    rows = (parts / "metrics.csv").read_text().splitlines()
+    steps = [line.split(",")[rows[0].split(",").index("step")] for line in rows[1:]]
+    assert {"0", "3", "8"} <= set(steps), "the metrics of both sessions stand in one file"
+
+
+def test_settings_beside_a_checkpoint_take_effect(make_settings, tmp_path, capsys):
+    train_script.train(make_settings(*SHORT, "trainer.max_epochs=1"), tmp_path)
+    changed = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=2", "optim.lr=0.03", "optim.weight_decay=0.5")
+    assert "trainer.max_epochs: 1 -> 2" in capsys.readouterr().out
+    train_script.train(changed, tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert checkpoint["epoch"] == 1
+    group = checkpoint["optimizer_states"][0]["param_groups"][0]
+    assert group["weight_decay"] == 0.5
+    assert group["initial_lr"] == 0.03
+    assert group["lr"] == pytest.approx(0, abs=1e-9), "the cosine was stretched to the new length"
