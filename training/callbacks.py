@@ -81,7 +81,7 @@ def make_loggers(conf: LoggerConf, run_dir: Path, name: str) -> list[Logger]:
     if conf.name == "wandb":
         # Without a key there is nobody to ask: run offline, to be sent later with `wandb sync`.
         offline = conf.offline or not wandb.login(prompt=False, verify=False)
-        mode = os.environ.get("WANDB_MODE", "offline" if offline else "online")
+        mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
         loggers.append(WandbLogger(name, run_dir, id=conf.id, project=conf.project, entity=conf.entity, group=conf.group,
                                    tags=list(conf.tags), mode=mode))
     return loggers

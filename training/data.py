@@ -84,18 +84,20 @@ class ImageData(pl.LightningDataModule):
         return self._loader(self.train_set, self.train_indices, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """The test split and, with `val_size`, the held-out training images."""
-        loaders = [self.test_dataloader()]
+        """This process's share of the test split and, with `val_size`, of the held-out training images."""
+        loaders = [self._loader(self.test_set, torch.arange(len(self.test_set)), shuffle=False)]
         if self.conf.val_size:
             plain = self.train_set.without_augmentation()
             loaders.append(self._loader(plain, self.val_indices, shuffle=False))
         return loaders
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set, torch.arange(len(self.test_set)), shuffle=False)
+        """The whole test split, in whatever process: the final evaluation runs in one."""
+        return self._loader(self.test_set, torch.arange(len(self.test_set)), shuffle=False, whole=True)
 
-    def _loader(self, dataset: Dataset, indices: Tensor, shuffle: bool) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _loader(self, dataset: Dataset, indices: Tensor, shuffle: bool, whole: bool = False) -> DataLoader:
+        alone = whole or self.trainer is None
+        rank, world_size = (0, 1) if alone else (self.trainer.global_rank, self.trainer.world_size)
         if self.conf.batch_size % world_size:
             raise ValueError(f"data.batch_size={self.conf.batch_size} is the batch of all {world_size} processes together and "
                              "must be divisible by their number")

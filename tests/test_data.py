@@ -1,0 +1,218 @@
+"""Data on small trees made here: order, augmentation, shares of processes, and every kind of broken input."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.data import ImageData, KeySampler, crop_and_flip
+from training.sources import lighting
+
+
+def write_tree(root, splits, classes, count, size, seed=0):
+    """An image-folder tree of random images; `size` (width, height)."""
+    draw = np.random.default_rng(seed)
+    for split, name, i in itertools.product(splits, classes, range(count)):
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    return write_tree(tmp_path / "cifar", ("train", "test"), [f"c{i}" for i in range(10)], 4, (32, 32))
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_tree(tmp_path / "files", ("train", "val"), ["n01", "n02", "n03"], 6, (50, 40))
+
+
+def load(make_settings, *overrides, train=True, seed=0):
+    data = ImageData(make_settings(*overrides).data, seed)
+    data.load(train)
+    return data
+
+
+def epoch_of(data, epoch=0):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    batches = [data.on_after_batch_transfer(batch) for batch in loader]
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def test_digits_are_split_once_and_for_all(make_settings):
+    first, second = (load(make_settings, "data=digits", seed=seed) for seed in (0, 7))
+    assert (len(first.train_set), len(first.test_set)) == (1437, 360)
+    assert torch.equal(first.test_set.images, second.test_set.images)
+    assert min(torch.bincount(first.test_set.targets)) >= 34, "stratified"
+    train = {bytes(image.numpy().tobytes()) for image in first.train_set.images}
+    assert not any(image.numpy().tobytes() in train for image in first.test_set.images)
+
+
+@pytest.mark.parametrize("source", ["digits", "cifar10", "imagenet"])
+def test_epoch_depends_on_seed_and_epoch_alone(make_settings, cifar, files, source):
+    root = {"digits": [], "cifar10": [f"data.root={cifar}"],
+            "imagenet": [f"data.root={files}", "data.image_size=32", "data.color_jitter=true", "data.lighting=true"]}[source]
+
+    def images(workers, epoch, seed=0, batch_size=4):
+        data = load(make_settings, f"data={source}", *root, f"data.batch_size={batch_size}", f"data.num_workers={workers}", seed=seed)
+        torch.rand(7)  # the history of the global generator does not matter
+        return epoch_of(data, epoch)
+
+    plain = images(0, 1)
+    for other in (images(2, 1), images(0, 1, batch_size=2)):
+        n = min(len(plain[0]), len(other[0]))
+        assert torch.equal(plain[0][:n], other[0][:n])
+        assert torch.equal(plain[1][:n], other[1][:n])
+    for other in (images(0, 2), images(0, 1, seed=1)):
+        assert not torch.equal(plain[0], other[0])
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_crop_and_flip_is_pad_crop_mirror(flip):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 6, 5), dtype=torch.uint8)
+    moves = torch.stack([torch.randint(5, (40,)), torch.randint(5, (40,)), torch.randint(1 + flip, (40,))], 1)
+    for image, (row, column, mirror), actual in zip(images, moves, crop_and_flip(images, moves, 2), strict=True):
+        expected = torch.nn.functional.pad(image, [2] * 4)[:, row:row + 6, column:column + 5]
+        assert torch.equal(actual, expected.flip(2) if mirror else expected)
+
+
+def test_moves_cover_all_shifts(make_settings):
+    data = load(make_settings, "data=digits")
+    moves = data.train_set.moves(0)
+    assert {tuple(m) for m in moves.tolist()} == {(r, c, 0) for r in range(3) for c in range(3)}, "a pixel each way, never mirrored"
+
+
+def test_normalisation(make_settings):
+    data = load(make_settings, "data=digits", "data.mean=[0.5,0.25,0]", "data.std=[0.5,1,2]", train=False)
+    images, targets = data.on_after_batch_transfer((torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), torch.tensor([3])))
+    assert images[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.75, 0.5])
+    assert targets.tolist() == [3]
+
+
+@pytest.mark.parametrize(("n", "world_size"), [(10, 1), (10, 3), (9, 3), (2, 4)])
+def test_shares_of_processes(n, world_size):
+    def keys(shuffle, epoch=0):
+        samplers = [KeySampler(torch.arange(n), shuffle, 0, rank, world_size, epoch) for rank in range(world_size)]
+        assert len({len(list(sampler)) for sampler in samplers}) == 1, "as many for each, else processes wait for each other"
+        return [key for sampler in samplers for key in sampler]
+    counted = [index for _, index, real in keys(shuffle=False) if real]
+    assert sorted(counted) == list(range(n)), "every test image is counted once"
+    trained = [index for _, index, _ in keys(shuffle=True)]
+    assert len(set(trained)) == len(trained) == n // world_size * world_size
+
+
+def test_filling_images_do_not_count(make_settings):
+    data = load(make_settings, "data=digits", train=False)
+    _, targets = data.test_set.__getitems__([(0, 5, True), (0, 6, False)])
+    assert targets.tolist() == [int(data.test_set.targets[5]), -1]
+
+
+def test_held_out_images(make_settings, cifar):
+    data = load(make_settings, f"data.root={cifar}", "data.val_size=12", "data.batch_size=28")
+    assert not set(data.val_indices.tolist()) & set(data.train_indices.tolist())
+    assert len(data.val_indices) + len(data.train_indices) == 40
+    images, _ = next(iter(data.val_dataloader()[1]))
+    assert torch.equal(images, data.train_set.images[data.val_indices]), "not augmented"
+
+
+def test_process_shares_divide_the_batch(make_settings):
+    data = load(make_settings, "data=digits", "data.batch_size=64")
+    data.trainer = SimpleNamespace(global_rank=1, world_size=4)
+    assert data.train_dataloader().batch_size == 16
+    data.trainer = SimpleNamespace(global_rank=1, world_size=3)
+    with pytest.raises(ValueError, match=r"data\.batch_size=64.*3 processes"):
+        data.train_dataloader()
+
+
+def test_image_size_resizes(make_settings, cifar):
+    assert load(make_settings, f"data.root={cifar}", "data.batch_size=8", "data.image_size=16").image_size == 16
+    assert load(make_settings, "data=digits", "data.image_size=32").train_set.images.shape[1:] == (3, 32, 32)
+
+
+def test_tree_of_files(make_settings, files):
+    data = load(make_settings, "data=imagenet", f"data.root={files}", "data.image_size=32", "data.batch_size=4", "data.num_workers=0")
+    assert data.classes == ["n01", "n02", "n03"]
+    images, targets = next(iter(data.test_dataloader()))
+    assert images.shape == (4, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    with Image.open(files / "val" / "n01" / "0.png") as image:  # resize to 256/224 of 32, centre crop
+        resized = image.resize((round(50 / 40 * 37), 37), Image.Resampling.BILINEAR)
+    left, top = (resized.width - 32) / 2, (37 - 32) / 2
+    expected = np.asarray(resized.crop((round(left), round(top), round(left) + 32, round(top) + 32))).astype(int)
+    assert np.abs(images[0].permute(1, 2, 0).numpy().astype(int) - expected).mean() < 3
+
+
+def test_lighting_is_one_shift_of_colour():
+    torch.manual_seed(0)
+    image = torch.full((3, 4, 4), 128, dtype=torch.uint8)
+    shifts = torch.stack([lighting(image)[:, 0, 0].float() - 128 for _ in range(2000)])
+    assert (lighting(image).flatten(1).float().std(1) == 0).all()
+    # The standard deviation of a channel: sqrt(sum_i (vector_i * value_i)^2) * 0.1 * 255
+    vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    expected = np.sqrt(((vectors * np.array([0.2175, 0.0188, 0.0045])) ** 2).sum(1)) * 25.5
+    assert shifts.std(0).tolist() == pytest.approx(expected.tolist(), rel=0.1)
+
+
+def test_broken_input(make_settings, tmp_path, cifar, files):
+    def fails(message, *overrides, train=True):
+        with pytest.raises(ValueError, match=message):
+            load(make_settings, *overrides, train=train)
+
+    fails(r"no cifar10 at data\.root=.*data=digits", f"data.root={tmp_path}/nowhere", "data.download=false")
+    fails(r"no images at data\.root", "data=imagenet", f"data.root={tmp_path}/nowhere")
+    fails(r"batch_size=500 is larger than the 40", f"data.root={cifar}", "data.batch_size=500")
+    fails(r"val_size=39 held out", f"data.root={cifar}", "data.batch_size=8", "data.val_size=39")
+    fails("has 100 classes, but", "data=cifar100", f"data.root={cifar}")
+
+    (files / "val" / "n99").mkdir()
+    Image.new("RGB", (9, 9)).save(files / "val" / "n99" / "0.png")
+    fails("classes that the training images lack: n99", "data=imagenet", f"data.root={files}")
+
+    (cifar / "test" / "c3" / "1.png").write_bytes(b"no image")
+    fails(r"unreadable image: .*c3/1\.png", f"data.root={cifar}", "data.batch_size=8", train=False)
+    Image.new("RGB", (30, 32)).save(cifar / "test" / "c3" / "1.png")
+    fails(r"c3/1\.png is 30x32", f"data.root={cifar}", "data.batch_size=8", train=False)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_file_is_named(make_settings, files, workers):
+    (files / "val" / "n02" / "3.png").write_bytes(b"no image")
+    data = load(make_settings, "data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4", f"data.num_workers={workers}",
+                train=False)
+    with pytest.raises(ValueError, match=r"unreadable image: .*n02/3\.png"):
+        list(data.test_dataloader())
+
+
+def test_official_archive(make_settings, tmp_path, monkeypatch):
+    """Read the pickled batches of the official archive, with checksums patched to those of a small one."""
+    import hashlib
+    import pickle
+
+    from torchvision import datasets
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch():
+        return {"data": draw.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+    train, test = [write("data_batch_1", batch())], [write("test_batch", batch())]
+    meta = write("batches.meta", {"label_names": [f"name{i}" for i in range(10)]})
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", test)
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    data = load(make_settings, f"data.root={tmp_path}", "data.batch_size=8", "data.download=false")
+    assert data.classes[3] == "name3"
+    assert data.train_set.images.shape == (20, 3, 32, 32)
+    raw = pickle.loads((folder / "test_batch").read_bytes())["data"][5].reshape(3, 32, 32)
+    assert np.array_equal(data.test_set.images[5].numpy(), raw)

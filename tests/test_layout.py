@@ -1,0 +1,20 @@
+"""Rules about the code itself."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LIBRARY = sorted(Path(ROOT, "dbb").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
+def test_dbb_imports_torch_and_nothing_else(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+            [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.split(".")[0] in {"dbb", "torch", *sys.stdlib_module_names}, name

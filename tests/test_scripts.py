@@ -1,0 +1,238 @@
+"""The three scripts, end to end, in this process and as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+import convert as convert_script
+import eval as eval_script
+import train as train_script
+from dbb import branches, reparameterize
+from models import build_model
+from tests.conftest import ROOT, randomize
+from training.callbacks import make_loggers
+from training.checkpoint import load_checkpoint
+from training.module import Classifier, warmup_cosine
+
+TINY = ("data=digits", "trainer.max_epochs=1", "trainer.limit_train_batches=8", "optim.lr=0.02", "logger=csv")
+
+
+def run(script, *overrides, cwd, env=()):
+    """Start a script as a user does."""
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"} | {"OMP_NUM_THREADS": "1"} | dict(env)
+    return subprocess.run([sys.executable, os.path.join(ROOT, script), *overrides], cwd=cwd, capture_output=True, text=True,
+                          env=env, timeout=300, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run of resnet20_dbb started from the command line: its folder and what it printed."""
+    cwd = tmp_path_factory.mktemp("run")
+    done = run("train.py", "model=resnet20_dbb", *TINY[:-1], cwd=cwd,
+               env={"WANDB_API_KEY": "", "HOME": str(cwd), "NETRC": str(cwd / "none")})
+    assert done.returncode == 0, done.stderr
+    [folder] = (cwd / "outputs" / "resnet20_dbb_digits").iterdir()
+    return folder, done.stdout
+
+
+def test_train_eval_and_convert_agree(trained, make_settings):
+    folder, printed = trained
+    ckpt = f"ckpt={folder}/checkpoints/last.ckpt"
+    result = eval_script.evaluate(make_settings(ckpt, config_name="eval"))
+    assert f"test top1 {result['top1']:.4f}" in printed
+    report = convert_script.convert(make_settings(ckpt, config_name="convert"), folder / "convert")
+    for when in ("before", "after"):
+        assert {key: report[when][key] for key in ("top1", "top5")} == {key: result[key] for key in ("top1", "top5")}
+    assert (report["predictions_changed"], report["images"]) == (0, 360)
+    assert 0 < report["relative_error"] < 1e-5
+    assert json.loads((folder / "convert" / "report.json").read_text()) == report
+
+    plain = build_model("resnet20", 10, image_size=8)
+    assert report["before"]["parameters"] == sum(p.numel() for p in build_model("resnet20", 10, "dbb", 8).parameters())
+    # Each 3x3 convolution of the plain network, written out; the classifier has 64 * 10.
+    macs = [8 * 8 * 9 * (3 * 16 + 6 * 16 * 16), 4 * 4 * 9 * (16 * 32 + 5 * 32 * 32), 2 * 2 * 9 * (32 * 64 + 5 * 64 * 64), 640]
+    assert report["after"]["macs"] == sum(macs)
+    assert report["before"]["macs"] > 2.2 * sum(macs)
+    assert report["after"]["parameters"] == sum(p.numel() for n, p in plain.named_parameters() if "bn" not in n) + 16 + 6 * 112
+
+    merged = reparameterize(build_model("resnet20", 10, "dbb", 8).eval())
+    merged.load_state_dict(load_file(folder / "convert" / "model.safetensors"))
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    folder, printed = trained
+    assert {"config.yaml", "metrics.csv", "checkpoints", "wandb"} <= {path.name for path in folder.iterdir()}
+    header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss_epoch", "test/loss", "test/top1", "test/top5", "train/images_per_second", "train/seconds_per_step",
+            "train/peak_memory_mib", "final/top1"} <= set(header)
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb")), "without a key W&B runs offline, and asks nobody"
+    assert "epoch 1/1" in printed
+    assert "19 of 19 convolutions became blocks" in printed
+    assert "=" not in "".join(str(path.relative_to(folder)) for path in folder.rglob("*.ckpt"))
+    checkpoint = load_checkpoint(folder / "checkpoints" / "last.ckpt")
+    assert checkpoint["dbb"]["settings"]["model"] == {"name": "resnet20", "channels_last": False, "compile": False}
+    assert checkpoint["dbb"]["settings"]["logger"]["id"]
+
+
+def test_convert_from_the_command_line(trained, tmp_path):
+    folder, _ = trained
+    ckpt = f"ckpt={folder}/checkpoints/last.ckpt"
+    done = run("convert.py", ckpt, f"out={tmp_path}/out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0 of 360 predictions changed" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors", "report.json"]
+    assert not (tmp_path / "outputs").exists()
+    failed = run("convert.py", ckpt, f"out={tmp_path}/strict", "tolerance=1e-12", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "error: the conversion changed the network" in failed.stderr
+    assert [path.name for path in (tmp_path / "strict").iterdir()] == ["report.json"]
+
+
+def test_wrong_conversion_writes_no_weights(trained, make_settings, tmp_path, monkeypatch):
+    folder, _ = trained
+    good = branches.fuse_conv_norm
+    monkeypatch.setattr(branches, "fuse_conv_norm", lambda k, b, mean, *rest: good(k, b, 0 * mean, *rest))
+    with pytest.raises(ValueError, match="no weights were written"):
+        convert_script.convert(make_settings(f"ckpt={folder}/checkpoints/last.ckpt", config_name="convert"), tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_bad_checkpoints(trained, make_settings, tmp_path):
+    folder, _ = trained
+    good = folder / "checkpoints" / "last.ckpt"
+
+    def fails(message, *overrides):
+        with pytest.raises(ValueError, match=message):
+            eval_script.evaluate(make_settings(*overrides, config_name="eval"))
+
+    (tmp_path / "cut.ckpt").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "text.ckpt").write_text("hello")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    torch.save({"dbb": nn.Linear(2, 2)}, tmp_path / "pickled.ckpt")
+    fails("no such file", f"ckpt={tmp_path}/none.ckpt")
+    fails("cannot be read", f"ckpt={tmp_path}/cut.ckpt")
+    fails("cannot be read", f"ckpt={tmp_path}/text.ckpt")
+    fails("not written by train.py", f"ckpt={tmp_path}/other.ckpt")
+    fails("not written by train.py", f"ckpt={tmp_path}/list.ckpt")
+    fails("cannot be read", f"ckpt={tmp_path}/pickled.ckpt")
+    fails("is needed")
+    fails("another network: .* missing .* unexpected", f"ckpt={good}", "block=acb")
+    fails("cannot stand beside ckpt", f"ckpt={good}", "experiment=demo")
+
+    from tests.test_data import write_tree
+    tree = write_tree(tmp_path / "tree", ("train", "val"), ["a", "b"], 2, (8, 8))
+    fails("trained for 10 classes, but data=folder has 2", f"ckpt={good}", "data=folder", f"data.root={tree}")
+
+    checkpoint = torch.load(good, weights_only=True)
+    checkpoint["dbb"]["settings"]["trainer"]["callbacks"] = "os.system"
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    fails("callbacks", f"ckpt={tmp_path}/odd.ckpt")
+
+
+def test_a_second_run_does_not_overwrite_the_first(trained, make_settings):
+    folder, _ = trained
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_script.train(make_settings("model=resnet20", *TINY), folder)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["data=digits", "data.batch_size=5000"], "error: data.batch_size=5000 is larger"),
+    (["data=digits", "out=/proc/nothing/here"], "error: cannot write into /proc/nothing/here"),
+    (["model=timm"], "error: model.name"), (["model=resnet19"], "resnet18"), (["+trainer.max_epoch=3"], "max_epoch")])
+def test_errors_are_sentences(tmp_path, overrides, message):
+    done = run("train.py", *overrides, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_two_processes(tmp_path):
+    """DDP on the CPU trains, counts every test image once, and its checkpoint converts."""
+    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp",
+               "out=ddp", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = (tmp_path / "ddp" / "metrics.csv").read_text().splitlines()
+    column = {name: [row.split(",")[i] for row in rows[1:]] for i, name in enumerate(rows[0].split(","))}
+    during, after = ([float(v) for v in column[key] if v] for key in ("test/top1", "final/top1"))
+    assert during == pytest.approx(after, abs=1e-6)
+    converted = run("convert.py", "ckpt=ddp/checkpoints/last.ckpt", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    assert "0 of 360 predictions changed" in converted.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["ddp"], "no further output folders"
+
+
+@pytest.mark.parametrize("extra", [("block=acb", "optim.ema_decay=0.5"), ("trainer.precision=bf16-mixed", "model.channels_last=true", "trainer.gradient_clip_val=1.0"),
+                                   ("model=timm", "model.name=mobilenetv3_small_050", "block=dbb", "data.image_size=32", "data.val_size=50"),
+                                   ("block=none",)], ids=["acb and ema", "bf16", "timm", "plain"])
+def test_options(make_settings, tmp_path, extra):
+    model = [] if any(o.startswith("model=") for o in extra) else ["model=resnet20_dbb"]
+    result = train_script.train(make_settings(*model, *TINY, "trainer.limit_train_batches=2", *extra), tmp_path)
+    ckpt = f"ckpt={tmp_path}/checkpoints/last.ckpt"
+    report = convert_script.convert(make_settings(ckpt, config_name="convert"), tmp_path / "convert")
+    assert report["predictions_changed"] == 0
+    assert report["before"]["top1"] == result["top1"]
+
+
+def test_ema_is_what_is_kept(make_settings, tmp_path):
+    train_script.train(make_settings("model=resnet20", *TINY, "optim.ema_decay=0.5"), tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    kept, live = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert not torch.equal(kept["net.conv1.weight"], live["net.conv1.weight"])
+
+
+def test_sync_batchnorm_keeps_the_activation(make_settings):
+    settings = make_settings("model=timm", "model.name=mobilenetv1_100", "data=digits", "data.image_size=32", "block=dbb")
+    torch.manual_seed(0)
+    before = randomize(Classifier(settings, list("0123456789"), 32).net).eval()
+    settings.trainer.sync_batchnorm = True
+    after = Classifier(settings, list("0123456789"), 32).net.eval()
+    assert not any(type(m) in (nn.BatchNorm2d, BatchNormAct2d) for m in after.modules())
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in after.modules()) > 27
+    after.load_state_dict(before.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(before(x), after(x))
+
+
+def test_compiled_network_keeps_its_keys(make_settings):
+    settings = make_settings("model=resnet20", "data=digits", "model.compile=true")
+    assert "net.conv1.weight" in Classifier(settings, list("0123456789"), 8).state_dict()
+
+
+def test_schedule():
+    factors = [warmup_cosine(step, 20, 4) for step in range(21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[12] == pytest.approx(0.5)
+    assert factors[20] == pytest.approx(0)
+    assert warmup_cosine(0, 10, 0) == 1
+
+
+def test_convert_adds_to_the_wandb_run(make_settings, tmp_path, trained):
+    folder, _ = trained
+    ckpt = f"ckpt={folder}/checkpoints/last.ckpt"
+    settings = make_settings(ckpt, config_name="convert")
+    report = convert_script.convert(settings, tmp_path)
+    runs = len(list((folder / "wandb").glob("offline-run-*")))
+    convert_script.log(report, settings, folder)
+    assert len(list((folder / "wandb").glob(f"offline-run-*-{settings.logger.id}"))) == runs + 1
+    assert "final/top1" in (folder / "metrics.csv").read_text(), "the metrics of the training are still there"
+
+
+def test_loggers(make_settings, tmp_path):
+    assert len(make_loggers(make_settings("data=digits", "logger=csv").logger, tmp_path, "x")) == 1
+    assert len(make_loggers(make_settings("data=digits").logger, tmp_path, "x")) == 2
+
+
+def test_every_experiment_runs(make_settings, tmp_path):
+    for path in Path(ROOT, "configs", "experiment").glob("*.yaml"):
+        train_script.train(make_settings(f"experiment={path.stem}", "debug=default", "logger=csv"), tmp_path / path.stem)

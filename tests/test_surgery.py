@@ -1,0 +1,177 @@
+"""Surgery on small networks made to be difficult, and on those of timm and torchvision."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from dbb import ReparamConv2d, branchwise, replace_convs, reparameterize
+from tests.conftest import randomize, relative_error
+
+
+class Difficult(nn.Module):
+    """Convolutions whose output goes to all the places where a swap would be wrong, and some where it is right."""
+
+    def __init__(self):
+        super().__init__()
+        def conv(*args, **kwargs):
+            return nn.Conv2d(*args, **{"padding": 1} | kwargs)
+        self.paired, self.paired_norm = conv(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3, momentum=0.02)
+        self.to_relu, self.to_relu_norm = conv(8, 8, 3), nn.BatchNorm2d(8)
+        self.to_add, self.to_add_norm = conv(8, 8, 3), nn.BatchNorm2d(8)
+        self.to_cat, self.to_cat_norm = conv(8, 4, 3), nn.BatchNorm2d(8)
+        self.norm_twice_a, self.norm_twice_b, self.norm_twice = conv(8, 8, 3), conv(8, 8, 3), nn.BatchNorm2d(8)
+        self.reused, self.reused_norm = conv(8, 8, 3), nn.BatchNorm2d(8)
+        self.point, self.point_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.big, self.big_norm = conv(8, 8, 7, padding=3), nn.BatchNorm2d(8)
+        self.lonely = conv(8, 8, 3)
+        self.group, self.group_norm = conv(8, 8, 3), nn.GroupNorm(2, 8)
+        self.plain_gamma, self.plain_gamma_norm = conv(8, 8, 3), nn.BatchNorm2d(8, affine=False)
+        self.output, self.output_norm = conv(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = F.relu(self.paired_norm(self.paired(x)))
+        x = self.to_relu_norm(F.relu(self.to_relu(x)))
+        y = self.to_add(x)
+        x = self.to_add_norm(y) + y
+        x = self.to_cat_norm(torch.cat([self.to_cat(x), x[:, :4]], 1))
+        x = self.norm_twice(self.norm_twice_a(x)) + self.norm_twice(self.norm_twice_b(x))
+        for _ in range(2):
+            x = self.reused_norm(self.reused(x))
+        x = self.big_norm(self.big(self.point_norm(self.point(x))))
+        x = self.plain_gamma_norm(self.plain_gamma(self.group_norm(self.group(x))))
+        y = self.output(x)
+        return self.output_norm(y), y
+
+
+def test_pairs_are_found_by_the_flow_of_tensors():
+    net, image = Difficult(), torch.zeros(1, 3, 12, 12)
+    state = copy.deepcopy(net.state_dict())
+    net.train()
+    _, report = replace_convs(net, "acb", example_input=image)
+    rows = {row.module: row for row in report}
+    assert {name for name, row in rows.items() if row.block} == {"paired", "reused"}
+    for name, reason in {"to_relu": "relu", "to_add": "also goes to add", "to_cat": "cat", "norm_twice_a": "norm_twice",
+                         "norm_twice_b": "norm_twice", "point": "kernel 1x1", "big": "kernel 7x7", "lonely": "not reached",
+                         "group": "native_group_norm", "plain_gamma": "no gamma", "output": "network's output"}.items():
+        assert rows[name].block is None
+        assert reason in rows[name].reason, rows[name]
+    assert "2 of 13 convolutions became blocks" in str(report)
+    assert net.training
+    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items()), "the argument is left as it was"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_tracing_leaves_the_random_state_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout())  # nothing to initialise
+    before = torch.get_rng_state()
+    replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 8, 8))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_block_takes_over_convolution_and_norm():
+    torch.manual_seed(0)
+    net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8, eps=1e-2, momentum=0.03))).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    new, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 9, 8, dtype=torch.float64))
+    block = new[0]
+    assert not new.training
+    assert block.branches["kxk"].weight.dtype == torch.float64
+    for branch in block.branches.values():
+        assert (branch.bn.eps, branch.bn.momentum) == (1e-2, 0.03)
+        assert torch.equal(branch.bn.weight, net[1].weight)
+    assert block.branches["1x1_avg"].scale.eps == 1e-2
+    for name in ("1x1", "1x1_avg", "1x1_kxk"):
+        del block.branches[name]
+    with torch.no_grad():
+        assert relative_error(new(x), net(x)) < 1e-12, "the kxk branch alone is the old pair"
+
+
+def test_activation_inside_the_norm_stays():
+    net = timm.create_model("mobilenetv1_100", num_classes=5).eval()
+    new, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 64, 64))
+    assert sum(row.block is not None for row in report) == 14
+    kept = [m for m in new.modules() if isinstance(m, nn.ReLU6)]
+    assert len(kept) == sum(isinstance(m, nn.ReLU6) for m in net.modules()) == 27
+    seen = []
+    for module in kept:
+        module.register_forward_hook(lambda module, args, output: seen.append(float(output.min())))
+    new(torch.randn(1, 3, 64, 64))
+    assert len(seen) == 27
+    assert min(seen) >= 0
+
+
+def test_norm_that_does_more_than_is_known_stays():
+    class Odd(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+    _, report = replace_convs(nn.Sequential(nn.Conv2d(3, 4, 3), Odd(4)), "dbb")
+    assert "Odd" in report[0].reason
+
+
+def test_convolution_that_is_more_than_one_stays():
+    class Odd(nn.Conv2d):
+        pass
+    _, report = replace_convs(nn.Sequential(Odd(3, 4, 3), nn.BatchNorm2d(4)), "dbb")
+    assert "Odd is more" in report[0].reason
+
+
+def test_include_and_exclude():
+    net = timm.create_model("resnet18", num_classes=5)
+    small = torch.zeros(1, 3, 64, 64)
+    _, report = replace_convs(net, "dbb", include=["layer1.*", "layer2.*"], exclude=["*.conv2"], example_input=small)
+    assert [row.module for row in report if row.block] == ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"]
+    with pytest.raises(ValueError, match="layer9"):
+        replace_convs(net, "dbb", include=["layer9.*"], example_input=small)
+    with pytest.raises(ValueError, match="dbbb.*known are dbb, acb"):
+        replace_convs(net, "dbbb")
+
+
+def test_shared_module_becomes_one_shared_block():
+    conv, norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    net = nn.Sequential(conv, norm, nn.ReLU(), conv, norm)
+    new, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 4, 8, 8))
+    assert isinstance(new[0], ReparamConv2d)
+    assert new[0] is new[3]
+    merged = reparameterize(randomize(new).eval())
+    assert merged[0] is merged[3]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "regnety_002", "densenet121", "efficientnet_b0", "vgg11_bn", "hrnet_w18_small",
+                                  "ghostnet_100", "levit_conv_128s", "mobilenetv4_conv_small", "repvgg_a0"])
+def test_timm_networks(name):
+    torch.manual_seed(0)
+    size = 224 if "levit" in name else 64
+    net = timm.create_model(name, num_classes=5).double().eval()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    new, report = replace_convs(net, "dbb", example_input=x[:1])
+    randomize(new)
+    merged = reparameterize(new)
+    assert not any(isinstance(module, ReparamConv2d) for module in merged.modules())
+    with torch.no_grad():
+        with branchwise(new):
+            expected = new(x)
+        assert relative_error(merged(x), expected) < 1e-12
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    extra = {key for key, value in merged.state_dict().items() if shapes.get(key) != value.shape}
+    assert extra == {f"{row.module}.bias" for row in report if row.block} - shapes.keys(), "names and shapes are the old ones, with biases"
+
+
+def test_torchvision_and_timms_own_walker():
+    net = torchvision.models.resnet18(num_classes=5).eval()
+    new, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 64, 64))
+    assert sum(row.block is not None for row in report) == 16
+    randomize(new)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        merged, by_timm = reparameterize(new), timm.utils.reparameterize_model(new)
+        assert torch.equal(merged(x), by_timm(x))
+        assert torch.equal(reparameterize(merged)(x), merged(x)), "converting twice is harmless"
+    assert isinstance(new.layer1[0].conv1, ReparamConv2d), "the argument is left as it was"
+    assert all(p.requires_grad for p in merged.parameters())
+    with pytest.raises(ValueError, match="eval"):
+        reparameterize(new.train())
