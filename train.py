@@ -58,8 +58,9 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
         trainer.loggers[-1].log_hyperparams(asdict(settings))
-        print(f"{settings.model.name} with block={settings.block.name}: {sum(p.numel() for p in model.net.parameters()):,} parameters, "
-              f"total stride {model.net.total_stride} at {data.image_size} pixels, on {trainer.strategy.root_device}", model.net.report, f"run folder: {run_dir}", sep="\n")
+        parameters = sum(p.numel() for p in model.net.parameters())
+        print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
+              f"at {data.image_size} pixels, on {trainer.strategy.root_device}", model.net.report, f"run folder: {run_dir}", sep="\n")
 
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
     if trainer.interrupted or not trainer.is_global_zero:

@@ -185,11 +185,21 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
             return self.first
         return self.first + identity_kernel(len(self.first), self.geometry.groups, self.first.dtype, self.first.device)
 
-    def kernel(self, moments=None):
+    def scaled(self, moments: Moments | None) -> Tensor:
+        """The 1x1 kernel times the inner norm's factors, `[M, I/G, 1, 1]`."""
         first = self.pointwise()
-        scale = self.scale(first, self.bn, moments)
-        with full_precision(first.device):
-            return merge_1x1_kxk(first * scale[:, None, None, None], self.second, self.geometry.groups)[0]
+        return first * self.scale(first, self.bn, moments)[:, None, None, None]
+
+    def kernel(self, moments=None):
+        with full_precision(self.second.device):
+            return merge_1x1_kxk(self.scaled(moments), self.second, self.geometry.groups)[0]
+
+    def response(self, x, moments=None):
+        # Composing the kernel takes the 1x1 layer's products once a tap and output channel, running it once a position.
+        g = self.geometry
+        if g.out_channels // g.groups * g.kernel_size[0] * g.kernel_size[1] < len(x) * x.shape[2] * x.shape[3]:
+            return super().response(x, moments)
+        return g.conv(F.conv2d(x, self.scaled(moments), groups=g.groups), self.second)
 
     def drawn(self, x):
         first = self.pointwise()

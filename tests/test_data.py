@@ -184,8 +184,8 @@ def test_broken_input(make_settings, tmp_path, cifar, files):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_file_is_named(make_settings, files, workers):
     (files / "val" / "n02" / "3.png").write_bytes(b"no image")
-    data = load(make_settings, "data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4", f"data.num_workers={workers}",
-                train=False)
+    data = load(make_settings, "data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4",
+                f"data.num_workers={workers}", train=False)
     with pytest.raises(ValueError, match=r"unreadable image: .*n02/3\.png"):
         list(data.test_dataloader())
 

@@ -88,7 +88,8 @@ def error(groups, mutation=None, monkeypatch=None):
     for kernel_size, channels in ((3, 8), ((3, 5), 8), (4, 8)):
         torch.manual_seed(0)
         padding = (1, 2) if kernel_size == (3, 5) else 1
-        block = randomize(ReparamConv2d(channels, channels, kernel_size, padding=padding, groups=groups, branches=ALL, dtype=torch.float64)).eval()
+        block = ReparamConv2d(channels, channels, kernel_size, padding=padding, groups=groups, branches=ALL, dtype=torch.float64)
+        randomize(block).eval()
         x = torch.randn(2, channels, 9, 8, dtype=torch.float64)
         with torch.no_grad():
             with branchwise(block):

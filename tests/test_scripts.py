@@ -171,9 +171,11 @@ def test_two_processes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ddp"], "no further output folders"
 
 
-@pytest.mark.parametrize("extra", [("block=acb", "optim.ema_decay=0.5"), ("trainer.precision=bf16-mixed", "model.channels_last=true", "trainer.gradient_clip_val=1.0"),
-                                   ("model=timm", "model.name=mobilenetv3_small_050", "block=dbb", "data.image_size=32", "data.val_size=50"),
-                                   ("block=none",)], ids=["acb and ema", "bf16", "timm", "plain"])
+@pytest.mark.parametrize("extra", [
+    ("block=acb", "optim.ema_decay=0.5"),
+    ("trainer.precision=bf16-mixed", "model.channels_last=true", "trainer.gradient_clip_val=1.0"),
+    ("model=timm", "model.name=mobilenetv3_small_050", "block=dbb", "data.image_size=32", "data.val_size=50"),
+    ("block=none",)], ids=["acb and ema", "bf16", "timm", "plain"])
 def test_options(make_settings, tmp_path, extra):
     model = [] if any(o.startswith("model=") for o in extra) else ["model=resnet20_dbb"]
     result = train_script.train(make_settings(*model, *TINY, "trainer.limit_train_batches=2", *extra), tmp_path)

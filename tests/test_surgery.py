@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from dbb import ReparamConv2d, branchwise, replace_convs, reparameterize
+from dbb import ReparamConv2d, branchwise, reparameterize, replace_convs
 from tests.conftest import randomize, relative_error
 
 
@@ -141,8 +141,8 @@ def test_shared_module_becomes_one_shared_block():
     assert merged[0] is merged[3]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "regnety_002", "densenet121", "efficientnet_b0", "vgg11_bn", "hrnet_w18_small",
-                                  "ghostnet_100", "levit_conv_128s", "mobilenetv4_conv_small", "repvgg_a0"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "regnety_002", "densenet121", "efficientnet_b0", "vgg11_bn",
+                                  "hrnet_w18_small", "ghostnet_100", "levit_conv_128s", "mobilenetv4_conv_small", "repvgg_a0"])
 def test_timm_networks(name):
     torch.manual_seed(0)
     size = 224 if "levit" in name else 64
