@@ -120,7 +120,7 @@ def measure(name: str, nets: dict[str, nn.Module], x: torch.Tensor, rounds: int)
 
 
 def ratios(values: dict[str, float]) -> list[str]:
-    """drawn / plain, ours / plain, ours / drawn."""
+    """As columns: drawn / plain, ours / plain, ours / drawn."""
     return [f"{values[a] / values[b]:.2f}" for a, b in (("drawn", "plain"), ("exact", "plain"), ("exact", "drawn"))]
 
 

@@ -1,0 +1,36 @@
+"""What only a GPU can check: `make gpu`. Skipped where there is none; not run yet."""
+
+import pytest
+import torch
+
+from dbb import BLOCKS, branchwise, reparameterize
+from models import BACKBONES, build_model
+from tests.conftest import randomize, relative_error
+from tests.test_scripts import TINY, run
+from training.evaluate import exact_arithmetic
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_conversion_on_the_gpu(name, block):
+    net = randomize(build_model(name, 10, block, image_size=32)).cuda()
+    x = torch.randn(4, 3, 32, 32, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        net.train()(x).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    net.eval()
+    with torch.no_grad(), exact_arithmetic():
+        with branchwise(net):
+            expected = net(x)
+        merged = reparameterize(net)
+        assert next(merged.parameters()).is_cuda
+        assert relative_error(merged(x), expected) < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_with_synchronised_norms(tmp_path):
+    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.devices=2", "trainer.strategy=ddp", "trainer.sync_batchnorm=true",
+               "out=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]

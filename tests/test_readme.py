@@ -1,0 +1,29 @@
+"""The examples in the README run."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import dbb
+from tests.conftest import ROOT, randomize, relative_error
+
+BLOCKS = re.findall(r"```python\n(.*?)```", Path(ROOT, "README.md").read_text(), re.DOTALL)
+
+
+def test_library_in_plain_pytorch(capsys):
+    namespace = {}
+    exec(BLOCKS[0], namespace)
+    assert "16 of 20 convolutions became blocks" in capsys.readouterr().out
+
+
+def test_worked_example_of_a_branch():
+    import textwrap
+    exec(textwrap.dedent(BLOCKS[1]), {"dbb": dbb, "torch": torch})
+    block = dbb.ReparamConv2d(4, 6, (3, 5), padding=(1, 2), groups=2, branches=("kxk", "row"), dtype=torch.float64)
+    x = torch.randn(2, 4, 8, 9, dtype=torch.float64)
+    block.train()(x).square().sum().backward()
+    assert block.branches["row"].gain.grad is not None
+    randomize(block).eval()
+    with torch.no_grad(), dbb.branchwise(block):
+        assert relative_error(block.fuse()(x), block(x)) < 1e-12
