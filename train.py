@@ -38,14 +38,22 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         ValueError: if a setting or the data is wrong, or `run_dir` already holds another run.
     """
     last = run_dir / "checkpoints" / "last.ckpt"
-    if settings.ckpt is None and last.exists():
+    if last.exists() and (settings.ckpt is None or Path(settings.ckpt).resolve().parent != last.parent.resolve()):
         raise ValueError(f"{run_dir} already holds a run: go on with it by ckpt={last}, or choose another folder with out=DIR")
     if settings.logger.id is None:
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    checkpoint = load_checkpoint(settings.ckpt) if settings.ckpt is not None else None
-    data = ImageData(settings.data, settings.seed, first_epoch=checkpoint["epoch"] + 1 if checkpoint else 0)
+    checkpoint, done = None, 0  # epochs
+    if settings.ckpt is not None:
+        checkpoint = load_checkpoint(settings.ckpt)
+        done, optimizer = checkpoint["epoch"] + 1, checkpoint["dbb"]["settings"]["optim"]["name"]
+        if done >= settings.trainer.max_epochs:
+            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint has all of {done} epochs behind it; "
+                             "ask for more")
+        if optimizer != settings.optim.name:
+            raise ValueError(f"optim.name={settings.optim.name} cannot go on with the state of {optimizer} in the checkpoint")
+    data = ImageData(settings.data, settings.seed, first_epoch=done)
     data.load(train=True)
     model = Classifier(settings, data.classes, data.image_size)
     if checkpoint is not None:
@@ -60,7 +68,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         trainer.loggers[-1].log_hyperparams(asdict(settings))
         parameters = sum(p.numel() for p in model.net.parameters())
         print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
-              f"at {data.image_size} pixels, on {trainer.strategy.root_device}", model.net.report, f"run folder: {run_dir}", sep="\n")
+              f"at {data.image_size} pixels, on {trainer.strategy.root_device}",
+              *[model.net.report] * bool(model.net.report), f"run folder: {run_dir}", sep="\n")
 
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
     if trainer.interrupted or not trainer.is_global_zero:
@@ -83,8 +92,8 @@ def main(cfg: DictConfig) -> float | None:
             return train(resolve(cfg, hydra_cfg.overrides.task), run_dir).get("top1")
         finally:
             wandb.finish()  # one run a job, also in a multirun
-            if not any(run_dir.iterdir()):
-                run_dir.rmdir()  # stopped before it began
+            if cfg.ckpt is None and cfg.out is None and not any(run_dir.iterdir()):
+                run_dir.rmdir()  # ours, and stopped before it began
 
 
 if __name__ == "__main__":

@@ -141,7 +141,13 @@ class ReparamConv2d(nn.Module):
             nn.init.constant_(branch.bn.weight, value)
 
     def single_init(self) -> None:
-        """Start as the plain convolution: gamma 1 in the first `kxk` branch, 0 in all others."""
+        """Start as the plain convolution: gamma 1 in the first `kxk` branch, 0 in all others.
+
+        Raises:
+            ValueError: if there is no `kxk` branch.
+        """
+        if "kxk" not in self.branches:
+            raise ValueError(f"single_init needs a kxk branch; the block has {', '.join(self.branches) or 'none: it is deployed'}")
         self.init_gamma(0.0)
         nn.init.ones_(self.branches["kxk"].bn.weight)
 

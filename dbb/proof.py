@@ -22,6 +22,8 @@ def compare_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
     """Compare pairs of logits `[N, classes]`, batch by batch."""
     images, absolute, relative, gaps = 0, 0.0, 0.0, []
     for before, after in batches:
+        if not len(before):
+            continue
         before, after = before.double(), after.double()
         difference = (before - after).abs().amax(1)
         largest = before.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)

@@ -124,7 +124,7 @@ def replace_convs(model: nn.Module, block: str | Callable[..., ReparamConv2d] = 
         raise ValueError(f"block={block!r} is unknown; known are {', '.join(BLOCKS)}")
     make_block = BLOCKS[block] if isinstance(block, str) else block
     if example_input is None:
-        first = next(model.parameters())
+        first = next(model.parameters(), torch.empty(0))
         example_input = torch.zeros(1, 3, 224, 224, device=first.device, dtype=first.dtype)
     result, traced = copy.deepcopy(model), copy.deepcopy(model)  # what a forward pass may change stays in `traced`
     flow = _Flow(traced).run(traced, example_input)
@@ -147,13 +147,18 @@ def replace_convs(model: nn.Module, block: str | Callable[..., ReparamConv2d] = 
             reason = f"{type(conv).__name__} is more than a Conv2d"
         else:
             norm, reason = _partner(conv, flow, names)
+        if norm is not None and any(_hooks(result.get_submodule(names[module])) for module in (conv, norm)):
+            norm, reason = None, "it or its norm has hooks, which a block would not run"
         if norm is not None:
             rest = _after_norm(norm)
             if rest is None:
                 reason = f"its norm is a {type(norm).__name__}, which does more than is known here"
         if reason is None:
-            replacements[name] = _make(make_block, conv, norm).train(result.get_submodule(name).training)
-            replacements[names[norm]] = rest.train(result.get_submodule(names[norm]).training)
+            conv_mode, norm_mode = (result.get_submodule(names[module]).training for module in (conv, norm))
+            replacements[name] = _make(make_block, conv, norm).train(conv_mode)
+            for branch in replacements[name].branches.values():
+                branch.bn.train(norm_mode)
+            replacements[names[norm]] = rest.train(norm_mode)
         made = replacements.get(name)
         report.append(Row(name, conv.kernel_size, type(made).__name__ if made is not None else None, reason or ""))
 
@@ -179,6 +184,10 @@ def _partner(conv: nn.Conv2d, flow: _Flow, names: dict[nn.Module, str]) -> tuple
     if norm.weight is None or norm.running_mean is None:
         return None, f"{names[norm]} has no gamma or no running statistics"
     return norm, None
+
+
+def _hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _after_norm(norm: nn.BatchNorm2d) -> nn.Module | None:
@@ -213,7 +222,9 @@ def _make(make_block: Callable[..., ReparamConv2d], conv: nn.Conv2d, norm: nn.Ba
             kxk.bn.load_state_dict(norm.state_dict())
             if conv.bias is not None:
                 kxk.bn.running_mean -= conv.bias  # the norm subtracts it again
-    return block
+    if not conv.weight.is_contiguous():
+        block = block.to(memory_format=torch.channels_last)
+    return block.requires_grad_(conv.weight.requires_grad)  # a frozen layer stays frozen
 
 
 def reparameterize(model: nn.Module) -> nn.Module:
@@ -224,13 +235,12 @@ def reparameterize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if a block is in training mode.
     """
-    model = copy.deepcopy(model)
-    if isinstance(model, ReparamConv2d):
-        return model.fuse()
-    fused = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    model, fused = copy.deepcopy(model), {}
+    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):  # the inner before the outer
         if isinstance(module, ReparamConv2d):
             if module not in fused:
                 fused[module] = module.fuse()
+            if not name:
+                return fused[module]
             model.set_submodule(name, fused[module])
     return model

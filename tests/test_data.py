@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from training.data import ImageData, KeySampler, crop_and_flip
-from training.sources import lighting
+from training.sources import lighting, read_image
 
 
 def write_tree(root, splits, classes, count, size, seed=0):
@@ -179,6 +179,21 @@ def test_broken_input(make_settings, tmp_path, cifar, files):
     fails(r"unreadable image: .*c3/1\.png", f"data.root={cifar}", "data.batch_size=8", train=False)
     Image.new("RGB", (30, 32)).save(cifar / "test" / "c3" / "1.png")
     fails(r"c3/1\.png is 30x32", f"data.root={cifar}", "data.batch_size=8", train=False)
+
+
+def test_odd_images(tmp_path):
+    for name, image in {"deep": Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)), "grey": Image.new("L", (4, 4), 117),
+                        "clear": Image.new("RGBA", (4, 4), (117, 117, 117, 9))}.items():
+        image.save(tmp_path / f"{name}.png")
+        assert read_image(tmp_path / f"{name}.png").getpixel((0, 0)) == (117, 117, 117), name
+
+
+def test_empty_class(make_settings, files):
+    (files / "train" / ".hidden").mkdir()
+    load(make_settings, "data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
+    (files / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        load(make_settings, "data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

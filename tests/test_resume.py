@@ -8,6 +8,7 @@ from pytorch_lightning.callbacks import Callback
 
 import train as train_script
 from training.checkpoint import load_checkpoint
+from training.module import warmup_cosine
 
 SHORT = ("model=resnet20_dbb", "data=digits", "logger=csv", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1",
          "trainer.max_epochs=3", "trainer.log_every_n_steps=1")
@@ -60,3 +61,24 @@ def test_settings_beside_a_checkpoint_take_effect(make_settings, tmp_path, capsy
     assert group["weight_decay"] == 0.5
     assert group["initial_lr"] == 0.03
     assert group["lr"] == pytest.approx(0, abs=1e-9), "the cosine was stretched to the new length"
+
+
+def test_a_changed_batch_keeps_the_place_in_the_schedule(make_settings, tmp_path):
+    """Half of the epochs done is half of the cosine, however many steps an epoch has."""
+    train_script.train(make_settings(*SHORT, "trainer.max_epochs=2", "data.batch_size=32", "trainer.limit_train_batches=6"), tmp_path)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    train_script.train(make_settings(f"ckpt={path}", "trainer.max_epochs=4", "trainer.limit_train_batches=2"), tmp_path)
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("lr-momentum") if "lr-momentum" in rows[0] else rows[0].split(",").index("lr-SGD")
+    rates = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+    assert rates[-4:] == pytest.approx([0.1 * warmup_cosine(step, 8, 0) for step in (4, 5, 6, 7)])
+
+
+@pytest.mark.parametrize(("override", "message"), [("trainer.max_epochs=1", "all of 1 epochs behind it"),
+                                                  ("optim.name=adamw", "state of momentum")])
+def test_what_a_checkpoint_cannot_go_on_with(make_settings, tmp_path, override, message):
+    train_script.train(make_settings(*SHORT, "trainer.max_epochs=1"), tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=message):
+        train_script.train(make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=3", override), tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == before

@@ -156,6 +156,18 @@ def test_errors_are_sentences(tmp_path, overrides, message):
     assert not list(tmp_path.rglob("*.*"))
 
 
+def test_a_mistyped_checkpoint_takes_nothing_away(tmp_path):
+    (tmp_path / "here").mkdir()
+    assert "no such file" in run("train.py", "ckpt=nope", cwd=tmp_path / "here").stderr
+    assert (tmp_path / "here").is_dir()
+
+
+def test_multirun(tmp_path):
+    done = run("train.py", "-m", "model=resnet20", *TINY, "trainer.limit_train_batches=1", "seed=0,1", "out=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("sweep/*/checkpoints/last.ckpt"))) == 2
+
+
 def test_two_processes(tmp_path):
     """DDP on the CPU trains, counts every test image once, and its checkpoint converts."""
     done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp",
@@ -175,7 +187,7 @@ def test_two_processes(tmp_path):
     ("block=acb", "optim.ema_decay=0.5"),
     ("trainer.precision=bf16-mixed", "model.channels_last=true", "trainer.gradient_clip_val=1.0"),
     ("model=timm", "model.name=mobilenetv3_small_050", "block=dbb", "data.image_size=32", "data.val_size=50"),
-    ("block=none",)], ids=["acb and ema", "bf16", "timm", "plain"])
+    ("block=none", "trainer.precision=bf16-true")], ids=["acb and ema", "bf16", "timm", "plain bf16-true"])
 def test_options(make_settings, tmp_path, extra):
     model = [] if any(o.startswith("model=") for o in extra) else ["model=resnet20_dbb"]
     result = train_script.train(make_settings(*model, *TINY, "trainer.limit_train_batches=2", *extra), tmp_path)

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from dbb import ReparamConv2d, branchwise, reparameterize, replace_convs
+from dbb import DiverseBranchBlock, ReparamConv2d, branchwise, reparameterize, replace_convs
 from tests.conftest import randomize, relative_error
 
 
@@ -129,6 +129,33 @@ def test_include_and_exclude():
         replace_convs(net, "dbb", include=["layer9.*"], example_input=small)
     with pytest.raises(ValueError, match="dbbb.*known are dbb, acb"):
         replace_convs(net, "dbbb")
+
+
+def test_hooks_keep_a_pair_as_it_is():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net[1].register_forward_hook(lambda module, args, output: output * 2)
+    _, report = replace_convs(net, "dbb")
+    assert "hooks" in report[0].reason
+
+
+def test_frozen_stays_frozen_and_modes_are_kept():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train().requires_grad_(False)
+    net[1].eval()
+    new, _ = replace_convs(net.to(memory_format=torch.channels_last), "dbb")
+    assert new[0].training
+    assert not any(branch.bn.training for branch in new[0].branches.values())
+    assert not any(p.requires_grad for p in new.parameters())
+    assert not new[0].branches["kxk"].weight.is_contiguous(), "channels_last"
+
+
+def test_nested_blocks_are_all_converted():
+    inner = nn.Sequential(nn.ReLU(), DiverseBranchBlock(4, 4, 3, padding=1))
+    block = randomize(DiverseBranchBlock(3, 4, 3, padding=1, nonlinear=inner)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    for net in (block, nn.Sequential(block)):
+        merged = reparameterize(net)
+        assert not any(isinstance(module, ReparamConv2d) for module in merged.modules())
+        assert relative_error(merged(x), net(x)) < 1e-5
 
 
 def test_shared_module_becomes_one_shared_block():

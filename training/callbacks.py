@@ -49,7 +49,9 @@ class EpochLine(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            shown = ("train/loss_epoch", "test/loss", "test/top1", "test/top5", "val/top1", "train/images_per_second")
+            shown = ["train/loss_epoch", "train/images_per_second"]
+            if (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0:
+                shown[1:1] = ["test/loss", "test/top1", "test/top5", "val/top1"]
             values = [f"{key.removesuffix('_epoch')} {float(trainer.callback_metrics[key]):.4g}"
                       for key in shown if key in trainer.callback_metrics]
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *values, sep="  ", flush=True)

@@ -49,6 +49,7 @@ class Classifier(pl.LightningModule):
             "loss": MeanMetric()}, compute_groups=False) for split in SPLITS})
 
     def forward(self, images: Tensor) -> Tensor:
+        images = images.to(next(self.net.parameters()).dtype)  # for precision=bf16-true and the like
         if self.settings.model.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
@@ -92,8 +93,9 @@ class Classifier(pl.LightningModule):
 
     def on_train_start(self) -> None:
         # A checkpoint brings its optimiser's options along; those of the settings, perhaps changed beside it, stand.
-        # The schedule has no state but its step, so that a changed `trainer.max_epochs` stretches it.
+        # So does the schedule's place: epochs done of epochs wanted, whatever the steps an epoch has now.
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        schedule.last_epoch = int(self.trainer.estimated_stepping_batches) * self.current_epoch // self.trainer.max_epochs
         schedule.base_lrs = [fresh["lr"] for fresh in self.fresh_options]
         for group, fresh in zip(optimizer.param_groups, self.fresh_options, strict=True):
             group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)})

@@ -89,7 +89,6 @@ class TrainerConf:
     check_val_every_n_epoch: int = 1
     limit_train_batches: int | float = 1.0
     limit_val_batches: int | float = 1.0
-    overfit_batches: int | float = 0.0
     log_every_n_steps: int = 50
     deterministic: bool = False
     benchmark: bool | None = None
@@ -141,12 +140,17 @@ class Settings:
                 raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such augmentation")
         if self.data.image_size is None and self.data.name in FILE_SETS:
             raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
-        for knob, value in (("data.batch_size", self.data.batch_size), ("trainer.max_epochs", self.trainer.max_epochs)):
-            if value < 1:
-                raise ValueError(f"{knob}={value} must be at least 1")
-        for knob in ("val_size", "num_workers", "crop_padding"):
-            if getattr(self.data, knob) < 0:
-                raise ValueError(f"data.{knob}={getattr(self.data, knob)} must not be negative")
+        for knob, value, least in (
+                ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size or 1, 1),
+                ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
+                ("data.crop_padding", self.data.crop_padding, 0), ("trainer.max_epochs", self.trainer.max_epochs, 1),
+                ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
+            if value < least:
+                raise ValueError(f"{knob}={value} must be at least {least}")
+        if not 0 <= self.optim.label_smoothing < 1:
+            raise ValueError(f"optim.label_smoothing={self.optim.label_smoothing} must lie between 0 and 1")
+        if self.trainer.limit_train_batches <= 0:
+            raise ValueError(f"trainer.limit_train_batches={self.trainer.limit_train_batches} leaves nothing to train on")
         if not (len(self.data.mean) == len(self.data.std) == 3 and min(self.data.std) > 0):
             raise ValueError("data.mean and data.std need three numbers each, one a channel, and no deviation of zero")
 
@@ -203,7 +207,7 @@ def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, d
     """The run's folder: the checkpoint's own, or a new one; only the first process of a job makes one."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) != 0:
         return "."
-    if ckpt is not None:
+    if ckpt is not None and out is None:
         return str(Path(ckpt).absolute().parent.parent) if Path(ckpt).is_file() else "."
     name = model if block == "none" else f"{model}_{block}"
     with plain_errors():
@@ -211,4 +215,5 @@ def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, d
 
 
 ConfigStore.instance().store(name="schema", node=Settings)
+OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value))
 OmegaConf.register_new_resolver("run_dir", _run_dir, use_cache=True)

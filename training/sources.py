@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
@@ -102,7 +103,7 @@ def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
-    tree = Tree(str(root / split), _classes(root / "train"))
+    tree = Tree(root / split, _classes(root / "train"))
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
         images = list(pool.map(lambda sample: TF.pil_to_tensor(read_image(sample[0])), tree.samples))
     for (path, _), image in zip(tree.samples, images, strict=True):
@@ -167,7 +168,7 @@ def load_files(conf: DataConf, seed: int, train: bool) -> tuple[FileImages, list
         raise ValueError(f"no images at data.root={root}: data={conf.name} expects train/<class>/ and val/<class>/ there; "
                          "data=digits needs no file")
     held_out = root / ("val" if (root / "val").is_dir() else "test")
-    tree = Tree(str(root / "train" if train else held_out), _classes(root / "train"))
+    tree = Tree(root / "train" if train else held_out, _classes(root / "train"))
     return FileImages(tree, conf, seed, augment=train), tree.classes
 
 
@@ -175,13 +176,13 @@ class Tree(datasets.ImageFolder):
     """An image folder whose classes are those of the training split.
 
     Raises:
-        ValueError: if it has a class that training lacks, or holds no images.
+        ValueError: if it has a class that training lacks, holds no images, or is for training and a class is empty.
     """
 
-    def __init__(self, folder: str, classes: list[str]):
+    def __init__(self, folder: Path, classes: list[str]):
         self.known = classes
         try:
-            super().__init__(folder, allow_empty=True)
+            super().__init__(str(folder), allow_empty=folder.name != "train")
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: {error}") from error
         if not self.samples:
@@ -195,7 +196,7 @@ class Tree(datasets.ImageFolder):
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _root(conf: DataConf) -> Path:
@@ -212,6 +213,8 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
