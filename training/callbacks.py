@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -95,7 +96,9 @@ def _csv(run_dir: Path) -> CSVLogger:
     if path.exists():
         path.rename(kept)
     logger = CSVLogger(run_dir, name="", version="")
-    writer = logger.experiment
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")  # the file it would delete was moved away
+        writer = logger.experiment
     if kept.exists():
         kept.rename(path)
         with path.open(newline="") as file:
