@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
 from dbb import branchwise, compare_logits, reparameterize
-from training.callbacks import make_loggers
+from training.callbacks import wandb_logger
 from training.checkpoint import load_checkpoint, load_network, load_weights
 from training.cli import output_folder, plain_errors
 from training.data import ImageData
@@ -89,11 +89,11 @@ def print_table(report: dict) -> None:
 
 def log(report: dict, settings: Settings, run_dir: Path) -> None:
     """Add the table and its figures to the W&B run of the training."""
-    logger = make_loggers(settings.logger, run_dir, run_dir.parent.name)[-1]
-    logger.experiment.log({"convert": wandb.Table(["measure", "before", "after"], rows(report))})
+    run = wandb_logger(settings.logger, run_dir).experiment
+    run.log({"convert": wandb.Table(["measure", "before", "after"], rows(report))})
     for when in ("before", "after"):
-        logger.experiment.summary.update({f"convert/{when}/{name}": value for name, value in report[when].items()})
-    logger.experiment.summary.update({f"convert/{name}": report[name] for name in ("predictions_changed", "ties", "relative_error")})
+        run.summary.update({f"convert/{when}/{name}": value for name, value in report[when].items()})
+    run.summary.update({f"convert/{name}": report[name] for name in ("predictions_changed", "ties", "relative_error")})
     wandb.finish()
 
 

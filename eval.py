@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from training.checkpoint import load_checkpoint, load_network
 from training.cli import plain_errors
 from training.data import ImageData
-from training.evaluate import pick_device, predict, scores
+from training.evaluate import pick_device, predict, scores, sentence
 from training.settings import Settings, resolve
 
 
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> float:
     with plain_errors():
         settings = resolve(cfg, HydraConfig.get().overrides.task)
         result = evaluate(settings)
-        print(f"test top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}  ({settings.ckpt})")
+        print(sentence(result, settings.ckpt))
         return result["top1"]
 
 

@@ -16,10 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training.callbacks import make_callbacks, make_loggers, shows_progress_bar
-from training.checkpoint import load_checkpoint, load_network
+from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors
 from training.data import ImageData
-from training.evaluate import pick_device, predict, scores
+from training.evaluate import pick_device, predict, scores, sentence
 from training.module import Classifier
 from training.settings import Settings, resolve
 
@@ -57,11 +57,11 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     data.load(train=True)
     model = Classifier(settings, data.classes, data.image_size)
     if checkpoint is not None:
-        load_network(checkpoint, settings, len(data.classes))  # says what does not fit, before Lightning would
+        restore(model.net, checkpoint, settings, len(data.classes))  # says what does not fit, before Lightning would
 
     options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
     trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
-                         logger=make_loggers(settings.logger, run_dir, run_dir.parent.name), enable_model_summary=False,
+                         logger=make_loggers(settings.logger, run_dir), enable_model_summary=False,
                          use_distributed_sampler=False, num_sanity_val_steps=0)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
@@ -79,7 +79,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
-    print(f"test top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}  ({last})")
+    print(sentence(result, last))
     return result
 
 

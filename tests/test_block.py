@@ -1,8 +1,8 @@
 """The block against plain references: in training, in eval, after conversion."""
 
 import copy
-import io
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -257,10 +257,7 @@ def test_half_precision_modules(dtype):
 
 def test_copies_and_files():
     block, x = make(3, 1, (8, 8, 1))
-    buffer = io.BytesIO()
-    torch.save(block.eval(), buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(block), torch.load(buffer, weights_only=False)):
+    for other in (copy.deepcopy(block.eval()), pickle.loads(pickle.dumps(block))):
         assert torch.equal(other(x), block(x))
 
 

@@ -19,6 +19,7 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("data.image_size=-3", "data.image_size"),
     ("optim.label_smoothing=2", "label_smoothing"), ("seed=-1", "seed"), ("optim.warmup_epochs=-1", "warmup_epochs"),
     ("trainer.limit_train_batches=0", "limit_train_batches"),
+    ("optim.name=sgdd", "did you mean sgd"),
     ("logger.name=wand", "did you mean wandb"), ("data.name=cifar11", "did you mean cifar10"), ("model=timm", "model.name")])
 def test_wrong_settings_fail_at_once(make_settings, override, knob):
     with pytest.raises((ValueError, HydraException), match=knob.replace(".", r"\.")) as error:

@@ -23,17 +23,12 @@ class Speed(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.start, self.steps, self.seconds = None, 0, 0.0
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if self.start is None:  # the first step also starts workers and compiles: not counted
-            return
-        self.steps += 1
-
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         now = time.perf_counter()
-        if self.start is not None:
-            self.seconds = now - self.start
-        else:
+        if self.start is None:  # the first step also starts workers and compiles: not counted
             self.start = now
+        else:
+            self.steps, self.seconds = self.steps + 1, now - self.start
 
     def on_train_epoch_end(self, trainer, module) -> None:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
@@ -78,16 +73,18 @@ def shows_progress_bar(settings: Settings) -> bool:
     return sys.stdout.isatty() if wanted is None else wanted
 
 
-def make_loggers(conf: LoggerConf, run_dir: Path, name: str) -> list[Logger]:
+def make_loggers(conf: LoggerConf, run_dir: Path) -> list[Logger]:
     """CSV, and W&B unless `logger=csv`; both go on where an earlier session of the same run stopped."""
-    loggers = [_csv(run_dir)]
-    if conf.name == "wandb":
-        # Without a key there is nobody to ask: run offline, to be sent later with `wandb sync`.
-        offline = conf.offline or not wandb.login(prompt=False, verify=False)
-        mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
-        loggers.append(WandbLogger(name, run_dir, id=conf.id, project=conf.project, entity=conf.entity, group=conf.group,
-                                   tags=list(conf.tags), mode=mode))
-    return loggers
+    return [_csv(run_dir), *([wandb_logger(conf, run_dir)] if conf.name == "wandb" else [])]
+
+
+def wandb_logger(conf: LoggerConf, run_dir: Path) -> WandbLogger:
+    """The W&B run of a run's folder, new or gone on with."""
+    # Without a key there is nobody to ask: run offline, to be sent later with `wandb sync`.
+    offline = conf.offline or not wandb.login(prompt=False, verify=False)
+    mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+    return WandbLogger(run_dir.parent.name, run_dir, id=conf.id, project=conf.project, entity=conf.entity, group=conf.group,
+                       tags=list(conf.tags), mode=mode)
 
 
 def _csv(run_dir: Path) -> CSVLogger:

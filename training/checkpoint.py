@@ -29,6 +29,12 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     return checkpoint
 
 
+def build_network(settings, num_classes: int, image_size: int) -> nn.Module:
+    """The network of a run's `Settings`, freshly initialised."""
+    block = None if settings.block.name == "none" else settings.block.name
+    return build_model(settings.model.name, num_classes, block, image_size)
+
+
 def load_network(checkpoint: dict[str, Any], settings, num_classes: int) -> nn.Module:
     """Rebuild the network of a checkpoint, in eval.
 
@@ -38,16 +44,24 @@ def load_network(checkpoint: dict[str, Any], settings, num_classes: int) -> nn.M
         num_classes: of the data at hand.
 
     Raises:
+        ValueError: see `restore`.
+    """
+    # Built for the classes it was trained for, so that `restore` can say what is wrong with the data's.
+    net = build_network(settings, len(checkpoint["dbb"]["classes"]), checkpoint["dbb"]["image_size"])
+    restore(net, checkpoint, settings, num_classes)
+    return net.eval()
+
+
+def restore(net: nn.Module, checkpoint: dict[str, Any], settings, num_classes: int) -> None:
+    """Load a checkpoint's weights into a network.
+
+    Raises:
         ValueError: if the data has another number of classes, or the weights are those of another network.
     """
     trained = len(checkpoint["dbb"]["classes"])
     if trained != num_classes:
         raise ValueError(f"the checkpoint was trained for {trained} classes, but data={settings.data.name} has {num_classes}")
-    block = None if settings.block.name == "none" else settings.block.name
-    net = build_model(settings.model.name, num_classes, block, checkpoint["dbb"]["image_size"])
-    weights = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")}
-    load_weights(net, weights)
-    return net.eval()
+    load_weights(net, {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")})
 
 
 def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:

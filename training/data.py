@@ -54,8 +54,6 @@ class ImageData(pl.LightningDataModule):
     def __init__(self, conf: DataConf, seed: int, first_epoch: int = 0):
         super().__init__()
         self.conf, self.seed, self.first_epoch = conf, seed, first_epoch
-        self.train_set: Dataset | None = None
-        self.test_set: Dataset | None = None
 
     def load(self, train: bool) -> None:
         """Find and read the test images, and with `train` the training images; decoded once where they are small.
@@ -64,9 +62,8 @@ class ImageData(pl.LightningDataModule):
             ValueError: if there is no such data, or it is not of the expected form.
         """
         read = load_tensors if self.conf.name in TENSOR_SETS else load_files
-        if self.test_set is None:
-            self.test_set, self.classes = read(self.conf, self.seed, train=False)
-        if train and self.train_set is None:
+        self.test_set, self.classes = read(self.conf, self.seed, train=False)
+        if train:
             self.train_set, _ = read(self.conf, self.seed, train=True)
             n, held_out = len(self.train_set), self.conf.val_size
             if n - held_out < self.conf.batch_size:

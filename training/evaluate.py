@@ -66,6 +66,11 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
             "loss": F.cross_entropy(logits.double(), targets).item()}
 
 
+def sentence(result: dict[str, float], ckpt: object) -> str:
+    """One line of what `scores` returned for a checkpoint."""
+    return f"test top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}  ({ckpt})"
+
+
 @torch.no_grad()
 def cost(net: nn.Module, image_size: int) -> dict[str, Any]:
     """Parameters, multiply-accumulates and milliseconds of one image (median, on the network's own device)."""

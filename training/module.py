@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict
-from difflib import get_close_matches
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from models import build_model
+from training.checkpoint import build_network
 from training.random import seed_of
 from training.settings import Settings
 
@@ -23,7 +22,7 @@ SPLITS = ("test", "val")  # in the order of `ImageData.val_dataloader`
 
 
 class Classifier(pl.LightningModule):
-    """Trains `models.build_model(...)` with cross-entropy.
+    """Trains the network of the settings with cross-entropy.
 
     Args:
         settings: of the run; they go into the checkpoint as plain values.
@@ -34,8 +33,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, settings: Settings, classes: list[str], image_size: int):
         super().__init__()
         self.settings, self.classes, self.image_size = settings, classes, image_size
-        block = None if settings.block.name == "none" else settings.block.name
-        self.net = build_model(settings.model.name, len(classes), block, image_size)
+        self.net = build_network(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
             # torch's own converter, which Lightning's flag calls, drops the activation inside timm's BatchNormAct2d.
             self.net = timm.layers.convert_sync_batchnorm(self.net)
@@ -80,9 +78,6 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         conf = self.settings.optim
-        if conf.name not in timm.optim.list_optimizers():
-            nearest = get_close_matches(conf.name, timm.optim.list_optimizers(), n=3)
-            raise ValueError(f"optim.name={conf.name} is unknown to timm.optim; nearest are {', '.join(nearest) or 'none'}")
         optimizer = timm.optim.create_optimizer_v2(self.net, conf.name, conf.lr, conf.weight_decay, conf.momentum,
                                                    filter_bias_and_bn=not conf.decay_norm_and_bias)
         self.fresh_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

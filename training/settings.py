@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import timm.optim
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,7 +19,6 @@ from dbb import BLOCKS
 from training.checkpoint import load_checkpoint
 from training.cli import output_folder, plain_errors
 
-GROUPS = ("model", "block", "data", "optim", "trainer", "logger")
 TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
 FILE_SETS = ("imagenet", "folder")  # read image by image
 
@@ -134,6 +134,7 @@ class Settings:
         _one_of("block.name", self.block.name, ["none", *BLOCKS])
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS])
         _one_of("logger.name", self.logger.name, ["csv", "wandb"])
+        _one_of("optim.name", self.optim.name, timm.optim.list_optimizers())
         unused = ["color_jitter", "lighting"] if self.data.name in TENSOR_SETS else ["crop_padding"]
         for knob in unused:
             if getattr(self.data, knob):
@@ -157,9 +158,10 @@ class Settings:
 
 def _one_of(knob: str, value: str, known: list[str]) -> None:
     if value not in known:
-        nearest = get_close_matches(value, known, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{knob}={value} is unknown; known are {', '.join(known)}{hint}")
+        nearest = get_close_matches(value, known, n=3)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        names = ", ".join(known) if len(known) <= 12 else f"{len(known)} names"
+        raise ValueError(f"{knob}={value} is unknown; known are {names}{hint}")
 
 
 def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
