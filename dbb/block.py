@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dbb.branches import BRANCHES, uses_batch_statistics
 from dbb.geometry import Geometry
 from dbb.moments import batch_moments
+from dbb.subclass import Intercept, with_weight
 from dbb.transforms import add_branches
 
 
@@ -28,7 +29,8 @@ class ReparamConv2d(nn.Module):
         padding: see `kernel_size`; also "same" and "valid".
         dilation: see `kernel_size`.
         groups: as in `nn.Conv2d`.
-        branches: names from `BRANCHES`; one that does not fit the shape (an identity with stride 2) is left out.
+        branches: names from `BRANCHES`, repeated for several of a kind; one that does not fit the shape (an identity
+            with stride 2) is left out.
         padding_mode: as in `nn.Conv2d`.
         internal_channels: width inside `1x1_kxk`; by default in_channels, twice that in a depthwise block.
         deploy: build the merged convolution only, for loading converted weights.
@@ -37,7 +39,7 @@ class ReparamConv2d(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: if a branch is unknown, channels do not divide by groups, or no branch spans the kernel.
+        ValueError: if a branch is unknown, `nn.Conv2d` would not take the arguments, or no branch spans the kernel.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1, groups: int = 1,
@@ -46,7 +48,10 @@ class ReparamConv2d(nn.Module):
         super().__init__()
         self.geometry = Geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode,
                                  internal_channels)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+            setattr(self, name, getattr(self.geometry, name))  # for code that asks a convolution
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
+        self.outer = None  # the subclass of Conv2d in whose place the block is, if it was one; see dbb.subclass
         self.branchwise = False  # see the context manager of that name
         self.branches = nn.ModuleDict()
         self.reparam = None
@@ -62,21 +67,36 @@ class ReparamConv2d(nn.Module):
                 copies[name] += 1
                 key = name if copies[name] == 1 else f"{name}_{copies[name]}"
                 self.branches[key] = BRANCHES[name](self.geometry, device=device, dtype=dtype)
-        if not self.branches:
-            raise ValueError(f"branches={list(branches)}: none of them fits {self.geometry}")
+        spanned = [max((b.taps(*self.kernel_size)[dim] for b in self.branches.values()), default=0) for dim in (0, 1)]
+        if spanned[0] < self.kernel_size[0] or spanned[1] < self.kernel_size[1]:
+            raise ValueError(f"branches={list(branches)}: none that fits {self.geometry} spans the kernel; add kxk")
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged convolution's kernel, for code that asks a convolution."""
+        return self.get_equivalent_kernel_bias()[0]
+
+    @property
+    def bias(self) -> Tensor:
+        """The merged convolution's bias."""
+        return self.get_equivalent_kernel_bias()[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.outer is None:
+            return self.nonlinear(self._sum(x))
+        with Intercept(lambda x, *args, **kwargs: self._sum(x)):
+            return self.nonlinear(self.outer(x))
+
+    def _sum(self, x: Tensor) -> Tensor:
         x_padded = self.geometry.pad(x)
         if self.reparam is not None:
-            y = self.geometry.conv(x_padded, self.reparam.weight, self.reparam.bias)
-        elif self._uses_batch_statistics():
+            return self.geometry.conv(x_padded, self.reparam.weight, self.reparam.bias)
+        if self._uses_batch_statistics():
             moments = self._moments(x)
-            y = sum(branch.bn(branch.response(x_padded, moments)) for branch in self.branches.values())
-        elif self.branchwise:
-            y = sum(branch.bn(branch.drawn(x_padded)) for branch in self.branches.values())
-        else:
-            y = self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
-        return self.nonlinear(y)
+            return sum(branch.bn(branch.response(x_padded, moments)) for branch in self.branches.values())
+        if self.branchwise:
+            return sum(branch.bn(branch.drawn(x_padded)) for branch in self.branches.values())
+        return self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
 
     def _uses_batch_statistics(self) -> bool:
         return any(uses_batch_statistics(branch.bn) for branch in self.branches.values())
@@ -102,27 +122,29 @@ class ReparamConv2d(nn.Module):
         """Make the plain convolution that computes the same, in float64, cast back at the end.
 
         Returns:
-            A trainable `nn.Conv2d` of the block's dtype, device and memory format; with `nonlinear`, a
-            `nn.Sequential` of the two.
+            A trainable `nn.Conv2d` of the block's dtype, device and memory format (or the subclass of it that the block
+            replaced); with `nonlinear`, a `nn.Sequential` of the two.
 
         Raises:
             ValueError: in training mode, where a block has no fixed function yet.
         """
-        if self.reparam is None:
-            if self.training or self._uses_batch_statistics():
-                raise ValueError("a block in training mode cannot be converted: call model.eval() first")
-            weight = next(iter(self.branches.values())).bn.weight
-            conv = self._plain_conv(weight.device, weight.dtype)
-            kernel, bias = copy.deepcopy(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
-            with torch.no_grad():
-                conv.weight.copy_(kernel)
-                conv.bias.copy_(bias)
-            if any(p.ndim == 4 and not p.is_contiguous() for p in self.parameters()):
-                conv = conv.to(memory_format=torch.channels_last)
-            conv.train(self.training)
-        else:
-            conv = self.reparam
+        conv = self._merge() if self.reparam is None else self.reparam
+        if self.outer is not None:
+            conv = with_weight(self.outer, conv)
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
+
+    def _merge(self) -> nn.Conv2d:
+        if self.training or self._uses_batch_statistics():
+            raise ValueError("a block in training mode cannot be converted: call model.eval() first")
+        weight = next(iter(self.branches.values())).bn.weight
+        conv = self._plain_conv(weight.device, weight.dtype)
+        kernel, bias = copy.deepcopy(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
+        with torch.no_grad():
+            conv.weight.copy_(kernel)
+            conv.bias.copy_(bias)
+        if any(p.ndim == 4 and not p.is_contiguous() for p in self.parameters()):
+            conv = conv.to(memory_format=torch.channels_last)
+        return conv.train(self.training)
 
     def switch_to_deploy(self) -> None:
         """Convert in place: from now on the block holds one convolution. Harmless the second time.
@@ -131,8 +153,7 @@ class ReparamConv2d(nn.Module):
             ValueError: in training mode.
         """
         if self.reparam is None:
-            fused = self.fuse()
-            self.reparam = fused[0] if isinstance(fused, nn.Sequential) else fused
+            self.reparam = self._merge()
             self.branches.clear()
 
     def init_gamma(self, value: float) -> None:

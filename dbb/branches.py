@@ -4,7 +4,6 @@ A new branch is a subclass with a name, its parameters and `kernel`; see `KxK`. 
 """
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +44,11 @@ class Branch(nn.Module):
         """Whether the branch makes sense for a geometry; where not, a block leaves it out."""
         return True
 
+    @staticmethod
+    def taps(kh: int, kw: int) -> tuple[int, int]:
+        """Height and width of the kernel in a block of KH x KW."""
+        return kh, kw
+
     def kernel(self, moments: Moments | None = None) -> Tensor:
         """Compute the kernel `[O, I/G, h, w]`, differentiable; its centre tap lies on the block's.
 
@@ -71,8 +75,6 @@ class Branch(nn.Module):
 class KxK(Branch, name="kxk"):
     """A plain convolution."""
 
-    taps: ClassVar = staticmethod(lambda kh, kw: (kh, kw))
-
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
         size = self.taps(*geometry.kernel_size)
@@ -85,19 +87,25 @@ class KxK(Branch, name="kxk"):
 class Pointwise(KxK, name="1x1"):
     """A 1x1 convolution on the centre tap."""
 
-    taps = staticmethod(lambda kh, kw: (1, 1))
+    @staticmethod
+    def taps(kh, kw):
+        return (1, 1)
 
 
 class Horizontal(KxK, name="1xk"):
     """A convolution along the middle row (ACNet)."""
 
-    taps = staticmethod(lambda kh, kw: (1, kw))
+    @staticmethod
+    def taps(kh, kw):
+        return (1, kw)
 
 
 class Vertical(KxK, name="kx1"):
     """A convolution along the middle column (ACNet)."""
 
-    taps = staticmethod(lambda kh, kw: (kh, 1))
+    @staticmethod
+    def taps(kh, kw):
+        return (kh, 1)
 
 
 class Identity(Branch, name="identity"):
@@ -106,6 +114,10 @@ class Identity(Branch, name="identity"):
     @staticmethod
     def fits(geometry):
         return geometry.in_channels == geometry.out_channels and geometry.stride == (1, 1)
+
+    @staticmethod
+    def taps(kh, kw):
+        return 1, 1
 
     def kernel(self, moments=None):
         g, norm = self.geometry, self.bn.weight

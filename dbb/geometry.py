@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
@@ -14,6 +14,9 @@ class Geometry:
     """The arguments of `nn.Conv2d`, checked, with pairs written out as (height, width).
 
     `internal_channels` is the width between the two layers of the `1x1_kxk` branch.
+
+    Raises:
+        ValueError: if `nn.Conv2d` would not take them, or the internal channels do not divide by the groups.
     """
 
     in_channels: int
@@ -36,6 +39,10 @@ class Geometry:
         for name in ("in_channels", "out_channels", "internal_channels"):
             if getattr(self, name) % self.groups:
                 raise ValueError(f"{name}={getattr(self, name)} must be divisible by groups={self.groups}")
+        if min(self.kernel_size) < 1:
+            raise ValueError(f"kernel_size={self.kernel_size} must be at least 1")
+        nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups,
+                  padding_mode=self.padding_mode, device="meta")  # torch's own rules: "same" with a stride, unknown modes ...
 
     @property
     def depthwise(self) -> bool:

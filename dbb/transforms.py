@@ -95,5 +95,11 @@ def embed_kernel(kernel: Tensor, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def offsets(small: Sequence[int], large: Sequence[int]) -> list[int]:
-    """Row and column of a small kernel's first tap inside a large one, centre tap on centre tap."""
+    """Row and column of a small kernel's first tap inside a large one, centre tap on centre tap.
+
+    Raises:
+        ValueError: if the small one is larger.
+    """
+    if any(k_small > k_large for k_small, k_large in zip(small, large, strict=True)):
+        raise ValueError(f"a branch's kernel of {tuple(small)} is larger than the block's of {tuple(large)}")
     return [(k_large - 1) // 2 - (k_small - 1) // 2 for k_small, k_large in zip(small, large, strict=True)]

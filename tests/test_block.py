@@ -269,7 +269,7 @@ def test_kernel_is_differentiable():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (dict(branches=("kxk", "2x2")), "2x2.*known are"), (dict(branches=("identity",), stride=2), "none of them fits"),
+    (dict(branches=("kxk", "2x2")), "2x2.*known are"), (dict(branches=("identity",), stride=2), "spans the kernel"),
     (dict(groups=3), "divisible by groups=3")])
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,108 @@
+"""Which norm is fed by which convolution: pairs are found by where tensors flow, not by names."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Flow(TorchDispatchMode):
+    """Follow the outputs of convolutions through one forward pass.
+
+    Works on tensors, below autograd, so that `torch.cat`, `+` and `F.relu` are seen as well as modules.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.norms = defaultdict(list)  # convolution -> the norm fed by each of its calls
+        self.feeders = defaultdict(list)  # norm -> what feeds each of its calls: a convolution or None
+        self.others = defaultdict(set)  # convolution -> the operators, besides its norm, that take its output
+        self.made = {}  # id of an output -> (its convolution, the output, kept alive so that the id stays its own)
+        self.inputs = {}  # subclass of Conv2d -> one input
+        self.inside = None  # the tensor that a norm is working on
+        self.handles = []
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                self.handles.append(module.register_forward_hook(self._leave_conv))
+            elif isinstance(module, NORMS):
+                self.handles.append(module.register_forward_pre_hook(self._enter_norm))
+                self.handles.append(module.register_forward_hook(self._leave_norm))
+
+    def _leave_conv(self, conv, args, output):
+        self.made[id(output)] = conv, output
+        self.norms[conv]  # a convolution that was called
+        if type(conv) is not nn.Conv2d:
+            self.inputs[conv] = args[0]
+
+    def _enter_norm(self, norm, args):
+        conv, _ = self.made.get(id(args[0]), (None, None))
+        self.feeders[norm].append(conv)
+        if conv is not None:
+            self.norms[conv].append(norm)
+            self.inside = args[0]
+
+    def _leave_norm(self, norm, args, output):
+        self.inside = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.note((args, kwargs), func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, tensors, consumer: str):
+        """Remember that `consumer` takes those of `tensors` which a convolution made."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and tensor is not self.inside and id(tensor) in self.made:
+                self.others[self.made[id(tensor)][0]].add(consumer)
+
+    def run(self, model: nn.Module, inputs: Sequence[Tensor]):
+        """One forward pass in eval, without gradients; the model is as before but for its mode."""
+        with ExitStack() as stack:
+            for handle in self.handles:
+                stack.callback(handle.remove)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self)
+            try:
+                output = model.eval()(*inputs)
+            except Exception as error:  # whatever a network raises
+                shapes = ", ".join(str(list(x.shape)) for x in inputs)
+                raise ValueError(f"the network cannot run on example_input of shape {shapes} ({error}); pass one that it takes") from error
+        self.note(output, "the network's output")
+        return self
+
+
+def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Module | str:
+    """The norm that alone takes a convolution's output, or the reason why there is none."""
+    if conv not in flow.norms:
+        return "not reached by the example input"
+    norms, others = set(flow.norms[conv]), ", ".join(sorted(flow.others[conv]))
+    if not norms:
+        return f"no BatchNorm2d follows, but {others or 'nothing'}"
+    if others:
+        return f"its output also goes to {others}"
+    norm = norms.pop()
+    if norms or set(flow.feeders[norm]) != {conv}:
+        return f"{names[norm]} normalises other maps too, or not all of this one's"
+    if norm.weight is None or norm.running_mean is None:
+        return f"{names[norm]} has no gamma or no running statistics"
+    return norm
+
+
+def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module | None:
+    """What a norm module does after normalising; None if that cannot be told.
+
+    A subclass is taken for "normalise, then my children in order" (timm's `BatchNormAct2d`: drop, act), and then asked.
+    """
+    if type(norm) in NORMS:
+        return nn.Identity()
+    rest = nn.Sequential(*norm.children()).eval()
+    probe = torch.linspace(-3, 3, 6 * norm.num_features).to(norm.weight).reshape(1, -1, 2, 3)
+    with torch.no_grad():
+        plain = F.batch_norm(probe, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return rest if torch.equal(rest(plain), norm(probe)) else None

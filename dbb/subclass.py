@@ -1,0 +1,64 @@
+"""Subclasses of Conv2d: what one does to its input is kept, and a block sits in for the convolution inside it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class Intercept(TorchFunctionMode):
+    """Within this context, `F.conv2d(*args, **kwargs)` returns `respond(*args, **kwargs)`."""
+
+    def __init__(self, respond: Callable[..., Tensor]):
+        super().__init__()
+        self.respond = respond
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (self.respond if func is F.conv2d else func)(*args, **(kwargs or {}))
+
+
+def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any] | str:
+    """What a subclass of Conv2d does with its weight.
+
+    Dynamic "same" padding, or circular padding of one axis, prepares the input, then returns `F.conv2d` of it.
+
+    Returns:
+        The arguments of that one convolution, as a block takes them; or the reason why the subclass is not of this kind.
+    """
+    calls = []
+
+    def record(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # F.conv2d's own names
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        calls.append((weight, bias, y, dict(stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode="zeros")))
+        return y
+
+    with torch.no_grad(), Intercept(record):
+        output = conv(x)
+    if len(calls) != 1:
+        return f"calls F.conv2d {len(calls)} times, not once"
+    weight, bias, y, arguments = calls[0]
+    if weight is not conv.weight or bias is not conv.bias:
+        return "computes its kernel from its weight"
+    return arguments if output is y else "changes what its convolution returns"
+
+
+def without_weight(conv: nn.Conv2d) -> nn.Conv2d:
+    """A copy that holds no parameters, only an empty weight of the old shape, for code that asks for that."""
+    conv = copy.deepcopy(conv)
+    empty = conv.weight.new_zeros(()).expand_as(conv.weight)
+    del conv.weight
+    conv.bias = None
+    conv.register_buffer("weight", empty, persistent=False)
+    return conv
+
+
+def with_weight(conv: nn.Conv2d, plain: nn.Conv2d) -> nn.Conv2d:
+    """A copy of a subclass from `without_weight`, with the weight and the bias of a plain convolution."""
+    conv = copy.deepcopy(conv)
+    del conv.weight
+    conv.weight, conv.bias = plain.weight, plain.bias
+    return conv.train(plain.training)
