@@ -7,10 +7,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from training.checkpoint import load_checkpoint, load_network
 from training.cli import plain_errors
-from training.data import ImageData
-from training.evaluate import pick_device, predict, scores, sentence
+from training.evaluate import load_run, pick_device, predict, scores, sentence
 from training.settings import Settings, resolve
 
 
@@ -23,10 +21,9 @@ def evaluate(settings: Settings) -> dict[str, float]:
     Raises:
         ValueError: if the checkpoint or the data is wrong.
     """
-    checkpoint = load_checkpoint(settings.ckpt)
-    data = ImageData(settings.data, settings.seed)
-    data.load(train=False)
-    net = load_network(checkpoint, settings, len(data.classes))
+    net, data, _ = load_run(settings)
+    if data.classes is None:
+        raise ValueError("data=none has no labels to evaluate on; choose a data set, or run convert.py")
     return scores(*predict(net, data, pick_device(settings.trainer.accelerator), "test"))
 
 

@@ -15,7 +15,7 @@ import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from training.callbacks import make_callbacks, make_loggers, shows_progress_bar
+from training.callbacks import log_convolutions, make_callbacks, make_loggers, shows_progress_bar
 from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors
 from training.data import ImageData
@@ -29,7 +29,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
 
     Args:
         settings: of the run; with `ckpt` set, training goes on from there.
-        run_dir: gets config.yaml, metrics.csv, checkpoints/last.ckpt and W&B's files.
+        run_dir: gets config.yaml, convolutions.csv, metrics.csv, checkpoints/last.ckpt and W&B's files.
 
     Returns:
         `top1`, `top5` (fractions) and `loss` of the checkpoint kept; empty in all processes but the first.
@@ -40,6 +40,9 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     last = run_dir / "checkpoints" / "last.ckpt"
     if last.exists() and (settings.ckpt is None or Path(settings.ckpt).resolve().parent != last.parent.resolve()):
         raise ValueError(f"{run_dir} already holds a run: go on with it by ckpt={last}, or choose another folder with out=DIR")
+    if settings.source is not None:
+        raise ValueError(f"source={settings.source}: train.py goes on with its own checkpoints only; model.weights=FILE starts from "
+                         "a plain network's weights, convert.py reads published files")
     if settings.logger.id is None:
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
@@ -55,9 +58,12 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
             raise ValueError(f"optim.name={settings.optim.name} cannot go on with the state of {optimizer} in the checkpoint")
     data = ImageData(settings.data, settings.seed, first_epoch=done)
     data.load(train=True)
+    if checkpoint is not None and len(data.classes) != len(checkpoint["dbb"]["classes"]):
+        raise ValueError(f"the checkpoint was trained for {len(checkpoint['dbb']['classes'])} classes, but data={settings.data.name} "
+                         f"has {len(data.classes)}")
     model = Classifier(settings, data.classes, data.image_size)
     if checkpoint is not None:
-        restore(model.net, checkpoint, settings, len(data.classes))  # says what does not fit, before Lightning would
+        restore(model.net, checkpoint)  # says what does not fit, before Lightning would
 
     options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
     trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
@@ -70,11 +76,12 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
               f"at {data.image_size} pixels, on {trainer.strategy.root_device}",
               *[model.net.report] * bool(model.net.report), f"run folder: {run_dir}", sep="\n")
+        log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
 
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
     if trainer.interrupted or not trainer.is_global_zero:
         return {}
-    net = load_network(load_checkpoint(last), settings, len(data.classes))
+    net = load_network(load_checkpoint(last), settings)
     result = scores(*predict(net, data, pick_device(settings.trainer.accelerator), "test"))
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)

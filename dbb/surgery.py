@@ -44,6 +44,16 @@ class Report(list[Row]):
         return "\n".join(lines)
 
 
+class NothingSwappedError(ValueError):
+    """No convolution could become a block; `report` has the reasons."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        rows = [f"{row.module} ({'x'.join(map(str, row.kernel_size))}) stays, {row.reason}" for row in report[:5]]
+        more = [f"and {len(report) - 5} more"] * (len(report) > 5)
+        super().__init__("no convolution of the network can become a block: " + ("; ".join(rows + more) or "it has none"))
+
+
 def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", include: Sequence[str] | None = None,
                   exclude: Sequence[str] | None = None, example_input: Tensor | Sequence[Tensor] | None = None,
                   kernel_sizes: Container[int] = range(2, 7), init: str = "ones") -> tuple[nn.Module, Report]:
@@ -72,7 +82,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
 
     Raises:
         ValueError: if a block, branch or `init` is unknown or cannot be, a pattern matches no convolution, the network
-            cannot run on `example_input`, or nothing was swapped.
+            cannot run on `example_input`, or nothing can be swapped (`NothingSwappedError`).
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
@@ -88,7 +98,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
                 raise ValueError(f"{knob}: the pattern {pattern!r} matches no convolution; there are {', '.join(nearest)} "
                                  f"({len(convs)} in all)")
     if example_input is None:
-        first = next((conv for conv in convs.values() if isinstance(conv, nn.Conv2d)), nn.Conv2d(3, 1, 1))
+        first = next((module for module in names if isinstance(module, nn.Conv2d | ReparamConv2d)), nn.Conv2d(3, 1, 1))
         example_input = first.weight.new_zeros(1, first.in_channels, 224, 224)
     flow = Flow(traced).run(traced, [example_input] if isinstance(example_input, Tensor) else example_input)
 
@@ -132,9 +142,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         replacements[names[norm]] = rest.train(norm_mode)
         report.append(Row(name, conv.kernel_size, " + ".join(made.branches)))
     if not replacements:
-        raise ValueError("no convolution of the network can become a block: " + "; ".join(
-            f"{row.module} ({'x'.join(map(str, row.kernel_size))}) stays, {row.reason}" for row in report[:5])
-            + (f"; and {len(report) - 5} more" if len(report) > 5 else "" if report else "it has none"))
+        raise NothingSwappedError(report)
 
     aliases = {alias: names[module] for alias, module in traced.named_modules(remove_duplicate=False)}
     for alias, name in aliases.items():

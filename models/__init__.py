@@ -1,5 +1,6 @@
 """The backbones and one builder."""
 
 from models.build import BACKBONES, build_model
+from models.weights import load_weights
 
-__all__ = ["BACKBONES", "build_model"]
+__all__ = ["BACKBONES", "build_model", "load_weights"]

@@ -47,4 +47,5 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over norm of the expected tensor."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))

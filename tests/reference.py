@@ -1,63 +1,77 @@
 """References written plainly, layer by layer, sharing no code with `dbb`."""
 
 import copy
+import re
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-def training_reference(block, x):
-    """What a block computes in training: 1x1, scale by the batch's variance, padded KxK or average, BN; summed.
+def reference(block, x):
+    """What a block computes: 1x1, factor per channel, padded KxK or average, BN; summed. Batch statistics in training mode.
 
-    Written from the design alone. Runs on copies of the block's norms.
+    Written from the design alone, each step a feature map; runs on copies of the block's norms.
 
     Returns:
         The output, and a dict of the running statistics after the step.
     """
     g, total, stats = block.geometry, 0, {}
-    conv = dict(stride=g.stride, padding=g.padding, dilation=g.dilation)
-    (kh, kw), (sh, sw) = g.kernel_size, g.stride
-
-    def inner(u, branch, name):
-        var = u.var((0, 2, 3), unbiased=False)
-        old, momentum = branch.scale.running_var, branch.bn.momentum
-        stats[f"branches.{name}.scale.running_var"] = ((1 - momentum) * old + momentum * u.var((0, 2, 3), unbiased=True)).detach()
-        return u * (branch.scale.weight / (var + branch.scale.eps).sqrt())[:, None, None]
+    (kh, kw), (sh, sw), (dh, dw) = g.kernel_size, g.stride, g.dilation
+    rows, columns = (0, 0), (0, 0)
+    if g.padding == "same":
+        rows, columns = ((d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for d, k in ((dh, kh), (dw, kw)))
+    elif g.padding != "valid":
+        rows, columns = ((p, p) for p in g.padding)
 
     def pad(x):
-        return F.pad(x, (g.padding[1], g.padding[1], g.padding[0], g.padding[0]))
+        return F.pad(x, (*columns, *rows), mode="constant" if g.padding_mode == "zeros" else g.padding_mode)
 
-    def small(x, weight):
-        """A kernel of 1 row, 1 column or both, on the middle of the block's window."""
+    height = (x.shape[2] + sum(rows) - dh * (kh - 1) - 1) // sh + 1
+    width = (x.shape[3] + sum(columns) - dw * (kw - 1) - 1) // sw + 1
+
+    def window(padded, i, j):
+        """The pixel that tap (i, j) sees, at every position of the output."""
+        return padded[:, :, i * dh:i * dh + (height - 1) * sh + 1:sh, j * dw:j * dw + (width - 1) * sw + 1:sw]
+
+    def convolve(x, weight):
+        """Tap by tap; a kernel of 1 row, 1 column or both lies on the middle of the block's window."""
         h, w = weight.shape[2:]
         top, left = (0 if h == kh else (kh - 1) // 2), (0 if w == kw else (kw - 1) // 2)
-        y = F.conv2d(pad(x), weight, groups=g.groups, dilation=g.dilation)[:, :, top * g.dilation[0]:, left * g.dilation[1]:]
-        height = (x.shape[2] + 2 * g.padding[0] - g.dilation[0] * (kh - 1) - 1) // sh + 1
-        width = (x.shape[3] + 2 * g.padding[1] - g.dilation[1] * (kw - 1) - 1) // sw + 1
-        return y[:, :, ::sh, ::sw][:, :, :height, :width]
+        padded = pad(x)
+        return sum(F.conv2d(window(padded, top + i, left + j), weight[:, :, i:i + 1, j:j + 1], groups=g.groups)
+                   for i in range(h) for j in range(w))
 
-    def average(u):
-        assert g.dilation == (1, 1), "the plain reference averages with avg_pool2d"
-        return F.avg_pool2d(pad(u), (kh, kw), g.stride)
+    def average(x):
+        padded = pad(x)
+        return sum(window(padded, i, j) for i in range(kh) for j in range(kw)) / (kh * kw)
+
+    def inner(u, branch, name):
+        scale, bn = branch.scale, branch.bn
+        var = scale.running_var
+        if bn.training:
+            var = u.var((0, 2, 3), unbiased=False)
+            momentum = 1 / (int(bn.num_batches_tracked) + 1) if bn.momentum is None else bn.momentum
+            stats[f"branches.{name}.scale.running_var"] = (
+                (1 - momentum) * scale.running_var + momentum * u.var((0, 2, 3), unbiased=True)).detach()
+        return u * (scale.weight / (var + scale.eps).sqrt())[:, None, None]
 
     for name, branch in block.branches.items():
-        if name in ("kxk", "1x1", "1xk", "kx1"):
-            y = small(x, branch.weight)
-        elif name == "identity":
-            y = small(x, torch.ones(g.in_channels, 1, 1, 1, dtype=x.dtype)) if g.groups == g.in_channels else \
-                small(x, torch.stack([torch.eye(g.in_channels // g.groups, dtype=x.dtype)] * g.groups)
-                      .flatten(0, 1)[:, :, None, None])
-        elif name == "avg":
+        kind = re.sub(r"_\d+$", "", name)  # kxk_2 is a second kxk
+        if kind in ("kxk", "1x1", "1xk", "kx1"):
+            y = convolve(x, branch.weight)
+        elif kind == "identity":
+            y = window(pad(x), (kh - 1) // 2, (kw - 1) // 2)
+        elif kind == "avg":
             y = average(x)
         else:
             first = branch.first
-            if name == "1x1_kxk" and len(first) == g.in_channels:
+            if kind == "1x1_kxk" and len(first) == g.in_channels:
                 first = first.clone()
                 for i in range(g.in_channels):
                     first[i, i % (g.in_channels // g.groups)] += 1
             u = inner(F.conv2d(x, first, groups=g.groups), branch, name)
-            y = average(u) if name == "1x1_avg" else F.conv2d(u, branch.second, groups=g.groups, **conv)
+            y = average(u) if kind == "1x1_avg" else convolve(u, branch.second)
         bn = copy.deepcopy(branch.bn)
         bn.weight, bn.bias = branch.bn.weight, branch.bn.bias  # the same parameters: gradients are compared
         total = total + bn(y)

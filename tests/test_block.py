@@ -10,7 +10,7 @@ from torch import nn
 
 from dbb import AsymmetricConvBlock, DiverseBranchBlock, ReparamConv2d, branches, branchwise
 from tests.conftest import randomize, relative_error
-from tests.reference import PublishedBlock, import_published, training_reference
+from tests.reference import PublishedBlock, import_published, reference
 
 ALL = ("kxk", "1x1", "1x1_kxk", "1x1_avg", "avg", "1xk", "kx1", "identity")
 CHANNELS = [(8, 8, 1), (6, 10, 1), (8, 12, 4), (8, 8, 8), (4, 8, 4)]  # in, out, groups: dense, grouped, depthwise, multiplier
@@ -37,7 +37,7 @@ def test_training_equals_the_reference(kernel_size, stride, channels):
     block, x = make(kernel_size, stride, channels)
     block.train()
     x.requires_grad_()
-    expected, stats = training_reference(block, x)
+    expected, stats = reference(block, x)
     cotangent, parameters = torch.randn_like(expected), [x, *block.parameters()]
     expected_grads = torch.autograd.grad(expected, parameters, cotangent)
     actual = block(x)
@@ -105,7 +105,7 @@ def test_composed_and_layerwise_training_agree(images):
         actual = block.train()(x)
     assert bool(called) == (images == 40)
     block, _ = make(3, 1, (8, 8, 1), branches=("1x1_kxk",))
-    assert relative_error(actual, training_reference(block, x)[0]) < 1e-12
+    assert relative_error(actual, reference(block, x)[0]) < 1e-12
 
 
 def test_dilated_average_skips_pixels():

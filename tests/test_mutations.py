@@ -1,11 +1,15 @@
-"""Break the conversion on purpose, one named bug at a time: the equivalence check must notice each of them."""
+"""Break the code on purpose, one named bug at a time: the equivalence checks must notice each of them.
+
+The key mapping of published files is broken in tests/test_published.py.
+"""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dbb import ReparamConv2d, branches, branchwise, transforms
+from dbb import ReparamConv2d, block, branches, branchwise, geometry, moments, transforms
 from tests.conftest import randomize, relative_error
+from tests.reference import reference
 from tests.test_block import ALL
 
 fuse_conv_norm, merge, embed = transforms.fuse_conv_norm, transforms.merge_1x1_kxk, transforms.embed_kernel
@@ -112,3 +116,71 @@ def test_unmutated(groups):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_noticed(name, monkeypatch):
     assert max(error(groups, MUTATIONS[name], monkeypatch) for groups in (1, 4)) > 1e-12
+
+
+def biased_running_variance(self, first, bn, moments):
+    return SCALE(self, first, bn, moments._replace(count=1e30))
+
+
+def forgets_running_variance(self, first, bn, moments):
+    before = self.running_var.clone()
+    factors = SCALE(self, first, bn, moments)
+    self.running_var.copy_(before)
+    return factors
+
+
+def updates_with_the_wrong_momentum(self, first, bn, moments):
+    before = self.running_var.clone()
+    factors = SCALE(self, first, bn, moments)
+    self.running_var.copy_(0.1 * before + 0.9 * (before + (self.running_var - before) / bn.momentum))
+    return factors
+
+
+def uncentred(x, groups, *sync):
+    x = x.transpose(0, 1).flatten(1).reshape(groups, x.shape[1] // groups, -1)
+    return moments.Moments(x @ x.mT / x.shape[2], x.shape[2])
+
+
+def over_all_channels_alike(x, groups, *sync):
+    found = MOMENTS(x, groups, *sync)
+    return found._replace(covariance=found.covariance.flip(0))
+
+
+SCALE, MOMENTS = branches.Scale.forward, block.batch_moments
+TRAINING_MUTATIONS = {
+    "running variance is the biased one": (branches.Scale, "forward", biased_running_variance),
+    "running variance is not updated": (branches.Scale, "forward", forgets_running_variance),
+    "running variance takes the wrong momentum": (branches.Scale, "forward", updates_with_the_wrong_momentum),
+    "covariance is not centred": (block, "batch_moments", uncentred),
+    "covariance of another group": (block, "batch_moments", over_all_channels_alike),
+    "centre tap at k // 2": (geometry, "offsets", lambda small, large: [b // 2 - a // 2 for a, b in zip(small, large, strict=True)]),
+    "group composition": (branches, "merge_1x1_kxk", wrong_group_order),
+}
+
+
+def training_error(groups, mutation=None, monkeypatch=None):
+    """Largest relative error of outputs and running statistics in training mode against the reference."""
+    errors = []
+    for kernel_size in (3, 4):
+        torch.manual_seed(0)
+        made = randomize(ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, dtype=torch.float64)).train()
+        x = torch.randn(4, 8, 9, 8, dtype=torch.float64) + 1
+        expected, stats = reference(made, x)
+        if mutation is None:
+            actual = made(x)
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(*mutation)
+                actual = made(x)
+        errors += [relative_error(actual, expected), *(relative_error(made.state_dict()[key], value) for key, value in stats.items())]
+    return max(errors)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_unmutated_training(groups):
+    assert training_error(groups) < 1e-12
+
+
+@pytest.mark.parametrize("name", TRAINING_MUTATIONS)
+def test_mutation_in_training_is_noticed(name, monkeypatch):
+    assert max(training_error(groups, TRAINING_MUTATIONS[name], monkeypatch) for groups in (1, 4)) > 1e-12

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from hydra.errors import HydraException
 
-from models import BACKBONES
+from models import BACKBONES, build_model
 from tests.conftest import ROOT
+from training.checkpoint import build_network
 
 MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
 
@@ -14,7 +15,11 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
 @pytest.mark.parametrize(("override", "knob"), [
     ("trainer.max_epochs=abc", "trainer.max_epochs"), ("trainer.max_epoch=3", "max_epoch"), ("+trainer.max_epoch=3", "max_epoch"),
     ("+nonsense=1", "nonsense"), ("data.flip=perhaps", "data.flip"), ("trainer.limit_train_batches=many", "limit_train_batches"),
-    ("model=resnet19", "resnet19"), ("block.name=dbbb", "did you mean dbb"), ("data.color_jitter=true", "data.color_jitter"),
+    ("model=resnet19", "resnet19"), ("block=dbbb", "dbbb"), ("block.name=dbb", "block.branches is empty"),
+    ("block.branches=[kxk,1x2]", "block.branches=1x2 is unknown"), ("block.layers=[{modules:a*,branches:[kxkk]}]", "did you mean kxk"),
+    ("block.layers=[{module:a*}]", "module"), ("block.init=four", "block.init"), ("block.copies=0", "block.copies"),
+    ("block.kernel_sizes=[]", "block.kernel_sizes"),
+    ("block.kernel_sizes=[3x3]", "block.kernel_sizes"), ("source=dbbb", "source"), ("data.color_jitter=true", "data.color_jitter"),
     ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"), ("data.val_size=-1", "data.val_size"),
     ("data.image_size=-3", "data.image_size"),
     ("optim.label_smoothing=2", "label_smoothing"), ("seed=-1", "seed"), ("optim.warmup_epochs=-1", "warmup_epochs"),
@@ -41,6 +46,39 @@ def test_groups_compose(make_settings, data):
     assert settings.data.name == data
     assert settings.logger.name == "csv"
     assert settings.trainer.max_epochs < 100
+
+
+@pytest.mark.parametrize(("block", "dense", "depthwise"), [
+    ("dbb", "kxk + 1x1 + 1x1_avg + 1x1_kxk", "kxk + avg + 1x1_kxk"), ("dbb_lite", "kxk + 1x1 + 1x1_avg", "kxk + avg"),
+    ("acb", "kxk + 1xk + kx1", "kxk + 1xk + kx1"), ("repvgg", "kxk + 1x1", "kxk + 1x1 + identity"),
+    ("mobileone", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1 + identity"), ("none", None, None)])
+def test_every_block_is_a_list(make_settings, block, dense, depthwise):
+    net = build_network(make_settings("data=digits", "model=mobilenet_v1", f"block={block}"), 10, 8)
+    assert [row.block for row in net.report][:2] == ([dense, depthwise] if dense else [])
+    assert {path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} == {
+        "dbb", "dbb_lite", "acb", "repvgg", "mobileone", "none"}, "each is tested here"
+
+
+def test_a_list_from_the_command_line(make_settings):
+    settings = make_settings("model=resnet20", "block.branches=[kxk,1x1,1xk,kx1]", "block.init=third", "block.exclude=[conv1]",
+                             "block.layers=[{modules:blocks.0.*,branches:[kxk,identity]},{modules:blocks.1.conv1,branches:[]}]")
+    assert settings.block.name == "custom"
+    net = build_network(settings, 10, 8)
+    rows = {row.module: row for row in net.report}
+    assert rows["blocks.3.conv1"].block == "kxk + 1x1 + 1xk + kx1"
+    assert rows["blocks.0.conv2"].block == "kxk + identity"
+    assert (rows["blocks.1.conv1"].block, rows["conv1"].reason) == (None, "excluded")
+    assert all((branch.bn.weight == 1 / 3).all() for branch in net.blocks[4].conv1.branches.values())
+
+
+def test_mobileone_takes_a_number_of_copies(make_settings):
+    net = build_network(make_settings("model=resnet20", "block=mobileone", "block.copies=3"), 10, 8)
+    assert list(net.blocks[0].conv1.branches) == ["kxk", "kxk_2", "kxk_3", "1x1", "identity"]
+
+
+def test_dbb_is_the_published_block(make_settings):
+    ours, published = build_network(make_settings("model=mobilenet_v1", "block=dbb"), 10, 32), build_model("mobilenet_v1", 10, "dbb", 32)
+    assert ours.report == published.report
 
 
 def test_seed_zero_is_a_seed(make_settings):

@@ -1,16 +1,20 @@
 """Surgery on small networks made to be difficult, and on those of timm and torchvision."""
 
 import copy
+import pickle
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torchvision
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn import functional as F
 
 from dbb import DiverseBranchBlock, ReparamConv2d, branchwise, reparameterize, replace_convs
-from tests.conftest import randomize, relative_error
+from docs.families import TIMM, TORCHVISION, examine
+from tests.conftest import ROOT, randomize, relative_error
 
 
 class Difficult(nn.Module):
@@ -56,7 +60,7 @@ def test_pairs_are_found_by_the_flow_of_tensors():
     rows = {row.module: row for row in report}
     assert {name for name, row in rows.items() if row.block} == {"paired", "reused"}
     for name, reason in {"to_relu": "relu", "to_add": "also goes to add", "to_cat": "cat", "norm_twice_a": "norm_twice",
-                         "norm_twice_b": "norm_twice", "point": "only kernel sizes 2, 3", "big": "only kernel sizes 2, 3", "lonely": "not reached",
+                         "norm_twice_b": "norm_twice", "point": "only kernel sizes", "big": "only kernel sizes", "lonely": "not reached",
                          "group": "native_group_norm", "plain_gamma": "no gamma", "output": "network's output"}.items():
         assert rows[name].block is None
         assert reason in rows[name].reason, rows[name]
@@ -162,24 +166,173 @@ def test_shared_module_becomes_one_shared_block():
     assert merged[0] is merged[3]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "regnety_002", "densenet121", "efficientnet_b0", "vgg11_bn",
-                                  "hrnet_w18_small", "ghostnet_100", "levit_conv_128s", "mobilenetv4_conv_small", "repvgg_a0"])
-def test_timm_networks(name):
-    torch.manual_seed(0)
-    size = 224 if "levit" in name else 64
-    net = timm.create_model(name, num_classes=5).double().eval()
-    x = torch.randn(2, 3, size, size, dtype=torch.float64)
-    new, report = replace_convs(net, "dbb", example_input=x[:1])
+def test_subclasses_that_prepare_their_input_are_kept():
+    """Timm's dynamic "same" padding, and a padding of our own: the block sits in for the convolution inside."""
+    class Panorama(nn.Conv2d):  # circular in one axis
+        def forward(self, x):
+            return self._conv_forward(F.pad(x, (1, 1, 0, 0), mode="circular"), self.weight, self.bias)
+
+    net = nn.Sequential(Panorama(3, 8, 3, stride=2, padding=(1, 0)), nn.BatchNorm2d(8), nn.ReLU(),
+                        Conv2dSame(8, 8, (3, 2), stride=2, groups=2, bias=False), nn.BatchNorm2d(8))
+    net = randomize(net.double().eval())
+    new, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 12, 12, dtype=torch.float64), init="single")
+    assert all(row.block for row in report)
+    single = copy.deepcopy(new)
     randomize(new)
     merged = reparameterize(new)
-    assert not any(isinstance(module, ReparamConv2d) for module in merged.modules())
+    assert [type(merged[i]) for i in (0, 3)] == [Panorama, Conv2dSame]
+    assert all(value.shape == net.state_dict()[key].shape for key, value in merged.state_dict().items() if key != "3.bias")
     with torch.no_grad():
-        with branchwise(new):
-            expected = new(x)
-        assert relative_error(merged(x), expected) < 1e-12
-    shapes = {key: value.shape for key, value in net.state_dict().items()}
-    extra = {key for key, value in merged.state_dict().items() if shapes.get(key) != value.shape}
-    assert extra == {f"{row.module}.bias" for row in report if row.block} - shapes.keys(), "names and shapes are the old ones, with biases"
+        for size in (12, 11, 9):  # the padding depends on the size, and is not that of the example
+            x = torch.randn(4, 3, size, size + 1, dtype=torch.float64)
+            assert relative_error(single(x), net(x)) < 1e-12
+            with branchwise(new):
+                expected = new(x)
+            assert relative_error(new(x), expected) < 1e-12
+            assert relative_error(merged(x), expected) < 1e-12
+            assert relative_error(copy.deepcopy(single).train()(x), copy.deepcopy(net).train()(x)) < 1e-12
+        deployed = copy.deepcopy(new)
+        deployed[0].switch_to_deploy()
+        assert relative_error(deployed(x), expected) < 1e-12
+        assert relative_error(torch.compile(copy.deepcopy(new), fullgraph=True, backend="aot_eager")(x), expected) < 1e-12
+        assert relative_error(pickle.loads(pickle.dumps(new[3]))(new[:3](x)), new[:4](x)) == 0
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
+@pytest.mark.parametrize(("conv", "reason"), [
+    (Standardised(4, 4, 3, padding=1), "Standardised computes its kernel from its weight"),
+    (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "ParametrizedConv2d computes its kernel"),
+    (Doubled(4, 4, 3), "no BatchNorm2d follows, but mul|Doubled changes what its convolution returns"),
+    (Twice(4, 4, 3, padding=1), "Twice calls F.conv2d 2 times"),
+    (nn.ConvTranspose2d(4, 4, 3), r"0 \(3x3\) stays, ConvTranspose2d is no Conv2d"),
+    (nn.Conv2d(4, 4, 9), "only kernel sizes 2, 3, 4, 5, 6 are swapped")])
+def test_what_stays_is_told_why(conv, reason):
+    with pytest.raises(ValueError, match=f"no convolution of the network can become a block: .*{reason}"):
+        replace_convs(nn.Sequential(conv, nn.BatchNorm2d(4)), "dbb", example_input=torch.zeros(1, 4, 12, 12))
+
+
+def test_conv3d_is_told_why():
+    with pytest.raises(ValueError, match="0 .3x3x3. stays, Conv3d is no Conv2d"):
+        replace_convs(nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)), "dbb", example_input=torch.zeros(1, 3, 5, 8, 8))
+
+
+def test_different_blocks_for_different_layers():
+    net, small = timm.create_model("resnet18", num_classes=5), torch.zeros(1, 3, 64, 64)
+    _, report = replace_convs(net, {"*": "dbb", "layer1.*": ["kxk", "1x1", "identity"], "layer4.*": None, "layer4.1.conv2": "acb"},
+                              example_input=small, kernel_sizes=range(2, 8))
+    rows = {row.module: row for row in report}
+    assert rows["conv1"].block == rows["layer2.0.conv1"].block == "kxk + 1x1 + 1x1_avg + 1x1_kxk", "7x7 as well"
+    assert rows["layer1.1.conv2"].block == "kxk + 1x1 + identity"
+    assert rows["layer4.0.conv1"].reason == "no block is meant for it"
+    assert rows["layer4.1.conv2"].block == "kxk + 1xk + kx1"
+    assert {row.module for row in replace_convs(net, ["kxk"], example_input=small, kernel_sizes=[7])[1] if row.block} == {"conv1"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(block=["kxk", "3x3"]), "layer1.0.conv1: branches: there is no branch '3x3'"),
+    (dict(block=["1x1", "identity"]), r"layer1.0.conv1: branches=.* spans the kernel; add kxk"),
+    (dict(block=["1xk", "kx1"], init="single"), "layer1.0.conv1: init=single, a warm start, needs a kxk branch"),
+    (dict(include=["layer9.*"]), "include: the pattern 'layer9.*' matches no convolution; there are layer"),
+    (dict(exclude=["stem.*"]), "exclude: the pattern 'stem.*' matches no convolution"),
+    (dict(block={"laier1.*": "acb"}), "block: the pattern 'laier1.*' matches no convolution; there are layer"),
+    (dict(init="half"), "init='half' is unknown; known are ones, third, single"),
+    (dict(example_input=torch.zeros(1, 4, 64, 64)), r"cannot run on example_input of shape \[1, 4, 64, 64\]")])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        replace_convs(timm.create_model("resnet18", num_classes=5), **{"example_input": torch.zeros(1, 3, 64, 64)} | arguments)
+
+
+def test_default_image_has_the_channels_of_the_first_convolution():
+    _, report = replace_convs(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))
+    assert report[0].block
+
+
+def test_several_inputs():
+    class Two(nn.Sequential):
+        def forward(self, x, y):
+            return super().forward(x + y)
+    _, report = replace_convs(Two(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), example_input=[torch.zeros(1, 2, 8, 8)] * 2)
+    assert report[0].block
+
+
+def test_a_network_that_reads_its_convolutions():
+    class Reads(nn.Sequential):
+        def forward(self, x):
+            assert self[0].out_channels == self[0].weight.shape[0] == len(self[0].bias) == 4
+            return super().forward(x.to(self[0].weight.dtype))
+    net = randomize(Reads(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    new, _ = replace_convs(net, "acb", init="single")
+    x = torch.randn(2, 3, 8, 8)
+    assert relative_error(new(x), net(x)) < 1e-5
+    assert new[0].kernel_size == (3, 3)
+
+
+def test_synchronised_norms_stay_synchronised():
+    norm = nn.SyncBatchNorm(4)
+    norm.process_group = None
+    new, _ = replace_convs(randomize(nn.Sequential(nn.Conv2d(3, 4, 3), norm)).eval(), "dbb")
+    assert all(isinstance(branch.bn, nn.SyncBatchNorm) for branch in new[0].branches.values())
+
+
+def test_gammas():
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    for init, factors in (("ones", [1, 1, 1]), ("third", [1 / 3] * 3), ("single", [1, 0, 0])):
+        new, _ = replace_convs(net, "acb", init=init)
+        for factor, branch in zip(factors, new[0].branches.values(), strict=True):
+            assert torch.allclose(branch.bn.weight, factor * net[1].weight)
+
+
+def test_blocks_are_left_alone_the_second_time():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    once, _ = replace_convs(net, "dbb", include=["0"])
+    twice, report = replace_convs(once, "acb")
+    assert [row.module for row in report] == ["2"]
+    assert list(twice[0].branches) == ["kxk", "1x1", "1x1_avg", "1x1_kxk"]
+
+
+def test_report_is_a_table():
+    _, report = replace_convs(timm.create_model("resnet18", num_classes=5), "acb", example_input=torch.zeros(1, 3, 64, 64))
+    lines = str(report).splitlines()
+    assert lines[0] == "16 of 20 convolutions became blocks"
+    assert " ".join(lines[1].split()) == "16 3x3 became kxk + 1xk + kx1 (layer1.0.conv1, layer1.0.conv2, layer1.1.conv1, ...)"
+    assert lines[2].split()[:3] == ["1", "7x7", "stayed:"]
+
+
+SLOW = {"resnet18", "resnet50d", "res2net50_14w_8s", "inception_resnet_v2", "inception_v4", "cspdarknet53", "xception41", "cspresnet50",
+        "mobileone_s0", "dm_nfnet_f0", "resnetv2_50", "selecsls42b", "darknet17", "tf_efficientnetv2_b0", "ghostnetv2_100"}
+SLOW_OF_TORCHVISION = {"vgg11", "vgg11_bn", "wide_resnet50_2", "alexnet"}
+FAMILIES = [("timm", name) for name in TIMM if name not in SLOW] + \
+    [("torchvision", name) for name in TORCHVISION if name not in SLOW_OF_TORCHVISION]
+
+
+@pytest.mark.parametrize(("library", "name"), FAMILIES)
+def test_families(library, name):
+    """All but the slow ones of docs/families.md, which `python docs/families.py` writes."""
+    finding = examine(library, name)
+    [row] = [row for row in Path(ROOT, "docs", "families.md").read_text().splitlines() if row.startswith(f"| {library} | {name} |")]
+    assert f"| {finding.swapped} of {finding.convolutions} |" in row, "the table is out of date"
+    if finding.swapped:
+        assert finding.same_function < 1e-12
+        assert finding.after_conversion < 1e-12
+
+
+def test_there_are_enough_families():
+    assert len({name for library, name in FAMILIES if library == "timm"}) >= 30
+    assert len({name for library, name in FAMILIES if library == "torchvision"}) >= 10
 
 
 def test_torchvision_and_timms_own_walker():

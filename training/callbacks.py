@@ -14,6 +14,7 @@ import wandb
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
+from dbb.surgery import Report, Row
 from training.settings import LoggerConf, Settings
 
 
@@ -76,6 +77,15 @@ def shows_progress_bar(settings: Settings) -> bool:
 def make_loggers(conf: LoggerConf, run_dir: Path) -> list[Logger]:
     """CSV, and W&B unless `logger=csv`; both go on where an earlier session of the same run stopped."""
     return [_csv(run_dir), *([wandb_logger(conf, run_dir)] if conf.name == "wandb" else [])]
+
+
+def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
+    """Write what became of every convolution to convolutions.csv, and to W&B as a table."""
+    rows = [[row.module, "x".join(map(str, row.kernel_size)), row.block, row.reason] for row in report]
+    with (run_dir / "convolutions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([Row._fields, *rows])
+    if isinstance(logger, WandbLogger) and rows:
+        logger.log_table("convolutions", list(Row._fields), rows)
 
 
 def wandb_logger(conf: LoggerConf, run_dir: Path) -> WandbLogger:

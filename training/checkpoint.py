@@ -5,9 +5,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models import build_model
+from dbb import ReparamConv2d
+from models import build_model, load_weights
+from training.published import read_weights, translate
 
 
 def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
@@ -29,52 +31,73 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     return checkpoint
 
 
-def build_network(settings, num_classes: int, image_size: int) -> nn.Module:
-    """The network of a run's `Settings`, freshly initialised."""
-    block = None if settings.block.name == "none" else settings.block.name
-    return build_model(settings.model.name, num_classes, block, image_size)
+def build_network(settings, num_classes: int, image_size: int, warm: bool = False) -> nn.Module:
+    """The network of a run's `Settings`; freshly initialised, or `warm` from the trained weights that they name.
+
+    Raises:
+        ValueError: see `models.build_model`.
+    """
+    model, block, warm_file = settings.model, settings.block, settings.model.weights if warm else None
+    return build_model(model.name, num_classes, blocks_of(block), image_size, warm and model.pretrained,
+                       None if warm_file is None else read_weights(warm_file), block.init, include=block.include,
+                       exclude=block.exclude, kernel_sizes=block.kernel_sizes)
 
 
-def load_network(checkpoint: dict[str, Any], settings, num_classes: int) -> nn.Module:
+def blocks_of(conf) -> dict[str, Any] | None:
+    """The blocks that a `BlockConf` asks for, as `dbb.replace_convs` takes them; None for plain convolutions."""
+    def listed(names):
+        return [name for name in names for _ in range(conf.copies if name == "kxk" else 1)]
+
+    def make(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, **kwargs):
+        depthwise = conf.depthwise is not None and groups == in_channels == out_channels
+        return ReparamConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                             listed(conf.depthwise if depthwise else conf.branches), **kwargs)
+
+    blocks = {"*": make} if conf.branches else {}
+    return blocks | {layers.modules: listed(layers.branches) or None for layers in conf.layers} or None
+
+
+def load_network(checkpoint: dict[str, Any], settings) -> nn.Module:
     """Rebuild the network of a checkpoint, in eval.
 
     Args:
         checkpoint: from `load_checkpoint`.
         settings: the run's `Settings`.
-        num_classes: of the data at hand.
 
     Raises:
-        ValueError: see `restore`.
+        ValueError: if the weights are those of another network.
     """
-    # Built for the classes it was trained for, so that `restore` can say what is wrong with the data's.
     net = build_network(settings, len(checkpoint["dbb"]["classes"]), checkpoint["dbb"]["image_size"])
-    restore(net, checkpoint, settings, num_classes)
+    restore(net, checkpoint)
     return net.eval()
 
 
-def restore(net: nn.Module, checkpoint: dict[str, Any], settings, num_classes: int) -> None:
+def restore(net: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Load a checkpoint's weights into a network.
 
     Raises:
-        ValueError: if the data has another number of classes, or the weights are those of another network.
+        ValueError: if they are those of another network.
     """
-    trained = len(checkpoint["dbb"]["classes"])
-    if trained != num_classes:
-        raise ValueError(f"the checkpoint was trained for {trained} classes, but data={settings.data.name} has {num_classes}")
     load_weights(net, {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")})
 
 
-def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """`load_state_dict` that names both difference lists.
+def load_published(settings, image_size: int) -> nn.Module:
+    """Rebuild the network of a file that the authors of `settings.source` published, in eval.
+
+    Training-time files come with their branches. Deployed ones are plain convolutions, as are OREPA's once squeezed:
+    they start blocks as trained weights do, without changing the function.
 
     Raises:
-        ValueError: if a key is missing or too many, or a shape differs.
+        ValueError: if the file cannot be read, or its weights are not those of `settings.model` and `settings.block`.
     """
-    own = net.state_dict()
-    lists = {"missing": sorted(own.keys() - weights.keys()), "unexpected": sorted(weights.keys() - own.keys()),
-             "of another shape": sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)}
-    if any(lists.values()):
-        text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-                         for what, keys in lists.items() if keys)
-        raise ValueError(f"these weights are those of another network: {text}")
-    net.load_state_dict(weights)
+    weights = read_weights(settings.ckpt)
+    num_classes = len([value for value in weights.values() if value.ndim == 2][-1])  # the classifier is the last matrix
+    plain = build_model(settings.model.name, num_classes, image_size=image_size)
+    weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
+    block = blocks_of(settings.block)
+    surgery = dict(include=settings.block.include, exclude=settings.block.exclude, kernel_sizes=settings.block.kernel_sizes)
+    if not with_blocks:
+        return build_model(settings.model.name, num_classes, block, image_size, weights=weights, **surgery).eval()
+    net = build_model(settings.model.name, num_classes, block, image_size, **surgery)
+    load_weights(net, weights)
+    return net.eval()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.random import generator
 from training.settings import TENSOR_SETS, DataConf
-from training.sources import load_files, load_tensors
+from training.sources import load_files, load_noise, load_tensors
 
 
 class KeySampler(Sampler):
@@ -41,7 +41,7 @@ class KeySampler(Sampler):
 
 
 class ImageData(pl.LightningDataModule):
-    """Any of the data sets, by `conf.name`.
+    """Any of the data sets, by `conf.name`; once loaded, `classes` has the names of its classes (None for `data=none`).
 
     Batches on the device are `(images, targets)`: float `[N, 3, H, W]`, normalised, and int64 `[N]`.
 
@@ -61,6 +61,11 @@ class ImageData(pl.LightningDataModule):
         Raises:
             ValueError: if there is no such data, or it is not of the expected form.
         """
+        if self.conf.name == "none":
+            if train:
+                raise ValueError("data=none has nothing to train on; it is for convert.py")
+            self.test_set, self.classes = load_noise(self.conf, self.seed), None
+            return
         read = load_tensors if self.conf.name in TENSOR_SETS else load_files
         self.test_set, self.classes = read(self.conf, self.seed, train=False)
         if train:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,35 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
+from training.checkpoint import load_checkpoint, load_network, load_published
 from training.data import ImageData
+from training.settings import Settings
+
+
+def load_run(settings: Settings) -> tuple[nn.Module, ImageData, dict[str, Any]]:
+    """What eval.py and convert.py work on.
+
+    Returns:
+        The network of `settings.ckpt` in eval, its data, loaded, and what the network is: `model`, `image_size`, `classes`.
+
+    Raises:
+        ValueError: if the checkpoint or the data is wrong, or the two do not have the same number of classes.
+    """
+    checkpoint = load_checkpoint(settings.ckpt) if settings.source is None else None
+    data_conf = settings.data
+    if data_conf.name == "none" and data_conf.image_size is None:
+        data_conf = replace(data_conf, image_size=checkpoint["dbb"]["image_size"] if checkpoint else 224)
+    data = ImageData(data_conf, settings.seed)
+    data.load(train=False)
+    if checkpoint is not None:
+        net, classes, image_size = load_network(checkpoint, settings), checkpoint["dbb"]["classes"], checkpoint["dbb"]["image_size"]
+    else:
+        net, image_size = load_published(settings, data.image_size), data.image_size
+        count = net(torch.zeros(1, 3, image_size, image_size)).shape[1]
+        classes = data.classes or [str(label) for label in range(count)]
+    if data.classes is not None and len(data.classes) != len(classes):
+        raise ValueError(f"the checkpoint was trained for {len(classes)} classes, but data={data_conf.name} has {len(data.classes)}")
+    return net, data, {"model": settings.model.name, "image_size": image_size, "classes": classes}
 
 
 def pick_device(accelerator: str) -> torch.device:

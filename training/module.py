@@ -33,7 +33,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, settings: Settings, classes: list[str], image_size: int):
         super().__init__()
         self.settings, self.classes, self.image_size = settings, classes, image_size
-        self.net = build_network(settings, len(classes), image_size)
+        self.net = build_network(settings, len(classes), image_size, warm=settings.ckpt is None)
         if settings.trainer.sync_batchnorm:
             # torch's own converter, which Lightning's flag calls, drops the activation inside timm's BatchNormAct2d.
             self.net = timm.layers.convert_sync_batchnorm(self.net)

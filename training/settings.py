@@ -15,9 +15,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dbb import BLOCKS
+from dbb import BRANCHES, INITS
 from training.checkpoint import load_checkpoint
 from training.cli import output_folder, plain_errors
+from training.published import SOURCES
 
 TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
 FILE_SETS = ("imagenet", "folder")  # read image by image
@@ -25,18 +26,36 @@ FILE_SETS = ("imagenet", "folder")  # read image by image
 
 @dataclass
 class ModelConf:
-    """The backbone."""
+    """The backbone. A warm start: `pretrained` fetches timm's weights, `weights` reads a file."""
 
     name: str = MISSING
+    pretrained: bool = False
+    weights: str | None = None
     channels_last: bool = False
     compile: bool = False
 
 
 @dataclass
+class LayersConf:
+    """Other branches for the layers whose module name matches a glob pattern; none leaves them plain."""
+
+    modules: str = MISSING
+    branches: list[str] = MISSING
+
+
+@dataclass
 class BlockConf:
-    """What K x K convolutions are swapped for; `none` leaves them."""
+    """What K x K convolutions are swapped for; see configs/block/dbb.yaml."""
 
     name: str = "none"
+    branches: list[str] = field(default_factory=list)
+    depthwise: list[str] | None = None
+    copies: int = 1
+    init: str | None = None
+    kernel_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    layers: list[LayersConf] = field(default_factory=list)
 
 
 @dataclass
@@ -112,7 +131,7 @@ class LoggerConf:
 
 @dataclass
 class Settings:
-    """All settings of a run. `out` is where it writes; `tolerance` is convert.py's."""
+    """All settings of a run. `out` is where it writes; `source` says whose file `ckpt` is; `tolerance` is convert.py's."""
 
     model: ModelConf = field(default_factory=ModelConf)
     block: BlockConf = field(default_factory=BlockConf)
@@ -123,6 +142,7 @@ class Settings:
     seed: int = 0
     ckpt: str | None = None
     out: str | None = None
+    source: str | None = None
     tolerance: float = 1e-4
 
     def __post_init__(self):
@@ -131,8 +151,18 @@ class Settings:
         Raises:
             ValueError: with the knob, its value, and what to do.
         """
-        _one_of("block.name", self.block.name, ["none", *BLOCKS])
-        _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS])
+        for knob, names in (("branches", self.block.branches), ("depthwise", self.block.depthwise or []),
+                            *(("layers", layers.branches) for layers in self.block.layers)):
+            for name in names:
+                _one_of(f"block.{knob}", name, list(BRANCHES))
+        if self.block.name != "none" and not (self.block.branches or self.block.layers):
+            raise ValueError(f"block.name={self.block.name}, but block.branches is empty: block={self.block.name} takes the list of "
+                             "configs/block, block.branches=[kxk,1x1] one of your own, block=none leaves plain convolutions")
+        if self.block.init is not None:
+            _one_of("block.init", self.block.init, list(INITS))
+        if self.source is not None:
+            _one_of("source", self.source, list(SOURCES))
+        _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
         _one_of("logger.name", self.logger.name, ["csv", "wandb"])
         _one_of("optim.name", self.optim.name, timm.optim.list_optimizers())
         unused = ["color_jitter", "lighting"] if self.data.name in TENSOR_SETS else ["crop_padding"]
@@ -144,7 +174,8 @@ class Settings:
         for knob, value, least in (
                 ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size or 1, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
-                ("data.crop_padding", self.data.crop_padding, 0), ("trainer.max_epochs", self.trainer.max_epochs, 1),
+                ("data.crop_padding", self.data.crop_padding, 0), ("block.copies", self.block.copies, 1),
+                ("block.kernel_sizes", min(self.block.kernel_sizes, default=0), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
                 ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
             if value < least:
                 raise ValueError(f"{knob}={value} must be at least {least}")
@@ -177,16 +208,25 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
         ValueError: if a setting is wrong, or cannot be changed on a checkpoint.
     """
     try:
-        if cfg.ckpt is not None:
+        if _list_changed(overrides):
+            cfg.block.name = "custom"
+        if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, overrides)
         cfg = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(cfg, resolve=True))
         settings = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
-    if settings.data.root is not None:
-        settings.data.root = str(Path(settings.data.root).expanduser().resolve())
+    for conf, knob in ((settings.data, "root"), (settings.model, "weights")):
+        if getattr(conf, knob) is not None:
+            setattr(conf, knob, str(Path(getattr(conf, knob)).expanduser().resolve()))
     return settings
+
+
+def _list_changed(overrides: list[str]) -> bool:
+    """Whether the command line makes another block of the one that a file in configs/block describes."""
+    keys = {override.split("=")[0].lstrip("+~") for override in overrides}
+    return bool(keys & {"block.branches", "block.depthwise", "block.layers"}) and "block.name" not in keys
 
 
 def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -205,12 +245,13 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     return result
 
 
-def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, data: str) -> str:
+def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, data: str, overrides: list[str]) -> str:
     """The run's folder: the checkpoint's own, or a new one; only the first process of a job makes one."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) != 0:
         return "."
     if ckpt is not None and out is None:
         return str(Path(ckpt).absolute().parent.parent) if Path(ckpt).is_file() else "."
+    block = "custom" if _list_changed(overrides) else block
     name = model if block == "none" else f"{model}_{block}"
     with plain_errors():
         return str(output_folder(out or f"outputs/{name}_{data}/{datetime.now():%Y-%m-%d_%H-%M-%S}"))

@@ -68,6 +68,12 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
     return TensorImages(images, targets, conf, seed, augment=train), classes
 
 
+def load_noise(conf: DataConf, seed: int) -> TensorImages:
+    """64 images of uniform noise, a function of the seed; the targets mean nothing."""
+    images = torch.randint(256, (64, 3, conf.image_size, conf.image_size), dtype=torch.uint8, generator=generator(seed))
+    return TensorImages(images, torch.zeros(64, dtype=torch.int64), conf, seed, augment=False)
+
+
 def _digits(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     """scikit-learn's 1,797 scans of 8x8 pixels: 1,437 to train, 360 to test, stratified, always the same."""
     from sklearn.datasets import load_digits

@@ -1,0 +1,57 @@
+"""Load weights into a network, exactly: every key and shape must fit, or both difference lists are shown."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` that names both difference lists.
+
+    Raises:
+        ValueError: if a key is missing or too many, or a shape differs.
+    """
+    own = net.state_dict()
+    lists = {"missing": sorted(own.keys() - weights.keys()), "unexpected": sorted(weights.keys() - own.keys()),
+             "of another shape": sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)}
+    if any(lists.values()):
+        text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+                         for what, keys in lists.items() if keys)
+        raise ValueError(f"these weights are those of another network: {text}")
+    net.load_state_dict(weights)
+
+
+def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a plain checkpoint of timm or torchvision; a classifier for other classes starts afresh, and is named.
+
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    own, weights = net.state_dict(), dict(weights)
+    if "features.0.0.weight" in weights and "conv_stem.weight" in own:
+        weights = {_from_torchvision(key, net): value for key, value in weights.items()}
+    for key in list(weights):
+        if key.endswith("running_var") and f"{key.removesuffix('running_var')}num_batches_tracked" in own:
+            weights.setdefault(f"{key.removesuffix('running_var')}num_batches_tracked", own[key].new_zeros((), dtype=int))
+    head = next(f"{name}." for name, module in reversed(list(net.named_modules())) if isinstance(module, nn.Linear))
+    other = [key for key in weights if key.startswith(head) and key in own and weights[key].shape != own[key].shape]
+    if other:
+        print(f"{head}weight: the file has {len(weights[f'{head}weight'])} classes, the data {len(own[f'{head}weight'])}: it starts afresh")
+        weights |= {key: value for key, value in own.items() if key.startswith(head)}
+    load_weights(net, weights)
+
+
+def _from_torchvision(key: str, net: nn.Module) -> str:
+    """A key of torchvision's MobileNet v2 under timm's name."""
+    blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(net.blocks) for j in range(len(stage))]
+    key = re.sub(r"^classifier\.1\.", "classifier.", key)
+    key = re.sub(r"^features\.0\.(\d)\.", lambda m: ("conv_stem.", "bn1.")[int(m[1])], key)
+    key = re.sub(rf"^features\.{len(blocks) + 1}\.(\d)\.", lambda m: ("conv_head.", "bn2.")[int(m[1])], key)
+    block = re.match(r"features\.(\d+)\.conv\.(.*)\.(\w+)$", key)
+    if block is None:
+        return key
+    index, layer, leaf = int(block[1]), block[2], block[3]
+    names = ["conv_dw", "bn1", "conv_pw", "bn2"] if index == 1 else ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
+    layers = ["0.0", "0.1", "1", "2"] if index == 1 else ["0.0", "0.1", "1.0", "1.1", "2", "3"]
+    return f"{blocks[index - 1]}.{dict(zip(layers, names, strict=True)).get(layer, layer)}.{leaf}"

@@ -1,0 +1,185 @@
+"""Random blocks over the whole space of convolutions, against the plain reference.
+
+`make fuzz` draws 50,000 of them, new ones each time.
+"""
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from dbb import BRANCHES, ReparamConv2d, branchwise, replace_convs
+from tests.conftest import randomize, relative_error
+from tests.reference import reference
+
+NAMES = ("kxk", "1x1", "1xk", "kx1", "identity", "avg", "1x1_kxk", "1x1_avg")
+FUZZ = "FUZZ" in os.environ
+
+
+def examples(count):
+    """The same cases in every run of the tests; with FUZZ=COUNT, new ones."""
+    return settings(max_examples=int(os.environ.get("FUZZ", count)), deadline=None, derandomize=not FUZZ, database=None,
+                    suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def cases(draw, largest=11, extra=3):
+    """Arguments of a block, and the height and width of an image that it takes."""
+    kernel_size, dilation = draw(st.tuples(*[st.integers(1, largest)] * 2)), draw(st.tuples(*[st.integers(1, 3)] * 2))
+    groups, padding_mode = draw(st.integers(1, 4)), draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding = draw(st.one_of(st.sampled_from(["same", "valid"]), st.integers(0, 3), st.tuples(*[st.integers(0, 6)] * 2)))
+    stride = 1 if padding == "same" else draw(st.tuples(*[st.integers(1, 3)] * 2))
+    branches = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4))
+    if not {"kxk", "1x1_kxk", "1x1_avg"} & set(branches):
+        branches.append(draw(st.sampled_from(["kxk", "1x1_kxk", "1x1_avg"])))
+    arguments = dict(in_channels=groups * draw(st.integers(1, 3)), out_channels=groups * draw(st.integers(1, 3)),
+                     kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+                     branches=branches, padding_mode=padding_mode)
+    size = []
+    for k, d, p in zip(kernel_size, dilation, (padding if isinstance(padding, tuple) else (padding, padding)), strict=True):
+        pixels = {"same": d * (k - 1), "valid": 0}.get(p) if isinstance(p, str) else 2 * p
+        # No smaller than one window, and than what reflecting and wrapping need.
+        size.append(max(d * (k - 1) + 1 - pixels, (pixels + 1) // 2 + 1) + draw(st.integers(0, extra)))
+    return arguments, size
+
+
+def build(case, seed=0, dtype=torch.float64, images=4):
+    arguments, size = case
+    torch.manual_seed(seed)
+    block = randomize(ReparamConv2d(**arguments, dtype=dtype), seed)
+    return block, torch.randn(images, arguments["in_channels"], *size, dtype=dtype)
+
+
+def test_every_branch_is_drawn():
+    assert set(NAMES) == set(BRANCHES) - {"row"}  # the README's worked example
+
+
+@examples(2000)
+@given(cases(), st.sampled_from([0.1, None]))
+def test_block_is_the_reference(case, momentum):
+    block, x = build(case)
+    for branch in block.branches.values():
+        branch.bn.momentum = momentum
+    x.requires_grad_()
+    expected, stats = reference(block.train(), x)
+    cotangent, parameters = torch.randn_like(expected), [x, *block.parameters()]
+    expected_grads = torch.autograd.grad(expected, parameters, cotangent)
+    actual = block(x)
+    grads = torch.autograd.grad(actual, parameters, cotangent)
+    assert relative_error(actual, expected) < 1e-12
+    state = block.state_dict()
+    assert {name for name in state if "running" in name} == set(stats)
+    for name, value in stats.items():
+        assert relative_error(state[name], value) < 1e-12, name
+    # Against the norm of all gradients together: norms make single ones exactly zero.
+    flat, expected_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, expected_grads))
+    assert relative_error(flat, expected_flat) < 1e-10
+
+    x = x.detach()
+    with torch.no_grad():
+        expected, _ = reference(block.eval(), x)
+        with branchwise(block):
+            assert relative_error(block(x), expected) < 1e-12
+        assert relative_error(block(x), expected) < 1e-12
+        assert relative_error(block.fuse()(x), expected) < 1e-12
+
+
+@examples(300)
+@given(cases(largest=7), st.booleans())
+def test_surgery_takes_any_convolution(case, bias):
+    arguments, size = case
+    branches = ["kxk", *arguments.pop("branches")]
+    torch.manual_seed(0)
+    conv = nn.Conv2d(**arguments, bias=bias)
+    net = randomize(nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))).double().eval()
+    x = torch.randn(4, conv.in_channels, *size, dtype=torch.float64)
+    new, _ = replace_convs(net, branches, example_input=x, kernel_sizes=range(1, 12), init="single")
+    with torch.no_grad():
+        assert relative_error(new(x), net(x)) < 1e-12, "a warm start is the same function"
+        assert relative_error(new[0].fuse()(x), net(x)) < 1e-12
+        net.train(), new.train()
+        assert relative_error(new(x), net(x)) < 1e-12, "in training too, before the first step"
+
+
+@examples(40)
+@given(cases(largest=5, extra=6))
+def test_precisions_and_memory_formats(case):
+    block, x = build(case, dtype=torch.float32)
+    block.eval()
+    with torch.no_grad():
+        expected = block(x)
+        assert relative_error(block.fuse()(x), expected) < 1e-5
+        assert relative_error(copy.deepcopy(block).double()(x.double()), expected) < 1e-5
+        for dtype in (torch.bfloat16, torch.float16):
+            assert relative_error(copy.deepcopy(block).to(dtype)(x.to(dtype)), expected) < 5e-2
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_error(block(x), expected) < 5e-2
+        last = copy.deepcopy(block).to(memory_format=torch.channels_last)
+        assert relative_error(last(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-5
+    x = torch.cat([x] * 4) + 0.1 * torch.randn(16, *x.shape[1:])
+    expected = block.train()(x)
+    full = copy.deepcopy(block.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        again, _ = build(case, dtype=torch.float32)
+        assert relative_error(again.train()(x), expected) < 0.1
+    inner = [name for name in full if "scale.running_var" in name]
+    assert all(relative_error(again.state_dict()[name], full[name]) < 1e-5 for name in inner), "statistics stay in float32"
+    last = build(case, dtype=torch.float32)[0].to(memory_format=torch.channels_last).train()
+    assert relative_error(last(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-4
+
+
+@examples(40)
+@given(cases(largest=5))
+def test_copies_files_averages_and_frozen_parts(case):
+    block, x = build(case)
+    for other in (copy.deepcopy(block.eval()), pickle.loads(pickle.dumps(block)), AveragedModel(block, use_buffers=True).eval()):
+        assert torch.equal(other(x), block(x))
+    frozen = copy.deepcopy(block).train()
+    for module in frozen.modules():  # the usual loop
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert relative_error(frozen(x), block(x)) < 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(frozen.state_dict().values(), block.state_dict().values(), strict=True))
+    name = list(block.branches)[-1]
+    one = copy.deepcopy(block).train()
+    one.branches[name].eval()
+    expected, stats = reference(one, x)
+    assert relative_error(one(x), expected) < 1e-12
+    assert all(relative_error(one.state_dict()[key], value) < 1e-12 for key, value in stats.items())
+
+
+@examples(20)
+@given(cases(largest=5))
+def test_update_bn_averages_over_all_batches(case):
+    block, x = build(case)
+    batches = [x, 2 * x + 1, x.flip(0) - 3]
+    each = []
+    for batch in batches:
+        copied = copy.deepcopy(block).train()
+        for branch in copied.branches.values():
+            branch.bn.momentum = 1.0  # statistics of the batch alone
+        each.append(reference(copied, batch)[1])
+    update_bn(batches, block)
+    for name in each[0]:
+        assert relative_error(block.state_dict()[name], torch.stack([stats[name] for stats in each]).mean(0)) < 1e-12
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("arguments", [
+    dict(in_channels=4, out_channels=4, kernel_size=3, padding=1, branches=NAMES),
+    dict(in_channels=4, out_channels=6, kernel_size=(2, 5), padding=(1, 0), dilation=(2, 1), groups=2, branches=NAMES,
+         padding_mode="circular"),
+    dict(in_channels=4, out_channels=4, kernel_size=4, padding="same", groups=4, branches=NAMES)], ids=["dense", "grouped", "depthwise"])
+def test_compile_and_export(arguments, training):
+    block, x = build((arguments, (9, 8)))
+    expected = copy.deepcopy(block).train(training)(x)
+    compiled = copy.deepcopy(block).train(training)
+    assert relative_error(torch.compile(compiled, fullgraph=True, backend="aot_eager")(x), expected) < 1e-12
+    exported = torch.export.export(copy.deepcopy(block).train(training), (x,))
+    assert relative_error(exported.module()(x), expected) < 1e-12

@@ -1,0 +1,199 @@
+"""Weight files that others published, under the names of our networks.
+
+A published network is a list of units, a unit being a convolution and all that belongs to it (`stage1.0.conv1`). Each
+stands for one convolution and norm of ours; which tensors stand under its prefix tells what it is. Layouts as in the
+authors' repositories DingXiaoH/DiverseBranchBlock, DingXiaoH/ACNet and JUGGHM/OREPA_CVPR2022.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dbb.transforms import embed_kernel, merge_1x1_kxk
+
+RESNETS = ("resnet18", "resnet34", "resnet50")
+NETWORKS = {"dbb": (*RESNETS, "mobilenet_v1"), "acnet": ("resnet18", "resnet34", "vgg16"), "orepa": RESNETS}
+SOURCES = tuple(NETWORKS)
+NORM = ("weight", "bias", "running_mean", "running_var")
+DEPLOYED = ("conv", "dbb_reparam", "fused_conv", "orepa_reparam", "or1x1_reparam", "or_large_reparam")
+ACB = {"square": "kxk", "ver": "kx1", "hor": "1xk"}
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of weights onto the CPU: .safetensors, .hdf5 and .h5, all others as PyTorch writes them.
+
+    A dict under "state_dict" or "model" is unwrapped, DataParallel's "module." taken off the keys.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        elif path.suffix in (".hdf5", ".h5"):
+            import h5py
+            with h5py.File(path) as file:
+                weights = {key: torch.as_tensor(value[()]) for key, value in file.items()}
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ValueError(f"{path}: reading this format needs h5py: pip install h5py") from error
+    except Exception as error:  # whatever its reader raises on a file that nobody vouches for
+        raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
+        raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under state_dict or model")
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """Rename published weights to those of our network; keys that no rule knows keep their names.
+
+    Args:
+        weights: from `read_weights`.
+        source: one of `SOURCES`.
+        name: the backbone's name in `models.BACKBONES`.
+        net: that backbone, with plain convolutions.
+
+    Returns:
+        The weights, and whether they are those of the network with blocks; if not, they are the plain network's.
+
+    Raises:
+        ValueError: if there is no layout of that name, or a unit lacks a tensor, is grouped or does not fit together.
+    """
+    if name not in NETWORKS.get(source, ()):
+        raise ValueError(f"source={source} has no layout for model.name={name}; there are "
+                         + "; ".join(f"{other}: {', '.join(names)}" for other, names in NETWORKS.items()))
+    modules, rest, result = dict(net.named_modules()), dict(weights), {}
+    convs, norms, heads = ([key for key, module in modules.items() if isinstance(module, kind)]
+                           for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear))
+    for unit, conv, norm in zip(_units(source, name, convs), convs, norms, strict=True):
+        prefix = f"{unit}.acb." if any(key.startswith(f"{unit}.acb.") for key in rest) else f"{unit}."
+        u = {key.removeprefix(prefix): rest.pop(key) for key in list(rest) if key.startswith(prefix)}
+        try:
+            layer = _layer(u, modules[conv], modules[norm].eps)
+        except KeyError as error:
+            raise ValueError(f"the weights lack {prefix}{error.args[0]}: the file is cut, or not {source}'s {name}") from error
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"the tensors of {prefix}* do not fit together: the file is not {source}'s {name}") from error
+        ours = {"conv": conv, "norm": norm}
+        result |= {f"{ours[part]}.{leaf}": value for (part, leaf), value in ((k.split(".", 1), v) for k, v in layer.items())}
+        rest |= {prefix + key: value for key, value in u.items()}
+    for head, theirs in zip(heads, ["linear1", "linear2"] if name == "vgg16" else ["linear"], strict=True):
+        result |= {f"{head}.{leaf}": rest.pop(f"{theirs}.{leaf}") for leaf in ("weight", "bias") if f"{theirs}.{leaf}" in rest}
+    return rest | result, any(".branches." in key for key in result)
+
+
+def _units(source: str, name: str, convs: list[str]) -> list[str]:
+    """The published names of our convolutions, in order."""
+    if name == "vgg16":
+        return [f"stem.conv{i + 1}" for i in range(len(convs))]
+    if name == "mobilenet_v1":
+        return ["conv1", *(f"stem.{k}.{layer}" for k in range(len(convs) // 2) for layer in ("depthwise", "pointwise"))]
+    stem = "conv1" if source == "acnet" else "stage0.conv1"
+    return [stem, *(conv.replace("layer", "stage").replace("downsample.0", "shortcut") for conv in convs[1:])]
+
+
+def _layer(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tensor]:
+    """Take what is known out of a unit: a block (`conv.branches.*`), or a plain pair (`conv.weight` and `norm.*`)."""
+    if "dbb_origin.conv.weight" in u:
+        return {f"conv.branches.{key}": value for key, value in _dbb(u, conv, eps).items()}
+    if "square_conv.weight" in u:
+        branches = {}
+        for theirs, branch in ACB.items():
+            branches |= {f"{branch}.weight": u.pop(f"{theirs}_conv.weight")} | _norm(u, f"{theirs}_bn", f"{branch}.bn")
+        return {f"conv.branches.{key}": value for key, value in branches.items()}
+    for part in DEPLOYED:
+        if f"{part}.bias" in u:  # a norm that only adds the bias: gamma / sqrt(1 + eps) is 1
+            bias = u.pop(f"{part}.bias")
+            return {"conv.weight": u.pop(f"{part}.weight"), "norm.weight": torch.full_like(bias, (1 + eps) ** 0.5),
+                    "norm.bias": bias, "norm.running_mean": torch.zeros_like(bias), "norm.running_var": torch.ones_like(bias),
+                    "norm.num_batches_tracked": torch.tensor(0)}
+    if "weight_orepa_origin" in u and u["weight_orepa_origin"].shape[1] != conv.in_channels:
+        raise ValueError(f"weight_orepa_origin takes {u['weight_orepa_origin'].shape[1]} channels, our convolution "
+                         f"{conv.in_channels}: OREPA networks with groups (ResNeXt) or of another width are not read")
+    for sign, kernel in KERNELS.items():
+        if sign in u:
+            norm = _norm(u, "bn", "norm")
+            return {"conv.weight": kernel(u).to(norm["norm.weight"].dtype)} | norm
+    return {}
+
+
+def _norm(u: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """A norm under a new name; files of old PyTorch did not count batches."""
+    counted = {f"{new}.num_batches_tracked": u.pop(f"{old}.num_batches_tracked", torch.tensor(0))}
+    return {f"{new}.{leaf}": u.pop(f"{old}.{leaf}") for leaf in NORM} | counted
+
+
+def _dbb(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tensor]:
+    """The branches of a Diverse Branch Block."""
+    first = "idconv1" if "dbb_1x1_kxk.idconv1.weight" in u else "conv1"
+    kernels = {"kxk.weight": u.pop("dbb_origin.conv.weight"), "1x1_kxk.first": u.pop(f"dbb_1x1_kxk.{first}.weight"),
+               "1x1_kxk.second": u.pop("dbb_1x1_kxk.conv2.weight")}
+    taps = kernels["1x1_kxk.second"].double().sum((2, 3)).unflatten(0, (conv.groups, -1))  # [G, O/G, M/G]
+    norms = _norm(u, "dbb_origin.bn", "kxk.bn") | _two_norms(
+        u, "dbb_1x1_kxk.bn1", "dbb_1x1_kxk.bn2", "1x1_kxk", eps,
+        lambda t: torch.einsum("gom,gm->go", taps, t.unflatten(0, (conv.groups, -1))).flatten())
+    if conv.groups == conv.out_channels:
+        return kernels | norms | _norm(u, "dbb_avg.avgbn", "avg.bn")
+    kernels |= {"1x1.weight": u.pop("dbb_1x1.conv.weight"), "1x1_avg.first": u.pop("dbb_avg.conv.weight")}
+    norms |= _two_norms(u, "dbb_avg.bn", "dbb_avg.avgbn", "1x1_avg", eps, lambda t: t)
+    return kernels | norms | _norm(u, "dbb_1x1.bn", "1x1.bn")
+
+
+def _two_norms(u: dict[str, Tensor], inner: str, outer: str, branch: str, eps: float, response) -> dict[str, Tensor]:
+    """The inner norm without its shift, and the outer one without the `response` [O] to it in its mean.
+
+    The published block pads with the shift, `_shift`, so that it adds a constant to the map that the outer norm sees.
+    """
+    norms = _norm(u, outer, f"{branch}.bn")
+    inner = _norm(u, inner if f"{inner}.weight" in u else f"{inner}.bn", "inner")  # the older and the newer layout
+    mean = norms[f"{branch}.bn.running_mean"]
+    t = _shift(*(inner[f"inner.{leaf}"].double() for leaf in NORM), eps)
+    return norms | {f"{branch}.bn.running_mean": (mean.double() - response(t)).to(mean.dtype),
+                    f"{branch}.scale.weight": inner["inner.weight"], f"{branch}.scale.running_var": inner["inner.running_var"]}
+
+
+def _shift(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """A norm's value of zero, `[M]`."""
+    return bias - mean * weight / (var + eps).sqrt()
+
+
+def _orepa(u: dict[str, Tensor], prefix: str = "") -> Tensor:
+    """The kernel `[O, I, K, K]` in float64 of an OREPA unit (its `weight_gen`): six kernels, each times a factor per output."""
+    origin, *kernels = [u.pop(f"{prefix}weight_orepa_{name}").double() for name in (
+        "origin", "avg_conv", "avg_avg", "pfir_conv", "prior", "1x1_kxk_idconv1", "1x1_kxk_conv2", "1x1", "gconv_dw", "gconv_pw")]
+    average, box, pfir, prior, first, second, pointwise, dw, pw = kernels
+    identity, vector = u.pop(f"{prefix}id_tensor").double(), u.pop(f"{prefix}vector").double()
+    inputs = (origin.shape[1], -1)
+    gconv = torch.einsum("ithw,oit->oihw", dw.squeeze(1).unflatten(0, inputs), pw.flatten(1).unflatten(1, inputs))
+    kernels = [origin, average * box, pfir * prior[:, None], merge_1x1_kxk(first + identity, second)[0],
+               embed_kernel(pointwise, origin.shape[2:]), gconv]
+    return torch.einsum("bo,boihw->oihw", vector, torch.stack(kernels))
+
+
+def _orepa_1x1(u: dict[str, Tensor]) -> Tensor:
+    """The kernel `[O, I, 1, 1]` in float64 of an OREPA_1x1 unit: one kernel, and two in a row."""
+    origin, first, second = (u.pop(f"weight_or1x1_{name}").double() for name in ("origin", "l2i_conv1", "l2i_conv2"))
+    return torch.einsum("bo,boihw->oihw", u.pop("vector").double(), torch.stack([origin, merge_1x1_kxk(first, second)[0]]))
+
+
+def _orepa_large(u: dict[str, Tensor]) -> Tensor:
+    """The kernel `[O, I, 7, 7]` in float64 of OREPA_LargeConv: three 3x3 ones, correlated as its `weight_gen` does."""
+    kernels = [u.pop(f"weight{i}").double() if f"weight{i}" in u else _orepa(u, f"weight{i}.") for i in range(3)]
+    kernel = kernels[0].transpose(0, 1)
+    for following in kernels[1:]:
+        kernel = F.conv2d(kernel, following, padding=2)
+    return kernel.transpose(0, 1)
+
+
+KERNELS = {"conv.weight": lambda u: u.pop("conv.weight"), "weight_orepa_origin": _orepa, "weight_or1x1_origin": _orepa_1x1,
+           "weight0": _orepa_large, "weight0.weight_orepa_origin": _orepa_large}  # a tensor that tells the kind
