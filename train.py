@@ -58,9 +58,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
             raise ValueError(f"optim.name={settings.optim.name} cannot go on with the state of {optimizer} in the checkpoint")
     data = ImageData(settings.data, settings.seed, first_epoch=done)
     data.load(train=True)
-    if checkpoint is not None and len(data.classes) != len(checkpoint["dbb"]["classes"]):
-        raise ValueError(f"the checkpoint was trained for {len(checkpoint['dbb']['classes'])} classes, but data={settings.data.name} "
-                         f"has {len(data.classes)}")
+    if checkpoint is not None:
+        data.check_classes(len(checkpoint["dbb"]["classes"]))
     model = Classifier(settings, data.classes, data.image_size)
     if checkpoint is not None:
         restore(model.net, checkpoint)  # says what does not fit, before Lightning would

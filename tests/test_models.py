@@ -1,7 +1,11 @@
 """Every backbone with every block: equivalence of whole networks, shapes, strides, and devices without a GPU."""
 
+from functools import partial
+
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -89,3 +93,65 @@ def test_unknown_name(name, message):
 def test_image_too_small():
     with pytest.raises(ValueError, match="vgg16 cannot take images of 16 pixels"):
         build_model("vgg16", 10, image_size=16)
+
+
+def test_warm_start_is_the_same_function():
+    torch.manual_seed(0)
+    plain = randomize(build_model("resnet18", 10, image_size=128)).double()
+    net = build_model("resnet18", 10, "dbb", image_size=128, weights=plain.state_dict()).double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(net.eval()(x), plain.eval()(x)) < 1e-6, "the weights went through float32"
+    weights = {key: value.float() for key, value in plain.state_dict().items()}
+    net, plain = build_model("resnet18", 10, "dbb", image_size=128, weights=weights).double(), \
+        build_model("resnet18", 10, image_size=128, weights=weights).double()
+    with torch.no_grad():
+        assert relative_error(net.eval()(x), plain.eval()(x)) < 1e-12
+        assert relative_error(net.train()(x), plain.train()(x)) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("resnet18", "resnet18"), ("mobilenet_v2", "mobilenet_v2")])
+def test_torchvision_weights_are_a_warm_start(name, theirs, capsys):
+    torch.manual_seed(0)
+    plain = randomize(torchvision.models.get_model(theirs, num_classes=7)).eval()
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert relative_error(build_model(name, 7, "dbb", weights=plain.state_dict()).eval()(x), plain(x)) < 1e-5
+    assert not capsys.readouterr().out
+    net = build_model(name, 5, "dbb", weights=plain.state_dict())
+    assert "the file has 7 classes, the data 5: it starts afresh" in capsys.readouterr().out
+    assert net(x).shape == (2, 5)
+    with pytest.raises(ValueError, match="another network: .*missing.*unexpected"):
+        build_model(name, 7, weights={f"{key}.x": value for key, value in plain.state_dict().items()})
+
+
+def test_pretrained_weights_of_timm(tmp_path, monkeypatch):
+    """What is fetched elsewhere comes from a file here; the rest is timm's own way."""
+    torch.manual_seed(0)
+    plain = randomize(timm.create_model("resnet18", num_classes=1000)).eval()
+    torch.save(plain.state_dict(), tmp_path / "resnet18.pth")
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay={"file": str(tmp_path / "resnet18.pth")}))
+    net = build_model("resnet18", 1000, "dbb", pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(net(x), plain(x)) < 1e-5
+
+
+def test_fine_tuning_before_and_after_conversion():
+    torch.manual_seed(0)
+    weights = build_model("resnet20", 10).state_dict()
+    net, x, y = build_model("resnet20", 10, "dbb", weights=weights), torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+
+    def fit(net):
+        optimizer, losses = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9), []
+        for _ in range(8):
+            losses.append(nn.functional.cross_entropy(net(x), y))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            assert all(p.grad is not None for p in net.parameters())
+            optimizer.step()
+        assert losses[-1] < losses[0]
+        return net
+    fit(net.train())
+    assert all(branch.bn.weight.abs().min() > 0 for branch in net.blocks[0].conv1.branches.values()), "branches of gamma 0 learn"
+    fit(reparameterize(net.eval()).train())

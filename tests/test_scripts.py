@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import eval as eval_script
 import train as train_script
 from dbb import branches, reparameterize
 from models import build_model
-from tests.conftest import ROOT, randomize
+from tests.conftest import ROOT, randomize, relative_error
+from tests.test_published import image, published_model
 from training.callbacks import make_loggers
 from training.checkpoint import load_checkpoint
 from training.module import Classifier, warmup_cosine
@@ -78,7 +80,10 @@ def test_a_run_leaves_what_it_promises(trained):
     assert "19 of 19 convolutions became blocks" in printed
     assert "=" not in "".join(str(path.relative_to(folder)) for path in folder.rglob("*.ckpt"))
     checkpoint = load_checkpoint(folder / "checkpoints" / "last.ckpt")
-    assert checkpoint["dbb"]["settings"]["model"] == {"name": "resnet20", "channels_last": False, "compile": False}
+    assert checkpoint["dbb"]["settings"]["model"] == {
+        "name": "resnet20", "pretrained": False, "weights": None, "channels_last": False, "compile": False}
+    assert (folder / "convolutions.csv").read_text().splitlines()[:2] == ["module,kernel_size,block,reason",
+                                                                          "conv1,3x3,kxk + 1x1 + 1x1_avg + 1x1_kxk,"]
     assert checkpoint["dbb"]["settings"]["logger"]["id"]
 
 
@@ -160,6 +165,80 @@ def test_a_mistyped_checkpoint_takes_nothing_away(tmp_path):
     (tmp_path / "here").mkdir()
     assert "no such file" in run("train.py", "ckpt=nope", cwd=tmp_path / "here").stderr
     assert (tmp_path / "here").is_dir()
+
+
+def test_a_list_of_branches_from_the_command_line(tmp_path):
+    done = run("train.py", "model=resnet20", *TINY, "trainer.limit_train_batches=2", "block.branches=[kxk,1x1,1xk,kx1]",
+               "block.layers=[{modules:blocks.0.*,branches:[]}]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "17 3x3 became kxk + 1x1 + 1xk + kx1" in " ".join(done.stdout.split())
+    [folder] = (tmp_path / "outputs" / "resnet20_custom_digits").iterdir()
+    converted = run("convert.py", f"ckpt={folder}/checkpoints/last.ckpt", "data=none", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    assert "0 of 64 predictions changed" in converted.stdout
+    assert "no accuracy was measured" in converted.stdout
+    assert "top1" not in converted.stdout
+    assert "top1" not in json.loads((folder / "convert" / "report.json").read_text())["before"]
+    assert "data=none has no labels" in run("eval.py", f"ckpt={folder}/checkpoints/last.ckpt", "data=none", cwd=tmp_path).stderr
+
+
+def test_a_published_file_converts_without_data(tmp_path):
+    """From the command line: a file in the layout of the DBB authors, random weights and statistics."""
+    weights, expected = published_model("dbb", "resnet18")
+    torch.save({"state_dict": {f"module.{key}": value.float() for key, value in weights.items()}}, tmp_path / "dbb.pth.tar")
+    command = ["ckpt=dbb.pth.tar", "model=resnet18_dbb", "data=none", "data.image_size=96", "logger=csv"]
+    done = run("convert.py", *command, "source=dbb", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0 of 64 predictions changed" in done.stdout
+    assert "no accuracy was measured" in done.stdout
+    merged = reparameterize(build_model("resnet18", expected.shape[1], "dbb").eval())
+    merged.load_state_dict(load_file(tmp_path / "outputs" / "dbb.pth" / "convert" / "model.safetensors"))
+    with torch.no_grad():
+        assert relative_error(merged(image("resnet18").float()), expected) < 1e-5
+    two_lists = "another network: .* missing .* unexpected"
+    for wrong, message in (("source=acnet", two_lists), ("block=acb", two_lists),
+                           ("model=resnet20", "no layout for model.name=resnet20")):
+        failed = run("convert.py", *command, *([] if wrong.startswith("source") else ["source=dbb"]), wrong, cwd=tmp_path)
+        assert failed.returncode == 1
+        assert re.search(message, failed.stderr), failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_warm_start_computes_the_same(make_settings, tmp_path):
+    """Plain weights under blocks: before the first step, the network computes what the plain one did."""
+    plain = randomize(build_model("resnet20", 10, image_size=8))
+    torch.save({"state_dict": {f"module.{key}": value for key, value in plain.state_dict().items()}}, tmp_path / "plain.pth")
+    settings = make_settings("model=resnet20_dbb", *TINY, f"model.weights={tmp_path}/plain.pth")
+    net, x = Classifier(settings, list("0123456789"), 8).net, torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert relative_error(net.eval()(x), plain.eval()(x)) < 1e-5
+        assert relative_error(net.train()(x), plain.train()(x)) < 1e-5
+    result = train_script.train(settings, tmp_path / "run")
+    (tmp_path / "plain.pth").unlink()  # what was trained does not need it any more
+    ckpt = f"ckpt={tmp_path}/run/checkpoints/last.ckpt"
+    assert eval_script.evaluate(make_settings(ckpt, config_name="eval")) == result
+    train_script.train(make_settings(ckpt, "trainer.max_epochs=2"), tmp_path / "run")
+    with pytest.raises(ValueError, match="plain.pth: there is no such file"):
+        Classifier(settings, list("0123456789"), 8)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model=resnet20_dbb", "model.pretrained=true"], "resnet20 has no weights to fetch"),
+    (["model=resnet18_dbb", "model.pretrained=true"], "weights of resnet18 could not be had"),
+    (["model=resnet20_dbb", "model.weights=x.pth", "block.init=ones"], "would change what the trained weights compute"),
+    (["model=resnet56_dbb", "model.weights=x.pth"], "another network: .* missing .*blocks.10"),
+    (["model=resnet20", "block.branches=[1x1]"], "conv1: branches=.*1x1.* spans the kernel"),
+    (["model=resnet20_dbb", "block.include=[layer1.*]"], "include: the pattern .layer1.*. matches no convolution; there are"),
+    (["model=timm", "model.name=densenet121", "block=dbb", "data.image_size=32"], "no convolution of the network can become a block"),
+    (["model=resnet20_dbb", "source=dbb"], "source=dbb: train.py goes on with its own checkpoints only"),
+    (["model=resnet20_dbb", "data=none"], "data=none has nothing to train on")])
+def test_wrong_models_and_blocks(make_settings, tmp_path, monkeypatch, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.save(build_model("resnet20", 10, image_size=8).state_dict(), "x.pth")
+    with pytest.raises(ValueError, match=message):
+        train_script.train(make_settings(*TINY, *overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_multirun(tmp_path):

@@ -90,8 +90,13 @@ def load_published(settings, image_size: int) -> nn.Module:
     Raises:
         ValueError: if the file cannot be read, or its weights are not those of `settings.model` and `settings.block`.
     """
+    if settings.ckpt is None:
+        raise ValueError(f"ckpt=PATH is needed: the published file that source={settings.source} is to read")
     weights = read_weights(settings.ckpt)
-    num_classes = len([value for value in weights.values() if value.ndim == 2][-1])  # the classifier is the last matrix
+    head = next((key for key in ("linear2.weight", "linear.weight") if key in weights), None)
+    if head is None:
+        raise ValueError(f"ckpt={settings.ckpt} holds no linear.weight, as every file of source={settings.source} does")
+    num_classes = len(weights[head])
     plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
     block = blocks_of(settings.block)

@@ -77,6 +77,15 @@ class ImageData(pl.LightningDataModule):
             order = torch.randperm(n, generator=generator(0))  # the same images are held out whatever the run's seed
             self.val_indices, self.train_indices = order[:held_out], order[held_out:].sort().values
 
+    def check_classes(self, trained: int) -> None:
+        """Compare with a network's number of classes.
+
+        Raises:
+            ValueError: if the data has another.
+        """
+        if self.classes is not None and len(self.classes) != trained:
+            raise ValueError(f"the checkpoint was trained for {trained} classes, but data={self.conf.name} has {len(self.classes)}")
+
     @property
     def image_size(self) -> int:
         """Side of the images in pixels."""

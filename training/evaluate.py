@@ -38,9 +38,8 @@ def load_run(settings: Settings) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     else:
         net, image_size = load_published(settings, data.image_size), data.image_size
         count = net(torch.zeros(1, 3, image_size, image_size)).shape[1]
-        classes = data.classes or [str(label) for label in range(count)]
-    if data.classes is not None and len(data.classes) != len(classes):
-        raise ValueError(f"the checkpoint was trained for {len(classes)} classes, but data={data_conf.name} has {len(data.classes)}")
+        classes = data.classes if data.classes and len(data.classes) == count else [str(label) for label in range(count)]
+    data.check_classes(len(classes))
     return net, data, {"model": settings.model.name, "image_size": image_size, "classes": classes}
 
 

@@ -7,6 +7,7 @@ authors' repositories DingXiaoH/DiverseBranchBlock, DingXiaoH/ACNet and JUGGHM/O
 
 from pathlib import Path
 
+import h5py
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,9 +18,20 @@ from dbb.transforms import embed_kernel, merge_1x1_kxk
 RESNETS = ("resnet18", "resnet34", "resnet50")
 NETWORKS = {"dbb": (*RESNETS, "mobilenet_v1"), "acnet": ("resnet18", "resnet34", "vgg16"), "orepa": RESNETS}
 SOURCES = tuple(NETWORKS)
-NORM = ("weight", "bias", "running_mean", "running_var")
 DEPLOYED = ("conv", "dbb_reparam", "fused_conv", "orepa_reparam", "or1x1_reparam", "or_large_reparam")
-ACB = {"square": "kxk", "ver": "kx1", "hor": "1xk"}
+NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
+    "conv.weight": "conv.weight", "bn": "norm",
+    "square_conv.weight": "conv.branches.kxk.weight", "square_bn": "conv.branches.kxk.bn",
+    "ver_conv.weight": "conv.branches.kx1.weight", "ver_bn": "conv.branches.kx1.bn",
+    "hor_conv.weight": "conv.branches.1xk.weight", "hor_bn": "conv.branches.1xk.bn",
+    "dbb_origin.conv.weight": "conv.branches.kxk.weight", "dbb_origin.bn": "conv.branches.kxk.bn",
+    "dbb_1x1.conv.weight": "conv.branches.1x1.weight", "dbb_1x1.bn": "conv.branches.1x1.bn",
+    "dbb_avg.conv.weight": "conv.branches.1x1_avg.first", "dbb_avg.bn": "conv.branches.1x1_avg.inner",
+    "dbb_avg.avgbn": "conv.branches.1x1_avg.bn",
+    "dbb_1x1_kxk.idconv1.weight": "conv.branches.1x1_kxk.first", "dbb_1x1_kxk.conv1.weight": "conv.branches.1x1_kxk.first",
+    "dbb_1x1_kxk.bn1": "conv.branches.1x1_kxk.inner", "dbb_1x1_kxk.conv2.weight": "conv.branches.1x1_kxk.second",
+    "dbb_1x1_kxk.bn2": "conv.branches.1x1_kxk.bn",
+}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -37,13 +49,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             weights = load_file(path)
         elif path.suffix in (".hdf5", ".h5"):
-            import h5py
             with h5py.File(path) as file:
                 weights = {key: torch.as_tensor(value[()]) for key, value in file.items()}
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise ValueError(f"{path}: reading this format needs h5py: pip install h5py") from error
     except Exception as error:  # whatever its reader raises on a file that nobody vouches for
         raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors") from error
     for wrapper in ("state_dict", "model"):
@@ -67,7 +76,7 @@ def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module
         The weights, and whether they are those of the network with blocks; if not, they are the plain network's.
 
     Raises:
-        ValueError: if there is no layout of that name, or a unit lacks a tensor, is grouped or does not fit together.
+        ValueError: if there is no layout of that name, or a unit lacks a tensor or does not fit together.
     """
     if name not in NETWORKS.get(source, ()):
         raise ValueError(f"source={source} has no layout for model.name={name}; there are "
@@ -81,11 +90,12 @@ def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module
         try:
             layer = _layer(u, modules[conv], modules[norm].eps)
         except KeyError as error:
-            raise ValueError(f"the weights lack {prefix}{error.args[0]}: the file is cut, or not {source}'s {name}") from error
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(f"the tensors of {prefix}* do not fit together: the file is not {source}'s {name}") from error
+            raise ValueError(f"{prefix}* lacks {error.args[0]}: the file is cut, or not {source}'s {name}") from error
+        except (RuntimeError, IndexError, ValueError) as error:  # what torch's operators raise on odd shapes
+            raise ValueError(f"the tensors of {prefix}* do not fit together: the file is not {source}'s {name}; "
+                             "OREPA's units with groups (ResNeXt) are not read") from error
         ours = {"conv": conv, "norm": norm}
-        result |= {f"{ours[part]}.{leaf}": value for (part, leaf), value in ((k.split(".", 1), v) for k, v in layer.items())}
+        result |= {ours[key[:4]] + key[4:]: value for key, value in layer.items()}
         rest |= {prefix + key: value for key, value in u.items()}
     for head, theirs in zip(heads, ["linear1", "linear2"] if name == "vgg16" else ["linear"], strict=True):
         result |= {f"{head}.{leaf}": rest.pop(f"{theirs}.{leaf}") for leaf in ("weight", "bias") if f"{theirs}.{leaf}" in rest}
@@ -103,68 +113,51 @@ def _units(source: str, name: str, convs: list[str]) -> list[str]:
 
 
 def _layer(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tensor]:
-    """Take what is known out of a unit: a block (`conv.branches.*`), or a plain pair (`conv.weight` and `norm.*`)."""
-    if "dbb_origin.conv.weight" in u:
-        return {f"conv.branches.{key}": value for key, value in _dbb(u, conv, eps).items()}
-    if "square_conv.weight" in u:
-        branches = {}
-        for theirs, branch in ACB.items():
-            branches |= {f"{branch}.weight": u.pop(f"{theirs}_conv.weight")} | _norm(u, f"{theirs}_bn", f"{branch}.bn")
-        return {f"conv.branches.{key}": value for key, value in branches.items()}
+    """Take what is known out of a unit: a pair (`conv.weight` and `norm.*`) or a block (`conv.branches.*`)."""
+    layer = {}
     for part in DEPLOYED:
         if f"{part}.bias" in u:  # a norm that only adds the bias: gamma / sqrt(1 + eps) is 1
             bias = u.pop(f"{part}.bias")
-            return {"conv.weight": u.pop(f"{part}.weight"), "norm.weight": torch.full_like(bias, (1 + eps) ** 0.5),
-                    "norm.bias": bias, "norm.running_mean": torch.zeros_like(bias), "norm.running_var": torch.ones_like(bias),
-                    "norm.num_batches_tracked": torch.tensor(0)}
-    if "weight_orepa_origin" in u and u["weight_orepa_origin"].shape[1] != conv.in_channels:
-        raise ValueError(f"weight_orepa_origin takes {u['weight_orepa_origin'].shape[1]} channels, our convolution "
-                         f"{conv.in_channels}: OREPA networks with groups (ResNeXt) or of another width are not read")
-    for sign, kernel in KERNELS.items():
+            layer = {"conv.weight": u.pop(f"{part}.weight"), "norm.weight": torch.full_like(bias, (1 + eps) ** 0.5), "norm.bias": bias,
+                     "norm.running_mean": torch.zeros_like(bias), "norm.running_var": torch.ones_like(bias)}
+            break
+    for sign, kernel in OREPA.items():
         if sign in u:
-            norm = _norm(u, "bn", "norm")
-            return {"conv.weight": kernel(u).to(norm["norm.weight"].dtype)} | norm
-    return {}
+            dtype = u[sign].dtype
+            layer["conv.weight"] = kernel(u).to(dtype)
+    for theirs, ours in NAMES.items():
+        if conv.groups == conv.out_channels:
+            ours = ours.replace("1x1_avg", "avg")
+        for key in [key for key in u if key == theirs or key.startswith(f"{theirs}.")]:
+            target = ours + key.removeprefix(theirs).removeprefix(".bn")  # the newer layout has a norm inside the padding one
+            if target not in layer:  # a second claim to a name, as of a norm behind a bias, stays behind as unexpected
+                layer[target] = u.pop(key)
+    for key in [key for key in layer if key.endswith(".running_var")]:  # files of old PyTorch did not count batches
+        layer.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    for branch in [key.removesuffix("inner.weight") for key in layer if key.endswith("inner.weight")]:
+        _drop_shift(layer, branch, conv.groups, eps)
+    return layer
 
 
-def _norm(u: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    """A norm under a new name; files of old PyTorch did not count batches."""
-    counted = {f"{new}.num_batches_tracked": u.pop(f"{old}.num_batches_tracked", torch.tensor(0))}
-    return {f"{new}.{leaf}": u.pop(f"{old}.{leaf}") for leaf in NORM} | counted
+def _drop_shift(layer: dict[str, Tensor], branch: str, groups: int, eps: float) -> None:
+    """Turn the inner norm of a DBB's two-layer branch into our Scale.
 
-
-def _dbb(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tensor]:
-    """The branches of a Diverse Branch Block."""
-    first = "idconv1" if "dbb_1x1_kxk.idconv1.weight" in u else "conv1"
-    kernels = {"kxk.weight": u.pop("dbb_origin.conv.weight"), "1x1_kxk.first": u.pop(f"dbb_1x1_kxk.{first}.weight"),
-               "1x1_kxk.second": u.pop("dbb_1x1_kxk.conv2.weight")}
-    taps = kernels["1x1_kxk.second"].double().sum((2, 3)).unflatten(0, (conv.groups, -1))  # [G, O/G, M/G]
-    norms = _norm(u, "dbb_origin.bn", "kxk.bn") | _two_norms(
-        u, "dbb_1x1_kxk.bn1", "dbb_1x1_kxk.bn2", "1x1_kxk", eps,
-        lambda t: torch.einsum("gom,gm->go", taps, t.unflatten(0, (conv.groups, -1))).flatten())
-    if conv.groups == conv.out_channels:
-        return kernels | norms | _norm(u, "dbb_avg.avgbn", "avg.bn")
-    kernels |= {"1x1.weight": u.pop("dbb_1x1.conv.weight"), "1x1_avg.first": u.pop("dbb_avg.conv.weight")}
-    norms |= _two_norms(u, "dbb_avg.bn", "dbb_avg.avgbn", "1x1_avg", eps, lambda t: t)
-    return kernels | norms | _norm(u, "dbb_1x1.bn", "1x1.bn")
-
-
-def _two_norms(u: dict[str, Tensor], inner: str, outer: str, branch: str, eps: float, response) -> dict[str, Tensor]:
-    """The inner norm without its shift, and the outer one without the `response` [O] to it in its mean.
-
-    The published block pads with the shift, `_shift`, so that it adds a constant to the map that the outer norm sees.
+    It pads the map between the layers with the inner norm's shift, which so adds a constant to the map that the outer
+    norm sees: second, summed over its taps, times the shift. Without a shift, the outer norm's mean is less by that.
     """
-    norms = _norm(u, outer, f"{branch}.bn")
-    inner = _norm(u, inner if f"{inner}.weight" in u else f"{inner}.bn", "inner")  # the older and the newer layout
-    mean = norms[f"{branch}.bn.running_mean"]
-    t = _shift(*(inner[f"inner.{leaf}"].double() for leaf in NORM), eps)
-    return norms | {f"{branch}.bn.running_mean": (mean.double() - response(t)).to(mean.dtype),
-                    f"{branch}.scale.weight": inner["inner.weight"], f"{branch}.scale.running_var": inner["inner.running_var"]}
+    inner = {leaf: layer.pop(f"{branch}inner.{leaf}") for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    constant = _shift(**{leaf: value.double() for leaf, value in inner.items()}, eps=eps)
+    if f"{branch}second" in layer:  # the average's taps add up to 1
+        taps = layer[f"{branch}second"].double().sum((2, 3)).unflatten(0, (groups, -1))  # [G, O/G, M/G]
+        constant = torch.einsum("gom,gm->go", taps, constant.unflatten(0, (groups, -1))).flatten()
+    mean = layer[f"{branch}bn.running_mean"]
+    layer |= {f"{branch}bn.running_mean": (mean.double() - constant).to(mean.dtype),
+              f"{branch}scale.weight": inner["weight"], f"{branch}scale.running_var": inner["running_var"]}
 
 
-def _shift(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def _shift(weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, **_) -> Tensor:
     """A norm's value of zero, `[M]`."""
-    return bias - mean * weight / (var + eps).sqrt()
+    return bias - running_mean * weight / (running_var + eps).sqrt()
 
 
 def _orepa(u: dict[str, Tensor], prefix: str = "") -> Tensor:
@@ -195,5 +188,5 @@ def _orepa_large(u: dict[str, Tensor]) -> Tensor:
     return kernel.transpose(0, 1)
 
 
-KERNELS = {"conv.weight": lambda u: u.pop("conv.weight"), "weight_orepa_origin": _orepa, "weight_or1x1_origin": _orepa_1x1,
-           "weight0": _orepa_large, "weight0.weight_orepa_origin": _orepa_large}  # a tensor that tells the kind
+OREPA = {"weight_orepa_origin": _orepa, "weight_or1x1_origin": _orepa_1x1, "weight0": _orepa_large,
+         "weight0.weight_orepa_origin": _orepa_large}  # the tensor that gives a kind of unit away
