@@ -8,7 +8,7 @@ RUN = .venv/bin/python
 	$(RUN) -m pip install --quiet -c requirements.lock -e '.[dev]'
 	touch $@
 
-.PHONY: demo test lint gpu bench
+.PHONY: demo test lint fuzz gpu bench families
 demo: .venv/ready  ## train on real handwritten digits, convert, print the table
 	rm -rf outputs/demo
 	$(RUN) train.py experiment=demo out=outputs/demo
@@ -20,8 +20,14 @@ test: .venv/ready lint
 lint: .venv/ready
 	.venv/bin/ruff check .
 
+fuzz: .venv/ready  ## 50,000 random blocks against the reference, new ones each time: about 20 minutes
+	FUZZ=50000 $(RUN) -m pytest tests/test_properties.py -k reference
+
 bench: .venv/ready
 	$(RUN) benchmarks/step_time.py
+
+families: .venv/ready  ## write docs/families.md: which convolutions of which network become blocks
+	$(RUN) docs/families.py
 
 gpu: .venv/ready  ## what only a GPU can check; with two of them, a step of DDP too
 	$(RUN) -m pytest -m gpu

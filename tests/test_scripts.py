@@ -204,6 +204,15 @@ def test_a_published_file_converts_without_data(tmp_path):
         assert "Traceback" not in failed.stderr
 
 
+def test_a_plain_run_of_ours_is_a_warm_start(make_settings, tmp_path):
+    plain = train_script.train(make_settings("model=resnet20", *TINY), tmp_path / "plain")
+    weights = f"model.weights={tmp_path}/plain/checkpoints/last.ckpt"
+    result = train_script.train(make_settings("model=resnet20_dbb", *TINY, weights, "optim.lr=0"), tmp_path / "dbb")
+    assert result["top1"] == pytest.approx(plain["top1"], abs=0.05), "only statistics moved"
+    with pytest.raises(ValueError, match="another network"):
+        train_script.train(make_settings("model=resnet20", *TINY, weights.replace("plain/", "dbb/")), tmp_path / "no")
+
+
 def test_warm_start_computes_the_same(make_settings, tmp_path):
     """Plain weights under blocks: before the first step, the network computes what the plain one did."""
     plain = randomize(build_model("resnet20", 10, image_size=8))

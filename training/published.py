@@ -37,7 +37,8 @@ NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of weights onto the CPU: .safetensors, .hdf5 and .h5, all others as PyTorch writes them.
 
-    A dict under "state_dict" or "model" is unwrapped, DataParallel's "module." taken off the keys.
+    A dict under "state_dict" or "model" is unwrapped; DataParallel's "module.", and "net." of our own checkpoints, are
+    taken off the keys.
 
     Raises:
         ValueError: if the file is missing, damaged, or holds more than tensors.
@@ -55,12 +56,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever its reader raises on a file that nobody vouches for
         raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors") from error
+    prefix = "net." if isinstance(weights, dict) and "dbb" in weights else "module."
     for wrapper in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
     if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under state_dict or model")
-    return {key.removeprefix("module."): value for key, value in weights.items()}
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
 def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module) -> tuple[dict[str, Tensor], bool]:
