@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
@@ -243,7 +244,10 @@ def test_warm_start_computes_the_same(make_settings, tmp_path):
     (["model=resnet20_dbb", "data=none"], "data=none has nothing to train on")])
 def test_wrong_models_and_blocks(make_settings, tmp_path, monkeypatch, overrides, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", offline)
     torch.save(build_model("resnet20", 10, image_size=8).state_dict(), "x.pth")
     with pytest.raises(ValueError, match=message):
         train_script.train(make_settings(*TINY, *overrides), tmp_path / "run")
