@@ -181,7 +181,8 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
         kxk = block.branches["kxk"]
         with torch.no_grad():
             kxk.weight.copy_(conv.weight)
-            kxk.bn.load_state_dict(norm.state_dict() | {"weight": kxk.bn.weight})
+            own = kxk.bn.state_dict()  # a subclass holds more, as the parameters of its activation
+            kxk.bn.load_state_dict({key: value for key, value in norm.state_dict().items() if key in own} | {"weight": kxk.bn.weight})
             if conv.bias is not None:
                 kxk.bn.running_mean -= conv.bias  # the norm subtracts it again
     if type(conv) is not nn.Conv2d:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 from torch.nn import functional as F
 
@@ -108,6 +108,13 @@ def test_activation_inside_the_norm_stays():
     new(torch.randn(1, 3, 64, 64))
     assert len(seen) == 27
     assert min(seen) >= 0
+
+
+def test_activation_with_parameters_stays():
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4, act_layer=nn.PReLU))).eval()
+    new, _ = replace_convs(net, "dbb", init="single")
+    x = torch.randn(2, 3, 8, 8)
+    assert relative_error(new(x), net(x)) < 1e-5
 
 
 def test_norm_that_does_more_than_is_known_stays():

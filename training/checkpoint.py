@@ -5,7 +5,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dbb import ReparamConv2d
 from models import build_model, load_weights
@@ -31,16 +31,22 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     return checkpoint
 
 
-def build_network(settings, num_classes: int, image_size: int, warm: bool = False) -> nn.Module:
-    """The network of a run's `Settings`; freshly initialised, or `warm` from the trained weights that they name.
+def build_network(settings, num_classes: int, image_size: int, pretrained: bool = False,
+                  weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """The network of a run's `Settings`; see `models.build_model`, also for what it raises."""
+    block = settings.block
+    return build_model(settings.model.name, num_classes, blocks_of(block), image_size, pretrained, weights, block.init,
+                       include=block.include, exclude=block.exclude, kernel_sizes=block.kernel_sizes)
+
+
+def start_network(settings, num_classes: int, image_size: int) -> nn.Module:
+    """The network that a new run starts from: fresh, or warm from the trained weights that its `Settings` name.
 
     Raises:
-        ValueError: see `models.build_model`.
+        ValueError: if these cannot be read, or are those of another network.
     """
-    model, block, warm_file = settings.model, settings.block, settings.model.weights if warm else None
-    return build_model(model.name, num_classes, blocks_of(block), image_size, warm and model.pretrained,
-                       None if warm_file is None else read_weights(warm_file), block.init, include=block.include,
-                       exclude=block.exclude, kernel_sizes=block.kernel_sizes)
+    file = settings.model.weights
+    return build_network(settings, num_classes, image_size, settings.model.pretrained, None if file is None else read_weights(file))
 
 
 def blocks_of(conf) -> dict[str, Any] | None:
@@ -99,10 +105,8 @@ def load_published(settings, image_size: int) -> nn.Module:
     num_classes = len(weights[head])
     plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
-    block = blocks_of(settings.block)
-    surgery = dict(include=settings.block.include, exclude=settings.block.exclude, kernel_sizes=settings.block.kernel_sizes)
     if not with_blocks:
-        return build_model(settings.model.name, num_classes, block, image_size, weights=weights, **surgery).eval()
-    net = build_model(settings.model.name, num_classes, block, image_size, **surgery)
+        return build_network(settings, num_classes, image_size, weights=weights).eval()
+    net = build_network(settings, num_classes, image_size)
     load_weights(net, weights)
     return net.eval()

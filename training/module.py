@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from training.checkpoint import build_network
+from training.checkpoint import build_network, start_network
 from training.random import seed_of
 from training.settings import Settings
 
@@ -33,7 +33,8 @@ class Classifier(pl.LightningModule):
     def __init__(self, settings: Settings, classes: list[str], image_size: int):
         super().__init__()
         self.settings, self.classes, self.image_size = settings, classes, image_size
-        self.net = build_network(settings, len(classes), image_size, warm=settings.ckpt is None)
+        build = start_network if settings.ckpt is None else build_network
+        self.net = build(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
             # torch's own converter, which Lightning's flag calls, drops the activation inside timm's BatchNormAct2d.
             self.net = timm.layers.convert_sync_batchnorm(self.net)

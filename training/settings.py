@@ -160,6 +160,8 @@ class Settings:
                              "configs/block, block.branches=[kxk,1x1] one of your own, block=none leaves plain convolutions")
         if self.block.init is not None:
             _one_of("block.init", self.block.init, list(INITS))
+        if self.model.pretrained and self.model.weights is not None:
+            raise ValueError(f"model.pretrained=true and model.weights={self.model.weights}: a network starts from one of them")
         if self.source is not None:
             _one_of("source", self.source, list(SOURCES))
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
