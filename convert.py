@@ -39,8 +39,8 @@ def convert(settings: Settings, out: Path) -> dict:
     Raises:
         ValueError: if the checkpoint or the data is wrong, or the conversion changed more than `tolerance` allows.
     """
-    output_folder(out)
     net, data, about = load_run(settings)
+    output_folder(out)
     device = pick_device(settings.trainer.accelerator)
 
     with branchwise(net):

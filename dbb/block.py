@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from dbb.branches import BRANCHES, uses_batch_statistics
 from dbb.geometry import Geometry
@@ -69,7 +70,8 @@ class ReparamConv2d(nn.Module):
                 self.branches[key] = BRANCHES[name](self.geometry, device=device, dtype=dtype)
         spanned = [max((b.taps(*self.kernel_size)[dim] for b in self.branches.values()), default=0) for dim in (0, 1)]
         if spanned[0] < self.kernel_size[0] or spanned[1] < self.kernel_size[1]:
-            raise ValueError(f"branches={list(branches)}: none that fits {self.geometry} spans the kernel; add kxk")
+            raise ValueError(f"branches={list(branches)}: none that fits {in_channels} to {out_channels} channels, stride {self.stride}, "
+                             f"spans the kernel of {self.kernel_size}; add kxk")
 
     @property
     def weight(self) -> Tensor:
@@ -84,8 +86,15 @@ class ReparamConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.outer is None:
             return self.nonlinear(self._sum(x))
-        with Intercept(lambda x, *args, **kwargs: self._sum(x)):
+        with Intercept(self._inside):
             return self.nonlinear(self.outer(x))
+
+    def _inside(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # F.conv2d's own names
+        if (_pair(stride), _pair(dilation)) != (self.stride, self.dilation) or \
+                (padding if isinstance(padding, str) else _pair(padding)) != self.padding:
+            raise ValueError(f"{type(self.outer).__name__} has stride {stride}, padding {padding}, dilation {dilation} for this image, "
+                             f"but had {self.stride}, {self.padding}, {self.dilation} for the example: exclude this layer")
+        return self._sum(input)
 
     def _sum(self, x: Tensor) -> Tensor:
         x_padded = self.geometry.pad(x)

@@ -1,5 +1,6 @@
 """Which norm is fed by which convolution: pairs are found by where tensors flow, not by names."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Flow(TorchDispatchMode):
-    """Follow the outputs of convolutions through one forward pass.
+    """Follow the outputs of convolutions through one forward pass in eval.
 
     Works on tensors, below autograd, so that `torch.cat`, `+` and `F.relu` are seen as well as modules.
     """
@@ -24,24 +25,41 @@ class Flow(TorchDispatchMode):
         self.norms = defaultdict(list)  # convolution -> the norm fed by each of its calls
         self.feeders = defaultdict(list)  # norm -> what feeds each of its calls: a convolution or None
         self.others = defaultdict(set)  # convolution -> the operators, besides its norm, that take its output
+        self.odd = set()  # convolutions and norms that are called with more than one input, or whose tensors others use
         self.made = {}  # id of an output -> (its convolution, the output, kept alive so that the id stays its own)
         self.inputs = {}  # subclass of Conv2d -> one input
         self.inside = None  # the tensor that a norm is working on
-        self.handles = []
+        self.working = None  # the convolution or norm whose forward runs
+        self.owner, self.handles = {}, []
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                self.handles.append(module.register_forward_hook(self._leave_conv))
+                enter, leave = self._enter_conv, self._leave_conv
             elif isinstance(module, NORMS):
-                self.handles.append(module.register_forward_pre_hook(self._enter_norm))
-                self.handles.append(module.register_forward_hook(self._leave_norm))
+                enter, leave = self._enter_norm, self._leave_norm
+            else:
+                continue
+            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                self.odd |= {module, self.owner[id(tensor)]} if id(tensor) in self.owner else set()  # a tied weight
+                self.owner[id(tensor)] = module
+            self.handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def _enter_conv(self, conv, args, kwargs):
+        self.working = conv
+        if len(args) != 1 or kwargs:
+            self.odd.add(conv)
 
     def _leave_conv(self, conv, args, output):
+        self.working = None
         self.made[id(output)] = conv, output
         self.norms[conv]  # a convolution that was called
-        if type(conv) is not nn.Conv2d:
+        if type(conv) is not nn.Conv2d and args:
             self.inputs[conv] = args[0]
 
-    def _enter_norm(self, norm, args):
+    def _enter_norm(self, norm, args, kwargs):
+        self.working = norm
+        if len(args) != 1 or kwargs:
+            self.odd.add(norm)
+            return
         conv, _ = self.made.get(id(args[0]), (None, None))
         self.feeders[norm].append(conv)
         if conv is not None:
@@ -49,17 +67,19 @@ class Flow(TorchDispatchMode):
             self.inside = args[0]
 
     def _leave_norm(self, norm, args, output):
-        self.inside = None
+        self.working = self.inside = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.note((args, kwargs), func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
     def note(self, tensors, consumer: str):
-        """Remember that `consumer` takes those of `tensors` which a convolution made."""
+        """Remember that `consumer` takes those of `tensors` which a convolution made, or which a convolution or norm holds."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor) and tensor is not self.inside and id(tensor) in self.made:
                 self.others[self.made[id(tensor)][0]].add(consumer)
+            if id(tensor) in self.owner and self.owner[id(tensor)] is not self.working:
+                self.odd.add(self.owner[id(tensor)])
 
     def run(self, model: nn.Module, inputs: Sequence[Tensor]):
         """One forward pass in eval, without gradients; the model is as before but for its mode."""
@@ -81,6 +101,8 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
     """The norm that alone takes a convolution's output, or the reason why there is none."""
     if conv not in flow.norms:
         return "not reached by the example input"
+    if conv in flow.odd:
+        return "it is called with more than one input, or its weight is used elsewhere too"
     norms, others = set(flow.norms[conv]), ", ".join(sorted(flow.others[conv]))
     if not norms:
         return f"no BatchNorm2d follows, but {others or 'nothing'}"
@@ -89,11 +111,14 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
     norm = norms.pop()
     if norms or set(flow.feeders[norm]) != {conv}:
         return f"{names[norm]} normalises other maps too, or not all of this one's"
+    if norm in flow.odd:
+        return f"{names[norm]} is called with more than one input, or its parameters are used elsewhere too"
     if norm.weight is None or norm.running_mean is None:
         return f"{names[norm]} has no gamma or no running statistics"
     return norm
 
 
+@torch.no_grad()
 def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module | None:
     """What a norm module does after normalising; None if that cannot be told.
 
@@ -101,8 +126,16 @@ def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module | None:
     """
     if type(norm) in NORMS:
         return nn.Identity()
-    rest = nn.Sequential(*norm.children()).eval()
-    probe = torch.linspace(-3, 3, 6 * norm.num_features).to(norm.weight).reshape(1, -1, 2, 3)
-    with torch.no_grad():
-        plain = F.batch_norm(probe, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        return rest if torch.equal(rest(plain), norm(probe)) else None
+    asked = copy.deepcopy(norm)  # in training it moves its statistics
+    rest, probe = nn.Sequential(*asked.children()), torch.linspace(-3, 3, 6 * norm.num_features).to(norm.weight).reshape(1, -1, 2, 3)
+    # SyncBatchNorm cannot be asked in training mode on a CPU.
+    for training in [False] if isinstance(norm, nn.SyncBatchNorm) else [False, True]:
+        statistics = [None, None] if training else [norm.running_mean, norm.running_var]
+        plain = F.batch_norm(probe, *statistics, norm.weight, norm.bias, training, eps=norm.eps)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                if not torch.equal(rest.train(training)(plain), asked.train(training)(probe)):
+                    return None
+        except Exception:  # whatever somebody else's norm raises
+            return None
+    return nn.Sequential(*norm.children()).eval()

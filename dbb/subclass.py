@@ -21,29 +21,44 @@ class Intercept(TorchFunctionMode):
         return (self.respond if func is F.conv2d else func)(*args, **(kwargs or {}))
 
 
+@torch.no_grad()
 def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any] | str:
     """What a subclass of Conv2d does with its weight.
 
-    Dynamic "same" padding, or circular padding of one axis, prepares the input, then returns `F.conv2d` of it.
+    Dynamic "same" padding, or circular padding of one axis, prepares the input, then returns `F.conv2d` of it. The subclass
+    is asked in eval and in training, and with two weights: what it does to its input must depend on neither.
 
     Returns:
         The arguments of that one convolution, as a block takes them; or the reason why the subclass is not of this kind.
     """
-    calls = []
+    found, x = [], torch.linspace(-1, 1, x.numel()).to(x).reshape(x.shape)  # an example of zeros would hide factors
+    for training, factor in ((False, 1), (True, 1), (False, 2)):
+        asked, calls = copy.deepcopy(conv).train(training), []
+        for parameter in asked.parameters(recurse=False):
+            parameter.mul_(factor).add_(factor - 1)
+        before = asked.weight.clone()
 
-    def record(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # F.conv2d's own names
-        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        calls.append((weight, bias, y, dict(stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode="zeros")))
-        return y
+        def record(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, calls=calls):  # F.conv2d's own names
+            y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+            calls.append((input, weight, bias, y, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)))
+            return y
 
-    with torch.no_grad(), Intercept(record):
-        output = conv(x)
-    if len(calls) != 1:
-        return f"calls F.conv2d {len(calls)} times, not once"
-    weight, bias, y, arguments = calls[0]
-    if weight is not conv.weight or bias is not conv.bias:
-        return "computes its kernel from its weight"
-    return arguments if output is y else "changes what its convolution returns"
+        try:
+            with Intercept(record):
+                output = asked(x)
+        except Exception as error:  # whatever somebody else's subclass raises
+            return f"cannot be asked what it does ({error})"
+        if len(calls) != 1:
+            return f"calls F.conv2d {len(calls)} times, not once"
+        [(prepared, weight, bias, y, arguments)] = calls
+        if weight is not asked.weight or bias is not asked.bias or not torch.equal(weight, before):
+            return "computes its kernel from its weight"
+        if output is not y:
+            return "changes what its convolution returns"
+        found.append((prepared, arguments))
+    if any(arguments != found[0][1] or not torch.equal(prepared, found[0][0]) for prepared, arguments in found):
+        return "prepares its input by its weight or its mode"
+    return found[0][1] | {"padding_mode": "zeros"}
 
 
 def without_weight(conv: nn.Conv2d) -> nn.Conv2d:

@@ -59,7 +59,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
                   kernel_sizes: Container[int] = range(2, 7), init: str = "ones") -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
-    Pairs are found by where tensors flow, in one forward pass on `example_input`, not by names. The first `kxk` branch
+    Pairs are found by where tensors flow, in one forward pass in eval on `example_input`, not by names: what a network does
+    with other inputs, or in training only, is not seen. The first `kxk` branch
     takes over the convolution's weight and the norm's parameters and statistics; every branch takes over the norm's
     gamma (times a factor, see `init`), epsilon and momentum. What a norm module does besides (timm's `BatchNormAct2d`
     activates) stays in its place, and so does what a subclass of Conv2d does to its input (dynamic "same" padding).
@@ -87,7 +88,10 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
     makers = {pattern: _maker(choice) for pattern, choice in (block if isinstance(block, Mapping) else {"*": block}).items()}
-    result, traced = copy.deepcopy(model), copy.deepcopy(model)  # what a forward pass may change stays in `traced`
+    try:
+        result, traced = copy.deepcopy(model), copy.deepcopy(model)  # what a forward pass may change stays in `traced`
+    except RuntimeError as error:  # torch.nn.utils.prune and the old weight_norm keep a computed weight
+        raise ValueError(f"the network cannot be copied ({error}): make pruning or weight norms permanent first") from error
     names = {module: name for name, module in traced.named_modules()}
     kept = {part for module in names if isinstance(module, ReparamConv2d) for part in (module.outer, module.reparam)}
     convs = {name: module for module, name in names.items() if isinstance(module, _ConvNd) and module not in kept}
@@ -118,8 +122,9 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         norm = partner(conv, flow, names)
         if isinstance(norm, str):
             return norm
-        if any(module._forward_hooks or module._forward_pre_hooks for module in map(result.get_submodule, (name, names[norm]))):
-            return "it or its norm has hooks, which a block would not run"
+        if any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+               for module in map(result.get_submodule, (name, names[norm]))):
+            return "it or its norm has hooks or a forward of its own, which a block would not run"
         rest = after_norm(norm)
         if rest is None:
             return f"its norm is a {type(norm).__name__}, which does more than is known here"

@@ -26,7 +26,7 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load a plain checkpoint of timm or torchvision; a classifier for other classes starts afresh, and is named.
 
     Raises:
-        ValueError: see `load_weights`.
+        ValueError: see `load_weights`; also if a weight is infinite or no number.
     """
     own, weights = net.state_dict(), dict(weights)
     if "features.0.0.weight" in weights and "conv_stem.weight" in own:
@@ -35,9 +35,11 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if key.endswith("running_var") and f"{key.removesuffix('running_var')}num_batches_tracked" in own:
             weights.setdefault(f"{key.removesuffix('running_var')}num_batches_tracked", own[key].new_zeros((), dtype=int))
     head = next(f"{name}." for name, module in reversed(list(net.named_modules())) if isinstance(module, nn.Linear))
-    other = [key for key in weights if key.startswith(head) and key in own and weights[key].shape != own[key].shape]
-    if other:
-        print(f"{head}weight: the file has {len(weights[f'{head}weight'])} classes, the data {len(own[f'{head}weight'])}: it starts afresh")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError("these weights are not all finite numbers")
+    theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
+    if theirs is not None and theirs.ndim == 2 and theirs.shape[0] != ours.shape[0] and theirs.shape[1] == ours.shape[1]:
+        print(f"{head}weight: the file has {len(theirs)} classes, the data {len(ours)}: it starts afresh")
         weights |= {key: value for key, value in own.items() if key.startswith(head)}
     load_weights(net, weights)
 

@@ -121,6 +121,11 @@ def test_torchvision_weights_are_a_warm_start(name, theirs, capsys):
     net = build_model(name, 5, "dbb", weights=plain.state_dict())
     assert "the file has 7 classes, the data 5: it starts afresh" in capsys.readouterr().out
     assert net(x).shape == (2, 5)
+    head = next(key for key in reversed(plain.state_dict()) if key.endswith("weight"))
+    for wrong, message in ((torch.tensor(3.0), "of another shape"), (torch.zeros(7, 5), "of another shape"),
+                           (torch.full((7, plain.state_dict()[head].shape[1]), torch.nan), "not all finite")):
+        with pytest.raises(ValueError, match=message):
+            build_model(name, 7, weights=plain.state_dict() | {head: wrong})
     with pytest.raises(ValueError, match="another network: .*missing.*unexpected"):
         build_model(name, 7, weights={f"{key}.x": value for key, value in plain.state_dict().items()})
 

@@ -19,6 +19,7 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("block.branches=[kxk,1x2]", "block.branches=1x2 is unknown"), ("block.layers=[{modules:a*,branches:[kxkk]}]", "did you mean kxk"),
     ("block.layers=[{module:a*}]", "module"), ("block.init=four", "block.init"), ("block.copies=0", "block.copies"),
     ("block.kernel_sizes=[]", "block.kernel_sizes"),
+    ("block.copies=3", "block.branches is empty"), ("block.include=[a]", "block.branches is empty"),
     ("block.kernel_sizes=[3x3]", "block.kernel_sizes"), ("source=dbbb", "source"), ("data.color_jitter=true", "data.color_jitter"),
     ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"), ("data.val_size=-1", "data.val_size"),
     ("data.image_size=-3", "data.image_size"),

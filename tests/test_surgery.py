@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,22 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
+class ByItsWeight(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x / self.weight.abs().mean(), self.weight, self.bias)
+
+
+class ByItsMode(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x * 2 if self.training else x, self.weight, self.bias)
+
+
+class Masked(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data.mul_(0.5)
+        return super().forward(x)
+
+
 class Doubled(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -225,11 +242,71 @@ class Twice(nn.Conv2d):
     (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "ParametrizedConv2d computes its kernel"),
     (Doubled(4, 4, 3), "no BatchNorm2d follows, but mul|Doubled changes what its convolution returns"),
     (Twice(4, 4, 3, padding=1), "Twice calls F.conv2d 2 times"),
+    (ByItsWeight(4, 4, 3), "ByItsWeight prepares its input by its weight or its mode"),
+    (ByItsMode(4, 4, 3), "ByItsMode prepares its input by its weight or its mode"),
+    (Masked(4, 4, 3), "its weight"),
     (nn.ConvTranspose2d(4, 4, 3), r"0 \(3x3\) stays, ConvTranspose2d is no Conv2d"),
     (nn.Conv2d(4, 4, 9), "only kernel sizes 2, 3, 4, 5, 6 are swapped")])
 def test_what_stays_is_told_why(conv, reason):
     with pytest.raises(ValueError, match=f"no convolution of the network can become a block: .*{reason}"):
         replace_convs(nn.Sequential(conv, nn.BatchNorm2d(4)), "dbb", example_input=torch.zeros(1, 4, 12, 12))
+
+
+class Uses(nn.Module):
+    """A convolution and its norm, used in ways that a block cannot take over."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.c, self.b, self.d = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        self.forward = partial(forward, self)
+
+
+@pytest.mark.parametrize(("forward", "reason"), [
+    (lambda s, x: s.b(s.c(x)) + F.conv2d(x, s.c.weight, padding=1), "its weight is used elsewhere"),
+    (lambda s, x: (s.b(s.c(x)), (s.c.weight ** 2).sum()), "its weight is used elsewhere"),
+    (lambda s, x: s.b(s.c(x)) * s.b.bias.view(1, -1, 1, 1), "its parameters are used elsewhere"),
+    (lambda s, x: s.b(s.c(input=x)), "called with more than one input"),
+    (lambda s, x: s.b(input=s.c(x)), "no BatchNorm2d follows")])
+def test_what_is_used_elsewhere_stays(forward, reason):
+    with pytest.raises(ValueError, match=f"c .3x3. stays, .*{reason}"):
+        replace_convs(Uses(forward), "dbb")
+
+
+def test_tied_weights_stay_tied():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    net[2].weight = net[0].weight
+    with pytest.raises(ValueError, match="its weight is used elsewhere"):
+        replace_convs(net, "dbb")
+
+
+def test_a_forward_of_its_own_and_pruning_are_told():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    net[0].forward = lambda x: F.conv2d(x, net[0].weight * 2)
+    with pytest.raises(ValueError, match="a forward of its own|used elsewhere"):
+        replace_convs(net, "dbb")
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    nn.utils.prune.l1_unstructured(net[0], "weight", 0.5)
+    net(torch.zeros(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="the network cannot be copied"):
+        replace_convs(net, "dbb")
+
+
+def test_a_norm_that_differs_in_training_stays():
+    class Odd(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) * (2 if self.training else 1)
+    with pytest.raises(ValueError, match="does more than is known"):
+        replace_convs(nn.Sequential(nn.Conv2d(3, 4, 3), Odd(4)), "dbb")
+
+
+def test_a_subclass_whose_stride_depends_on_the_image_says_so():
+    class Adaptive(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(input=x, weight=self.weight, bias=self.bias, stride=2 if x.shape[-1] > 12 else 1, padding=1)
+    new, _ = replace_convs(nn.Sequential(Adaptive(3, 4, 3), nn.BatchNorm2d(4)).eval(), "dbb", example_input=torch.zeros(1, 3, 8, 8))
+    assert new(torch.zeros(1, 3, 10, 10)).shape == (1, 4, 10, 10)
+    with pytest.raises(ValueError, match="Adaptive has stride 2, .* exclude this layer"):
+        new(torch.zeros(1, 3, 16, 16))
 
 
 def test_conv3d_is_told_why():
@@ -251,7 +328,7 @@ def test_different_blocks_for_different_layers():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(block=["kxk", "3x3"]), "layer1.0.conv1: branches: there is no branch '3x3'"),
-    (dict(block=["1x1", "identity"]), r"layer1.0.conv1: branches=.* spans the kernel; add kxk"),
+    (dict(block=["1x1", "identity"]), r"layer1.0.conv1: branches=.* spans the kernel of \(3, 3\); add kxk"),
     (dict(block=["1xk", "kx1"], init="single"), "layer1.0.conv1: init=single, a warm start, needs a kxk branch"),
     (dict(include=["layer9.*"]), "include: the pattern 'layer9.*' matches no convolution; there are layer"),
     (dict(exclude=["stem.*"]), "exclude: the pattern 'stem.*' matches no convolution"),

@@ -99,7 +99,7 @@ def load_published(settings, image_size: int) -> nn.Module:
     if settings.ckpt is None:
         raise ValueError(f"ckpt=PATH is needed: the published file that source={settings.source} is to read")
     weights = read_weights(settings.ckpt)
-    head = next((key for key in ("linear2.weight", "linear.weight") if key in weights), None)
+    head = next((key for key in ("linear2.weight", "linear.weight") if key in weights and weights[key].ndim == 2), None)
     if head is None:
         raise ValueError(f"ckpt={settings.ckpt} holds no linear.weight, as every file of source={settings.source} does")
     num_classes = len(weights[head])

@@ -155,9 +155,8 @@ class Settings:
                             *(("layers", layers.branches) for layers in self.block.layers)):
             for name in names:
                 _one_of(f"block.{knob}", name, list(BRANCHES))
-        if self.block.name != "none" and not (self.block.branches or self.block.layers):
-            raise ValueError(f"block.name={self.block.name}, but block.branches is empty: block={self.block.name} takes the list of "
-                             "configs/block, block.branches=[kxk,1x1] one of your own, block=none leaves plain convolutions")
+        if not self.block.kernel_sizes:
+            raise ValueError("block.kernel_sizes=[] would swap nothing: name one size or more, or choose block=none")
         if self.block.init is not None:
             _one_of("block.init", self.block.init, list(INITS))
         if self.model.pretrained and self.model.weights is not None:
@@ -177,7 +176,7 @@ class Settings:
                 ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size or 1, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
                 ("data.crop_padding", self.data.crop_padding, 0), ("block.copies", self.block.copies, 1),
-                ("block.kernel_sizes", min(self.block.kernel_sizes, default=0), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
+                ("block.kernel_sizes", min(self.block.kernel_sizes, default=1), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
                 ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
             if value < least:
                 raise ValueError(f"{knob}={value} must be at least {least}")
@@ -187,6 +186,9 @@ class Settings:
             raise ValueError(f"trainer.limit_train_batches={self.trainer.limit_train_batches} leaves nothing to train on")
         if not (len(self.data.mean) == len(self.data.std) == 3 and min(self.data.std) > 0):
             raise ValueError("data.mean and data.std need three numbers each, one a channel, and no deviation of zero")
+        if not (self.block.branches or self.block.layers) and self.block != BlockConf():
+            raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: block=dbb takes the list of "
+                             "configs/block/dbb.yaml, block.branches=[kxk,1x1] one of your own, block=none leaves plain convolutions")
 
 
 def _one_of(knob: str, value: str, known: list[str]) -> None:
