@@ -133,6 +133,7 @@ def test_bad_checkpoints(trained, make_settings, tmp_path):
     fails("is needed")
     fails("another network: .* missing .* unexpected", f"ckpt={good}", "block=acb")
     fails("cannot stand beside ckpt", f"ckpt={good}", "experiment=demo")
+    fails("cannot stand beside ckpt", f"ckpt={good}", "model.weights=x.pth")
 
     from tests.test_data import write_tree
     tree = write_tree(tmp_path / "tree", ("train", "val"), ["a", "b"], 2, (8, 8))

@@ -241,6 +241,8 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         if key in ("experiment", "debug") or plus:
             raise ValueError(f"{override} cannot stand beside ckpt=, which takes every setting from the checkpoint: "
                              "name the settings to change themselves")
+        if key in ("model.weights", "model.pretrained"):
+            raise ValueError(f"{override} cannot stand beside ckpt=: the checkpoint's own weights are loaded; leave out one of them")
         for changed in (["model", "block"] if key == "model" else [key]):
             before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
             if before != after:
