@@ -59,7 +59,7 @@ def convert(settings: Settings, out: Path) -> dict:
                          f"largest relative logit error {comparison.relative_error:.1e} (tolerance={settings.tolerance:g}); "
                          "no weights were written")
     save_weights(merged, about, out / "model.safetensors")
-    load_weights(reparameterize(load_run(settings)[0]), load_file(out / "model.safetensors"))
+    load_weights(reparameterize(net), load_file(out / "model.safetensors"))
     return report
 
 

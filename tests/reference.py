@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.conftest import relative_error
+
 
 def reference(block, x):
     """What a block computes: 1x1, factor per channel, padded KxK or average, BN; summed. Batch statistics in training mode.
@@ -77,6 +79,24 @@ def reference(block, x):
         total = total + bn(y)
         stats[f"branches.{name}.bn.running_mean"], stats[f"branches.{name}.bn.running_var"] = bn.running_mean, bn.running_var
     return total, stats
+
+
+def check_training(block, x):
+    """Assert that a block in training mode equals the reference: outputs, running statistics, gradients."""
+    x.requires_grad_()
+    expected, stats = reference(block.train(), x)
+    cotangent, parameters = torch.randn_like(expected), [x, *block.parameters()]
+    expected_grads = torch.autograd.grad(expected, parameters, cotangent)
+    actual = block(x)
+    grads = torch.autograd.grad(actual, parameters, cotangent)
+    assert relative_error(actual, expected) < 1e-12
+    state = block.state_dict()
+    assert {name for name in state if "running" in name} == set(stats)
+    for name, value in stats.items():
+        assert relative_error(state[name], value) < 1e-12, name
+    # Against the norm of all gradients together: norms make single ones exactly zero.
+    flat, expected_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, expected_grads))
+    assert relative_error(flat, expected_flat) < 1e-10
 
 
 class PublishedBlock(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from dbb import AsymmetricConvBlock, DiverseBranchBlock, ReparamConv2d, branches, branchwise
 from tests.conftest import randomize, relative_error
-from tests.reference import PublishedBlock, import_published, reference
+from tests.reference import PublishedBlock, check_training, import_published, reference
 
 ALL = ("kxk", "1x1", "1x1_kxk", "1x1_avg", "avg", "1xk", "kx1", "identity")
 CHANNELS = [(8, 8, 1), (6, 10, 1), (8, 12, 4), (8, 8, 8), (4, 8, 4)]  # in, out, groups: dense, grouped, depthwise, multiplier
@@ -34,22 +34,7 @@ GRID = pytest.mark.parametrize(("kernel_size", "stride", "channels"),
 
 @GRID
 def test_training_equals_the_reference(kernel_size, stride, channels):
-    block, x = make(kernel_size, stride, channels)
-    block.train()
-    x.requires_grad_()
-    expected, stats = reference(block, x)
-    cotangent, parameters = torch.randn_like(expected), [x, *block.parameters()]
-    expected_grads = torch.autograd.grad(expected, parameters, cotangent)
-    actual = block(x)
-    grads = torch.autograd.grad(actual, parameters, cotangent)
-
-    assert relative_error(actual, expected) < 1e-12
-    state = block.state_dict()
-    for name, value in stats.items():
-        assert relative_error(state[name], value) < 1e-12, name
-    # Against the norm of all gradients together: norms make single ones exactly zero.
-    flat, expected_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, expected_grads))
-    assert relative_error(flat, expected_flat) < 1e-10
+    check_training(*make(kernel_size, stride, channels))
 
 
 @GRID

@@ -3,6 +3,8 @@
 The key mapping of published files is broken in tests/test_published.py.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -86,7 +88,16 @@ MUTATIONS = {  # name: (where, attribute, the bug)
 }
 
 
-def error(groups, mutation=None, monkeypatch=None):
+@contextmanager
+def applied(mutation):
+    """Within this context the bug (where, attribute, bug) is in the code; None stands for no bug."""
+    with pytest.MonkeyPatch.context() as patch:
+        if mutation is not None:
+            patch.setattr(*mutation)
+        yield
+
+
+def error(groups, mutation=None):
     """Largest relative error of the merged convolution against the branches as drawn, over a few shapes."""
     largest = 0.0
     for kernel_size, channels in ((3, 8), ((3, 5), 8), (4, 8)):
@@ -98,12 +109,8 @@ def error(groups, mutation=None, monkeypatch=None):
         with torch.no_grad():
             with branchwise(block):
                 drawn = block(x)
-            if mutation is None:
+            with applied(mutation):
                 merged = block.fuse()(x)
-            else:
-                with monkeypatch.context() as patch:
-                    patch.setattr(*mutation)
-                    merged = block.fuse()(x)
         largest = max(largest, relative_error(merged, drawn))
     return largest
 
@@ -114,8 +121,8 @@ def test_unmutated(groups):
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_is_noticed(name, monkeypatch):
-    assert max(error(groups, MUTATIONS[name], monkeypatch) for groups in (1, 4)) > 1e-12
+def test_mutation_is_noticed(name):
+    assert max(error(groups, MUTATIONS[name]) for groups in (1, 4)) > 1e-12
 
 
 def biased_running_variance(self, first, bn, moments):
@@ -158,7 +165,7 @@ TRAINING_MUTATIONS = {
 }
 
 
-def training_error(groups, mutation=None, monkeypatch=None):
+def training_error(groups, mutation=None):
     """Largest relative error of outputs and running statistics in training mode against the reference."""
     errors = []
     for kernel_size in (3, 4):
@@ -166,12 +173,8 @@ def training_error(groups, mutation=None, monkeypatch=None):
         made = randomize(ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, dtype=torch.float64)).train()
         x = torch.randn(4, 8, 9, 8, dtype=torch.float64) + 1
         expected, stats = reference(made, x)
-        if mutation is None:
+        with applied(mutation):
             actual = made(x)
-        else:
-            with monkeypatch.context() as patch:
-                patch.setattr(*mutation)
-                actual = made(x)
         errors += [relative_error(actual, expected), *(relative_error(made.state_dict()[key], value) for key, value in stats.items())]
     return max(errors)
 
@@ -182,5 +185,5 @@ def test_unmutated_training(groups):
 
 
 @pytest.mark.parametrize("name", TRAINING_MUTATIONS)
-def test_mutation_in_training_is_noticed(name, monkeypatch):
-    assert max(training_error(groups, TRAINING_MUTATIONS[name], monkeypatch) for groups in (1, 4)) > 1e-12
+def test_mutation_in_training_is_noticed(name):
+    assert max(training_error(groups, TRAINING_MUTATIONS[name]) for groups in (1, 4)) > 1e-12

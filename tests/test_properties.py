@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 from dbb import BRANCHES, ReparamConv2d, branchwise, replace_convs
 from tests.conftest import randomize, relative_error
-from tests.reference import reference
+from tests.reference import check_training, reference
 
 NAMES = ("kxk", "1x1", "1xk", "kx1", "identity", "avg", "1x1_kxk", "1x1_avg")
 FUZZ = "FUZZ" in os.environ
@@ -66,20 +66,7 @@ def test_block_is_the_reference(case, momentum):
     block, x = build(case)
     for branch in block.branches.values():
         branch.bn.momentum = momentum
-    x.requires_grad_()
-    expected, stats = reference(block.train(), x)
-    cotangent, parameters = torch.randn_like(expected), [x, *block.parameters()]
-    expected_grads = torch.autograd.grad(expected, parameters, cotangent)
-    actual = block(x)
-    grads = torch.autograd.grad(actual, parameters, cotangent)
-    assert relative_error(actual, expected) < 1e-12
-    state = block.state_dict()
-    assert {name for name in state if "running" in name} == set(stats)
-    for name, value in stats.items():
-        assert relative_error(state[name], value) < 1e-12, name
-    # Against the norm of all gradients together: norms make single ones exactly zero.
-    flat, expected_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, expected_grads))
-    assert relative_error(flat, expected_flat) < 1e-10
+    check_training(block, x)
 
     x = x.detach()
     with torch.no_grad():

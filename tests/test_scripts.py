@@ -20,7 +20,7 @@ import train as train_script
 from dbb import branches, reparameterize
 from models import build_model
 from tests.conftest import ROOT, randomize, relative_error
-from tests.test_published import image, published_model
+from tests.published_networks import image, published_model
 from training.callbacks import make_loggers
 from training.checkpoint import load_checkpoint
 from training.module import Classifier, warmup_cosine

@@ -87,8 +87,8 @@ def restore(net: nn.Module, checkpoint: dict[str, Any]) -> None:
     load_weights(net, {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")})
 
 
-def load_published(settings, image_size: int) -> nn.Module:
-    """Rebuild the network of a file that the authors of `settings.source` published, in eval.
+def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
+    """Rebuild the network of a file that the authors of `settings.source` published, in eval, and count its classes.
 
     Training-time files come with their branches. Deployed ones are plain convolutions, as are OREPA's once squeezed:
     they start blocks as trained weights do, without changing the function.
@@ -106,7 +106,7 @@ def load_published(settings, image_size: int) -> nn.Module:
     plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
     if not with_blocks:
-        return build_network(settings, num_classes, image_size, weights=weights).eval()
+        return build_network(settings, num_classes, image_size, weights=weights).eval(), num_classes
     net = build_network(settings, num_classes, image_size)
     load_weights(net, weights)
-    return net.eval()
+    return net.eval(), num_classes

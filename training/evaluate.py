@@ -36,8 +36,8 @@ def load_run(settings: Settings) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     if checkpoint is not None:
         net, classes, image_size = load_network(checkpoint, settings), checkpoint["dbb"]["classes"], checkpoint["dbb"]["image_size"]
     else:
-        net, image_size = load_published(settings, data.image_size), data.image_size
-        count = net(torch.zeros(1, 3, image_size, image_size)).shape[1]
+        image_size = data.image_size
+        net, count = load_published(settings, image_size)
         classes = data.classes if data.classes and len(data.classes) == count else [str(label) for label in range(count)]
     data.check_classes(len(classes))
     return net, data, {"model": settings.model.name, "image_size": image_size, "classes": classes}
