@@ -9,18 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from dbb.branches import BRANCHES, uses_batch_statistics
+from dbb.branches import BRANCHES
 from dbb.geometry import Geometry
-from dbb.moments import batch_moments
+from dbb.modes import MODES
+from dbb.norms import uses_batch_statistics
 from dbb.subclass import Intercept, with_weight
-from dbb.transforms import add_branches
+from dbb.transforms import add_branches, fuse_conv_norm
+
+POSITIONS = 512  # see benchmarks/README.md
 
 
 class ReparamConv2d(nn.Module):
     """`nn.Conv2d` and the norm behind it, as a sum of branches `BN_b(conv(x, K_b))`.
 
     Maps `[N, in_channels, H, W]` to `[N, out_channels, H', W']`. In training every branch is normalised with the
-    statistics of its own map. With running statistics (eval, or all norms frozen) the sum is run as one merged convolution.
+    statistics of its own map, see `mode`. With running statistics (eval, or all norms frozen) the sum is run as one merged
+    convolution.
 
     Args:
         in_channels: C_in.
@@ -32,6 +36,10 @@ class ReparamConv2d(nn.Module):
         groups: as in `nn.Conv2d`.
         branches: names from `BRANCHES`, repeated for several of a kind; one that does not fit the shape (an identity
             with stride 2) is left out.
+        mode: how the sum is run in training (`dbb.modes`): "exact", the published function; "online", the same with
+            statistics over some positions, one convolution; "linear", a learned factor a branch instead of its norm, and one
+            norm behind the sum (OREPA). The first two differ in nothing else, the third in its parameters.
+        positions: how many positions of the output, over all images, `online` takes statistics over.
         padding_mode: as in `nn.Conv2d`.
         internal_channels: width inside `1x1_kxk`; by default in_channels, twice that in a depthwise block.
         deploy: build the merged convolution only, for loading converted weights.
@@ -40,20 +48,27 @@ class ReparamConv2d(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: if a branch is unknown, `nn.Conv2d` would not take the arguments, or no branch spans the kernel.
+        ValueError: if a branch or mode is unknown, `nn.Conv2d` would not take the arguments, or no branch spans the kernel.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1, groups: int = 1,
-                 branches: Sequence[str] = ("kxk",), padding_mode: str = "zeros", internal_channels: int | None = None,
-                 deploy: bool = False, nonlinear: nn.Module | None = None, device=None, dtype=None):
+                 branches: Sequence[str] = ("kxk",), mode: str = "exact", positions: int = POSITIONS, padding_mode: str = "zeros",
+                 internal_channels: int | None = None, deploy: bool = False, nonlinear: nn.Module | None = None, device=None,
+                 dtype=None):
         super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown; known are {', '.join(MODES)}")
+        if positions < 4:
+            raise ValueError(f"positions={positions}: online statistics need 4 positions at least")
         self.geometry = Geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode,
                                  internal_channels)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
             setattr(self, name, getattr(self.geometry, name))  # for code that asks a convolution
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
         self.outer = None  # the subclass of Conv2d in whose place the block is, if it was one; see dbb.subclass
+        self.mode, self.positions = mode, positions
         self.branchwise = False  # see the context manager of that name
+        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype) if mode == "linear" and not deploy else None
         self.branches = nn.ModuleDict()
         self.reparam = None
         if deploy:
@@ -68,6 +83,8 @@ class ReparamConv2d(nn.Module):
                 copies[name] += 1
                 key = name if copies[name] == 1 else f"{name}_{copies[name]}"
                 self.branches[key] = BRANCHES[name](self.geometry, device=device, dtype=dtype)
+                if mode == "linear":
+                    self.branches[key].linearize()
         spanned = [max((b.taps(*self.kernel_size)[dim] for b in self.branches.values()), default=0) for dim in (0, 1)]
         if spanned[0] < self.kernel_size[0] or spanned[1] < self.kernel_size[1]:
             raise ValueError(f"branches={list(branches)}: none that fits {in_channels} to {out_channels} channels, stride {self.stride}, "
@@ -101,22 +118,22 @@ class ReparamConv2d(nn.Module):
         if self.reparam is not None:
             return self.geometry.conv(x_padded, self.reparam.weight, self.reparam.bias)
         if self._uses_batch_statistics():
-            moments = self._moments(x)
-            return sum(branch.bn(branch.response(x_padded, moments)) for branch in self.branches.values())
+            return MODES[self.mode](self, x, x_padded)
         if self.branchwise:
-            return sum(branch.bn(branch.drawn(x_padded)) for branch in self.branches.values())
+            total = sum(branch.normed(branch.drawn(x_padded)) for branch in self.branches.values())
+            return total if self.bn is None else self.bn(total)
         return self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
 
-    def _uses_batch_statistics(self) -> bool:
-        return any(uses_batch_statistics(branch.bn) for branch in self.branches.values())
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """The outer norm of every branch, or the one norm of a linear block."""
+        return [branch.bn for branch in self.branches.values()] if self.bn is None else [self.bn]
 
-    def _moments(self, x: Tensor):
-        """The input's second moments, if an inner norm is about to use them."""
-        norms = [b.bn for b in self.branches.values() if hasattr(b, "scale") and uses_batch_statistics(b.bn)]
-        if not norms:
-            return None
-        sync = isinstance(norms[0], nn.SyncBatchNorm) and norms[0].training
-        return batch_moments(x, self.geometry.groups, sync, norms[0].process_group if sync else None)
+    def _uses_batch_statistics(self) -> bool:
+        return any(uses_batch_statistics(norm) for norm in self.norms())
+
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """Sum of the branches' kernels `[O, I/G, KH, KW]` and biases `[O]`, each with its norm or factor."""
+        return add_branches(*zip(*[branch.equivalent() for branch in self.branches.values()], strict=True))
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel `[C_out, C_in/groups, KH, KW]` and bias `[C_out]` of the merged convolution.
@@ -125,7 +142,10 @@ class ReparamConv2d(nn.Module):
         """
         if self.reparam is not None:
             return self.reparam.weight, self.reparam.bias
-        return add_branches(*zip(*[branch.equivalent() for branch in self.branches.values()], strict=True))
+        if self.bn is None:
+            return self.summed()
+        bn = self.bn
+        return fuse_conv_norm(*self.summed(), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
 
     def fuse(self) -> nn.Module:
         """Make the plain convolution that computes the same, in float64, cast back at the end.
@@ -145,7 +165,7 @@ class ReparamConv2d(nn.Module):
     def _merge(self) -> nn.Conv2d:
         if self.training or self._uses_batch_statistics():
             raise ValueError("a block in training mode cannot be converted: call model.eval() first")
-        weight = next(iter(self.branches.values())).bn.weight
+        weight = self.norms()[0].weight
         conv = self._plain_conv(weight.device, weight.dtype)
         kernel, bias = copy.deepcopy(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
         with torch.no_grad():
@@ -164,11 +184,16 @@ class ReparamConv2d(nn.Module):
         if self.reparam is None:
             self.reparam = self._merge()
             self.branches.clear()
+            self.bn = None
+
+    def gammas(self) -> dict[str, Tensor]:
+        """By branch, the outer norm's gamma `[O]`, or the factor in a linear block."""
+        return {name: branch.bn.weight if branch.factor is None else branch.factor for name, branch in self.branches.items()}
 
     def init_gamma(self, value: float) -> None:
-        """Set the outer norm's gamma of every branch."""
-        for branch in self.branches.values():
-            nn.init.constant_(branch.bn.weight, value)
+        """Set the outer norm's gamma of every branch (its factor in a linear block)."""
+        for gamma in self.gammas().values():
+            nn.init.constant_(gamma, value)
 
     def single_init(self) -> None:
         """Start as the plain convolution: gamma 1 in the first `kxk` branch, 0 in all others.
@@ -179,7 +204,7 @@ class ReparamConv2d(nn.Module):
         if "kxk" not in self.branches:
             raise ValueError(f"single_init needs a kxk branch; the block has {', '.join(self.branches) or 'none: it is deployed'}")
         self.init_gamma(0.0)
-        nn.init.ones_(self.branches["kxk"].bn.weight)
+        nn.init.ones_(self.gammas()["kxk"])
 
     def _plain_conv(self, device, dtype) -> nn.Conv2d:
         g = self.geometry
@@ -189,7 +214,7 @@ class ReparamConv2d(nn.Module):
     def extra_repr(self) -> str:
         g = self.geometry
         return (f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}, padding={g.padding}, "
-                f"dilation={g.dilation}, groups={g.groups}")
+                f"dilation={g.dilation}, groups={g.groups}, mode={self.mode}")
 
 
 class DiverseBranchBlock(ReparamConv2d):
@@ -209,7 +234,7 @@ class DiverseBranchBlock(ReparamConv2d):
         deploy: see there.
         nonlinear: see there.
         single_init: start as the plain convolution, see the method.
-        **kwargs: `padding_mode`, `device`, `dtype`.
+        **kwargs: `mode`, `positions`, `padding_mode`, `device`, `dtype`.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,

@@ -1,4 +1,4 @@
-"""The branches of a block: each computes one kernel from its parameters and has a BatchNorm of its own.
+"""The branches of a block: each computes one kernel from its parameters, and has a BatchNorm or a factor of its own.
 
 A new branch is a subclass with a name, its parameters and `kernel`; see `KxK`. Shapes as in `dbb.transforms`.
 """
@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbb.geometry import Geometry
+from dbb.geometry import Geometry, average
 from dbb.moments import Moments, full_precision
-from dbb.transforms import average_kernel, embed_kernel, fuse_conv_norm, identity_kernel, merge_1x1_kxk
+from dbb.norms import Scale
+from dbb.transforms import embed_kernel, fuse_conv_norm, identity_kernel, merge_1x1_kxk
 
 BRANCHES: dict[str, type["Branch"]] = {}
 
 
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """Whether a norm would normalise with the statistics of the batch, by BatchNorm's own rule."""
-    return norm.training or norm.running_mean is None
-
-
 class Branch(nn.Module):
-    """`BN(conv(x, kernel))`.
+    """`BN(conv(x, kernel))`, or `factor * conv(x, kernel)` in a linear block.
+
+    A subclass may set `window` if its kernel is a 1x1 kernel on the "centre" pixel or on the "average" of what the block's
+    kernel covers (see `PointBranch`), and `initial_factor`.
 
     Args:
         geometry: the block's.
@@ -30,14 +29,28 @@ class Branch(nn.Module):
         dtype: of the parameters.
     """
 
-    def __init_subclass__(cls, name: str, **kwargs):
+    window: str | None = None
+    initial_factor = 1.0
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
-        BRANCHES[name] = cls
+        if name is not None:
+            BRANCHES[name] = cls
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__()
         self.geometry = geometry
         self.bn = nn.BatchNorm2d(geometry.out_channels, device=device, dtype=dtype)
+        self.factor = None
+
+    def linearize(self) -> None:
+        """Trade the norms for one learned factor per output channel, with OREPA's initial values (its code)."""
+        self.factor = nn.Parameter(torch.full_like(self.bn.weight, self.initial_factor))
+        self.bn = self.scale = None
+        with torch.no_grad():
+            for kernel in self.parameters():
+                if kernel.ndim == 4:
+                    kernel *= math.sqrt(6)  # kaiming_uniform_ with a=0, where conv_weight has a=sqrt(5)
 
     @staticmethod
     def fits(geometry: Geometry) -> bool:
@@ -65,15 +78,28 @@ class Branch(nn.Module):
         """The same map in eval, layer by layer as the paper draws it: independent of how kernels are merged."""
         return self.response(x)
 
+    def normed(self, response: Tensor) -> Tensor:
+        """Run the norm on the branch's map, or multiply it with the factor."""
+        return self.bn(response) if self.factor is None else response * self.factor[:, None, None]
+
+    def folded(self, kernel: Tensor, mean: Tensor | None = None, var: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Kernel and bias `[O]` of a kernel and what follows it: the norm, with these statistics or the running ones, or the factor."""
+        if self.factor is not None:
+            return kernel * self.factor[:, None, None, None], torch.zeros_like(self.factor)
+        bn = self.bn
+        mean, var = (bn.running_mean, bn.running_var) if mean is None else (mean.to(bn.weight.dtype), var.to(bn.weight.dtype))
+        return fuse_conv_norm(kernel, 0.0, mean, var, bn.weight, bn.bias, bn.eps)
+
     def equivalent(self) -> tuple[Tensor, Tensor]:
         """Kernel `[O, I/G, KH, KW]` and bias `[O]` of the whole branch with its running statistics."""
-        bn = self.bn
-        kernel = embed_kernel(self.kernel(), self.geometry.kernel_size)
-        return fuse_conv_norm(kernel, 0.0, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        kernel, bias = self.folded(self.kernel())
+        return embed_kernel(kernel, self.geometry.kernel_size), bias
 
 
 class KxK(Branch, name="kxk"):
     """A plain convolution."""
+
+    initial_factor = 0.25
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
@@ -82,14 +108,6 @@ class KxK(Branch, name="kxk"):
 
     def kernel(self, moments=None):
         return self.weight
-
-
-class Pointwise(KxK, name="1x1"):
-    """A 1x1 convolution on the centre tap."""
-
-    @staticmethod
-    def taps(kh, kw):
-        return (1, 1)
 
 
 class Horizontal(KxK, name="1xk"):
@@ -108,7 +126,46 @@ class Vertical(KxK, name="kx1"):
         return (kh, 1)
 
 
-class Identity(Branch, name="identity"):
+class PointBranch(Branch):
+    """A 1x1 kernel on a fixed `window`: its statistics follow from the moments of what the window sees."""
+
+    window = "centre"
+
+    def point(self, moments: Moments | None = None) -> Tensor:
+        """The 1x1 kernel `[O, I/G, 1, 1]`; `moments` as in `kernel`."""
+        raise NotImplementedError
+
+    def spread(self, point: Tensor) -> Tensor:
+        """The kernel that a 1x1 kernel on the window is."""
+        if self.window == "centre":
+            return point
+        kh, kw = self.geometry.kernel_size
+        return point.expand(-1, -1, kh, kw) / (kh * kw)
+
+    def kernel(self, moments=None):
+        return self.spread(self.point(moments))
+
+    def drawn(self, x):
+        u = F.conv2d(x, self.point(), groups=self.geometry.groups)
+        return average(self.geometry, u) if self.window == "average" else self.geometry.window(u, "centre")
+
+
+class Pointwise(PointBranch, name="1x1"):
+    """A 1x1 convolution on the centre tap."""
+
+    def __init__(self, geometry: Geometry, device=None, dtype=None):
+        super().__init__(geometry, device, dtype)
+        self.weight = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
+
+    @staticmethod
+    def taps(kh, kw):
+        return 1, 1
+
+    def point(self, moments=None):
+        return self.weight
+
+
+class Identity(PointBranch, name="identity"):
     """The input itself (RepVGG, MobileOne)."""
 
     @staticmethod
@@ -119,68 +176,45 @@ class Identity(Branch, name="identity"):
     def taps(kh, kw):
         return 1, 1
 
-    def kernel(self, moments=None):
-        g, norm = self.geometry, self.bn.weight
-        return identity_kernel(g.in_channels, g.groups, norm.dtype, norm.device)
-
-    def response(self, x, moments=None):
-        ones = torch.ones(self.geometry.in_channels, 1, 1, 1, dtype=x.dtype, device=x.device)
-        return self.geometry.conv(x, ones, groups=len(ones))
+    def point(self, moments=None):
+        like = self.bn.weight if self.factor is None else self.factor
+        return identity_kernel(self.geometry.in_channels, self.geometry.groups, like.dtype, like.device)
 
 
-class Average(Branch, name="avg"):
+class Average(Identity, name="avg"):
     """Average pooling, dilated where the block is."""
+
+    window = "average"
+    initial_factor = 0.25
 
     @staticmethod
     def fits(geometry):
         return geometry.in_channels == geometry.out_channels
 
-    def kernel(self, moments=None):
-        g, norm = self.geometry, self.bn.weight
-        return average_kernel(g.in_channels, g.kernel_size, g.groups, norm.dtype, norm.device)
-
-    def response(self, x, moments=None):
-        return average(self.geometry, x)
+    @staticmethod
+    def taps(kh, kw):
+        return kh, kw
 
 
-class Scale(nn.Module):
-    """What is left of an inner BatchNorm: a factor per channel, `weight / sqrt(var + eps)`.
+class PointwiseAverage(PointBranch, name="1x1_avg"):
+    """1x1, inner norm, average pooling."""
 
-    Its shift moves the padded map by a constant, which the outer norm subtracts again, so it has none. It has no mode
-    of its own either: momentum, mode and process group are those of the branch's outer norm, so that freezing norms,
-    `update_bn` or SyncBatchNorm reach both.
-    """
+    window = "average"
+    initial_factor = 0.25
 
-    def __init__(self, channels: int, eps: float, device=None, dtype=None):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(channels, device=device, dtype=dtype))
+    def __init__(self, geometry: Geometry, device=None, dtype=None):
+        super().__init__(geometry, device, dtype)
+        self.first = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
+        self.scale = Scale(geometry.out_channels, self.bn.eps, device, dtype)
 
-    def forward(self, first: Tensor, bn: nn.BatchNorm2d, moments: Moments | None) -> Tensor:
-        """Compute the factors `[M]` for the map `first * x`, and update `running_var` as `bn` is going to.
-
-        Args:
-            first: 1x1 kernel `[M, I/G, 1, 1]`.
-            bn: the branch's outer norm, not yet run on this batch.
-            moments: the batch's, used if `bn` uses batch statistics.
-        """
-        if moments is None or not uses_batch_statistics(bn):
-            return self.weight * (self.running_var + self.eps).rsqrt()
-        covariance, count = moments
-        rows = first.to(covariance.dtype).reshape(len(covariance), -1, covariance.shape[-1])  # [G, M/G, I/G]
-        with full_precision(first.device):
-            var = (rows @ covariance * rows).sum(-1).flatten().clamp_min(0)
-        if bn.training and bn.track_running_stats:
-            momentum = 1 / (bn.num_batches_tracked + 1).to(var) if bn.momentum is None else bn.momentum
-            with torch.no_grad():
-                unbiased = (var * (count / (count - 1))).to(self.running_var.dtype)
-                self.running_var += momentum * (unbiased - self.running_var)
-        return self.weight * (var + self.eps).rsqrt().to(self.weight.dtype)
+    def point(self, moments=None):
+        return scaled(self, self.first, moments)
 
 
 class PointwiseKxK(Branch, name="1x1_kxk"):
     """1x1, inner norm, KxK. With as many internal as input channels the 1x1 kernel is `I + first`."""
+
+    initial_factor = 0.5
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
@@ -197,52 +231,75 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
             return self.first
         return self.first + identity_kernel(len(self.first), self.geometry.groups, self.first.dtype, self.first.device)
 
-    def scaled(self, moments: Moments | None) -> Tensor:
-        """The 1x1 kernel times the inner norm's factors, `[M, I/G, 1, 1]`."""
-        first = self.pointwise()
-        return first * self.scale(first, self.bn, moments)[:, None, None, None]
-
     def kernel(self, moments=None):
         with full_precision(self.second.device):
-            return merge_1x1_kxk(self.scaled(moments), self.second, self.geometry.groups)[0]
+            return merge_1x1_kxk(scaled(self, self.pointwise(), moments), self.second, self.geometry.groups)[0]
 
     def response(self, x, moments=None):
         # Composing the kernel takes the 1x1 layer's products once a tap and output channel, running it once a position.
         g = self.geometry
-        if g.out_channels // g.groups * g.kernel_size[0] * g.kernel_size[1] < len(x) * x.shape[2] * x.shape[3]:
+        if g.depthwise or g.out_channels // g.groups * g.kernel_size[0] * g.kernel_size[1] < len(x) * x.shape[2] * x.shape[3]:
             return super().response(x, moments)
-        return g.conv(F.conv2d(x, self.scaled(moments), groups=g.groups), self.second)
+        return g.conv(F.conv2d(x, scaled(self, self.pointwise(), moments), groups=g.groups), self.second)
 
     def drawn(self, x):
         first = self.pointwise()
-        u = F.conv2d(x, first, groups=self.geometry.groups) * self.scale(first, self.bn, None)[:, None, None]
+        u = F.conv2d(x, first, groups=self.geometry.groups)
+        if self.scale is not None:
+            u = u * self.scale(first, self.bn, None)[:, None, None]
         return self.geometry.conv(u, self.second)
 
 
-class PointwiseAverage(Branch, name="1x1_avg"):
-    """1x1, inner norm, average pooling."""
+class PointwisePrior(Branch, name="1x1_prior"):
+    """1x1, then one fixed frequency an output channel: rows of a cosine transform, vertical and horizontal (OREPA)."""
+
+    initial_factor = 0.0
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.first = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
-        self.scale = Scale(geometry.out_channels, self.bn.eps, device, dtype)
-
-    def scaled(self, moments: Moments | None) -> Tensor:
-        """The 1x1 kernel times the inner norm's factors, `[O, I/G, 1, 1]`."""
-        return self.first * self.scale(self.first, self.bn, moments)[:, None, None, None]
+        out, (kh, kw) = geometry.out_channels, geometry.kernel_size
+        self.first = conv_weight(out, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
+        channel = torch.arange(1, out + 1, dtype=torch.float64)[:, None, None]
+        row, column = torch.arange(kh).double()[:, None] + 0.5, torch.arange(kw).double() + 0.5
+        vertical, horizontal = (math.pi * row * channel / kh).cos(), (math.pi * column * (channel - out / 2) / kw).cos()
+        prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None].to(device=device, dtype=dtype or torch.get_default_dtype())
+        self.register_buffer("prior", prior, persistent=False)  # [O, 1, KH, KW]
 
     def kernel(self, moments=None):
-        kh, kw = self.geometry.kernel_size
-        return self.scaled(moments).expand(-1, -1, kh, kw) / (kh * kw)
+        return self.first * self.prior
 
-    def response(self, x, moments=None):
-        return average(self.geometry, F.conv2d(x, self.scaled(moments), groups=self.geometry.groups))
+    def drawn(self, x):
+        return self.geometry.conv(F.conv2d(x, self.first, groups=self.geometry.groups), self.prior, groups=len(self.prior))
 
 
-def average(geometry: Geometry, x: Tensor) -> Tensor:
-    """Average pooling as a depthwise convolution: it can be dilated, and is ten times faster on a CPU."""
-    box = average_kernel(x.shape[1], geometry.kernel_size, x.shape[1], x.dtype, x.device)
-    return geometry.conv(x, box, groups=len(box))
+class DepthwiseSeparable(Branch, name="dw_1x1"):
+    """Eight depthwise kernels an input channel, then 1x1 (OREPA)."""
+
+    initial_factor = 0.5
+    multiplier = 8
+
+    def __init__(self, geometry: Geometry, device=None, dtype=None):
+        super().__init__(geometry, device, dtype)
+        channels = geometry.in_channels * self.multiplier
+        self.first = conv_weight(channels, 1, geometry.kernel_size, device, dtype)
+        self.second = conv_weight(geometry.out_channels, channels // geometry.groups, (1, 1), device, dtype)
+
+    def kernel(self, moments=None):
+        groups = self.geometry.groups
+        first = self.first.reshape(groups, -1, self.multiplier, *self.geometry.kernel_size)  # [G, I/G, 8, KH, KW]
+        second = self.second.reshape(groups, -1, *first.shape[1:3])  # [G, O/G, I/G, 8]
+        with full_precision(first.device):
+            return torch.einsum("githw,goit->goihw", first, second).flatten(0, 1)
+
+    def drawn(self, x):
+        return F.conv2d(self.geometry.conv(x, self.first, groups=self.geometry.in_channels), self.second, groups=self.geometry.groups)
+
+
+def scaled(branch: Branch, first: Tensor, moments: Moments | None) -> Tensor:
+    """A branch's 1x1 kernel `[M, I/G, 1, 1]` times the factors of the norm behind it, where it has one."""
+    if branch.scale is None:
+        return first
+    return first * branch.scale(first, branch.bn, moments)[:, None, None, None]
 
 
 def conv_weight(out_channels: int, in_channels: int, kernel_size: tuple[int, int], device=None, dtype=None):

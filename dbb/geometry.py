@@ -1,12 +1,17 @@
 """Where the taps of a convolution fall: one description shared by a block and all of its branches."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 from torch.nn.modules.utils import _pair
 
-from dbb.transforms import offsets
+from dbb.transforms import average_kernel, offsets
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,98 @@ class Geometry:
         Returns:
             `[N, O, H', W']`, of the same size for every kernel.
         """
+        x, padding = self.aligned(x, kernel.shape[2:])
+        return F.conv2d(x, kernel, bias, self.stride, padding, self.dilation, groups or self.groups)
+
+    def aligned(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """What a convolution with a kernel of `size` (h, w) on the centre tap takes: `[N, C, H, W]`, cut or padded, and its padding."""
         pads = []
-        for dim, first_tap in enumerate(offsets(kernel.shape[2:], self.kernel_size)):
+        for dim, first_tap in enumerate(offsets(size, self.kernel_size)):
             before, after = self.pads[dim] if self.padding_mode == "zeros" else (0, 0)
-            last_tap = self.kernel_size[dim] - kernel.shape[2 + dim] - first_tap
+            last_tap = self.kernel_size[dim] - size[dim] - first_tap
             pads.append((before - self.dilation[dim] * first_tap, after - self.dilation[dim] * last_tap))
         padding = [before for before, _ in pads]
         if min(padding) < 0 or any(before != after for before, after in pads):
             (top, bottom), (left, right) = pads
-            x, padding = F.pad(x, (left, right, top, bottom)), 0  # a negative pad crops
-        return F.conv2d(x, kernel, bias, self.stride, padding, self.dilation, groups or self.groups)
+            return F.pad(x, (left, right, top, bottom)), [0, 0]  # a negative pad crops
+        return x, padding
+
+    def window(self, x: Tensor, name: str) -> Tensor:
+        """What a 1x1 kernel sees at every position of the output, `[N, C, H', W']`: the "centre" pixel, or the "average"."""
+        if name == "average":
+            return average(self, x)
+        x, padding = self.aligned(x, (1, 1))
+        if any(padding):
+            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        return x if self.stride == (1, 1) else x[:, :, ::self.stride[0], ::self.stride[1]].clone()
+
+    def patches(self, x: Tensor, lattice: "Lattice") -> Tensor:
+        """The windows of some positions of the output, `[n, C, KH, KW]`.
+
+        Args:
+            x: what `pad` returned, `[N, C, H, W]`.
+            lattice: the positions.
+        """
+        x, pads, ranges = x[::lattice.images], [], []
+        for dim, (first, step, count) in enumerate(lattice.places):
+            before, _ = self.pads[dim] if self.padding_mode == "zeros" else (0, 0)
+            start, extent = first * self.stride[dim] - before, self.dilation[dim] * (self.kernel_size[dim] - 1) + 1
+            end = start + (count - 1) * step * self.stride[dim] + extent
+            pads.append((max(0, -start), max(0, end - x.shape[2 + dim])))
+            ranges.append((slice(max(0, start), end + pads[-1][0]), extent, step * self.stride[dim]))
+        (top, bottom), (left, right) = pads
+        if any((top, bottom, left, right)):
+            x = F.pad(x, (left, right, top, bottom))
+        (rows, height, down), (columns, width, across) = ranges
+        windows = x[:, :, rows, columns].unfold(2, height, down).unfold(3, width, across)  # [N, C, h, w, ...]
+        return windows[..., ::self.dilation[0], ::self.dilation[1]].permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+    def positions(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output for what `pad` returned."""
+        pads = self.pads if self.padding_mode == "zeros" else [(0, 0), (0, 0)]
+        return tuple((x.shape[2 + dim] + sum(pads[dim]) - self.dilation[dim] * (self.kernel_size[dim] - 1) - 1) // self.stride[dim] + 1
+                     for dim in (0, 1))
+
+
+class Lattice(NamedTuple):
+    """Some positions of a batch of maps, evenly spread: every `images`-th image, and (first, step, count) of rows and columns."""
+
+    images: int
+    places: tuple[tuple[int, int, int], tuple[int, int, int]]
+
+    @classmethod
+    def within(cls, images: int, height: int, width: int, budget: int) -> "Lattice":
+        """About `budget` of the positions (at least that, where there are as many), at least 2 x 2 from each image."""
+        every = max(1, images * 4 // budget)
+        each = budget / -(-images // every)
+        rows = min(height, max(1, math.ceil(math.sqrt(each * height / width))))
+        columns = min(width, max(1, math.ceil(each / rows)))
+        rows = min(height, max(rows, math.ceil(each / columns)))  # what a narrow map leaves to its height
+        return cls(every, tuple(((size - 1 - (count - 1) * (size // count)) // 2, size // count, count)
+                                for size, count in ((height, rows), (width, columns))))
+
+    def of(self, x: Tensor) -> Tensor:
+        """The positions of a map, `[n, C, rows, columns]`."""
+        rows, columns = (slice(first, first + (count - 1) * step + 1, step) for first, step, count in self.places)
+        return x[::self.images, :, rows, columns]
+
+
+def average(geometry: Geometry, x: Tensor) -> Tensor:
+    """Average pooling as a depthwise convolution: it can be dilated, and is ten times faster on a CPU."""
+    box = average_kernel(x.shape[1], geometry.kernel_size, x.shape[1], x.dtype, x.device)
+    x, padding = geometry.aligned(x, geometry.kernel_size)
+    return _Fixed.apply(x, box, (geometry.stride, padding, geometry.dilation, len(box)))
+
+
+class _Fixed(torch.autograd.Function):
+    """A convolution whose kernel is a constant: unlike `F.conv2d` it keeps no input for backward."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, conv):
+        ctx.kernel, ctx.shape, ctx.conv = kernel, x.shape, conv
+        return F.conv2d(x, kernel, None, *conv)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        stride, padding, dilation, groups = ctx.conv
+        return conv2d_input(ctx.shape, ctx.kernel.to(d_y.dtype), d_y, stride, padding, dilation, groups), None, None

@@ -1,22 +1,31 @@
-"""Second moments of a batch: all that the inner norms of a block need of their feature maps.
+"""First and second moments of a batch: all that a norm needs of a map that is linear in another one.
 
-The batch variance of `u = W x` is `diag(W Cov(x) W^T)`, so one Gram matrix of the block's input serves every
-inner norm, and no intermediate map is computed or kept.
+The batch variance of `u = W x` is `diag(W Cov(x) W^T)`, so one Gram matrix of a block's input serves every inner norm and
+every 1x1 branch, and their maps are neither computed nor kept.
 """
 
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_reduce
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 
 class Moments(NamedTuple):
-    """Biased covariance within each group, `[G, C/G, C/G]`, and the number of positions it was taken over."""
+    """Mean `[C]`, biased covariance within each group `[G, C/G, C/G]`, and the number of positions they were taken over."""
 
+    mean: Tensor
     covariance: Tensor
     count: Tensor | int
+
+    def through(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance `[O]` of the map that a 1x1 kernel `[O, C/G, 1, 1]` makes."""
+        groups, channels = self.covariance.shape[:2]
+        with full_precision(kernel.device):
+            rows = kernel.to(self.mean.dtype).reshape(groups, -1, channels)
+            mean = (rows @ self.mean.reshape(groups, channels, 1)).flatten()
+            return mean, (rows @ self.covariance * rows).sum(-1).flatten().clamp_min(0)
 
 
 @contextmanager
@@ -31,29 +40,58 @@ def full_precision(device: torch.device):
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def batch_moments(x: Tensor, groups: int, sync: bool = False, process_group=None) -> Moments:
-    """Covariance of a batch over images and positions, differentiable, at least in float32.
+def batch_moments(x: Tensor, groups: int, norm: nn.Module) -> Moments:
+    """Moments of a batch over images and positions, differentiable, at least in float32.
 
     Args:
         x: `[N, C, H, W]`.
-        groups: channels are only correlated within their group.
-        sync: whether to take it over all processes of `process_group`, as SyncBatchNorm does.
-        process_group: None stands for all.
+        groups: channels are only correlated within their group; C for variances alone.
+        norm: what they are for; a `nn.SyncBatchNorm` in training takes them over all processes of its group.
 
     Raises:
         ValueError: if there is one position only, whose variance is not defined (BatchNorm's rule).
     """
-    with full_precision(x.device):
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)  # [C, N*H*W]
-        total, count = x.sum(1, keepdim=True), x.shape[1]
-        if sync and distributed.is_initialized():
-            total, count = all_reduce(total, group=process_group), x.new_tensor(float(count))
-            distributed.all_reduce(count, group=process_group)
-        elif count == 1:
-            raise ValueError("expected more than 1 value per channel when training; use a larger batch")
-        # Centred before the product: E[xx'] - mm' cancels catastrophically for channels with a large mean.
-        x = (x - total / count).reshape(groups, -1, x.shape[1])
-        gram = x.square().sum(2, keepdim=True) if x.shape[1] == 1 else x @ x.mT
-        if sync and distributed.is_initialized():
-            gram = all_reduce(gram, group=process_group)
-        return Moments(gram / count, count)
+    synchronized = isinstance(norm, nn.SyncBatchNorm) and norm.training and distributed.is_initialized()
+    count = x.numel() // x.shape[1]
+    if count == 1 and not synchronized:
+        raise ValueError("expected more than 1 value per channel when training; use a larger batch")
+    group = (norm.process_group or distributed.group.WORLD) if synchronized else None
+    mean, covariance, total = _Moments.apply(x, groups, group)
+    return Moments(mean, covariance, total if synchronized else count)
+
+
+class _Moments(torch.autograd.Function):
+    """Keeps nothing for backward but the map itself, which the convolution behind it keeps anyway."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int, group):
+        with full_precision(x.device):
+            ctx.group, wide = group, x.to(torch.promote_types(x.dtype, torch.float32))
+            mean, count = wide.sum((0, 2, 3)), wide.new_full((), x.numel() // x.shape[1])
+            for part in (mean, count) if group is not None else ():
+                distributed.all_reduce(part, group=group)
+            mean = mean / count
+            # Centred before the product: E[xx'] - mm' cancels catastrophically for channels with a large mean.
+            centred = wide - mean[:, None, None]
+            if groups == x.shape[1]:
+                gram = centred.square().sum((0, 2, 3))[:, None, None]
+            elif x.is_contiguous() and x.shape[2] * x.shape[3] * groups >= x.shape[1]:
+                rows = centred.unflatten(1, (groups, -1)).flatten(3)  # [N, G, C/G, H*W]
+                gram = (rows @ rows.mT).sum(0)
+            else:  # images of few positions: one product over all of them
+                rows = centred.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))  # [G, C/G, N*H*W]
+                gram = rows @ rows.mT
+            if group is not None:
+                distributed.all_reduce(gram, group=group)
+        ctx.save_for_backward(x, mean, count)
+        ctx.mark_non_differentiable(count)
+        return mean, gram / count, count
+
+    @staticmethod
+    def backward(ctx, d_mean: Tensor, d_covariance: Tensor, _):
+        x, mean, count = ctx.saved_tensors
+        for part in (d_mean, d_covariance) if ctx.group is not None else ():
+            distributed.all_reduce(part, group=ctx.group)
+        centred = x.to(mean.dtype) - mean[:, None, None]
+        kernel = (d_covariance + d_covariance.mT).flatten(0, 1)[:, :, None, None] / count
+        return F.conv2d(centred, kernel, d_mean / count, groups=len(d_covariance)).to(x.dtype), None, None

@@ -142,8 +142,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         make, norm, rest, inner = verdict
         conv_mode, norm_mode = (result.get_submodule(names[module]).training for module in (conv, norm))
         made = replacements[name] = _make(name, make, conv, inner, norm, init).train(conv_mode)
-        for branch in made.branches.values():
-            branch.bn.train(norm_mode)
+        for outer in made.norms():
+            outer.train(norm_mode)
         replacements[names[norm]] = rest.train(norm_mode)
         report.append(Row(name, conv.kernel_size, " + ".join(made.branches)))
     if not replacements:
@@ -175,21 +175,28 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
         raise ValueError(f"{name}: {error}") from error
     if init == "single" and "kxk" not in block.branches:
         raise ValueError(f"{name}: init=single, a warm start, needs a kxk branch; the block has {', '.join(block.branches)}")
-    for key, branch in block.branches.items():
-        branch.bn.eps, branch.bn.momentum = norm.eps, norm.momentum
-        nn.init.zeros_(branch.bn.bias)
+    for outer in block.norms():
+        outer.eps, outer.momentum = norm.eps, norm.momentum
+        nn.init.zeros_(outer.bias)
         with torch.no_grad():
-            branch.bn.weight.copy_(norm.weight * (1.0 if (init, key) == ("single", "kxk") else INITS[init]))
-        if hasattr(branch, "scale"):
+            outer.weight.copy_(norm.weight)
+    with torch.no_grad():
+        for key, gamma in block.gammas().items():
+            gamma *= INITS[init] if (init, key) != ("single", "kxk") else 1 / gamma if block.bn is not None else 1.0
+    for branch in block.branches.values():
+        if getattr(branch, "scale", None) is not None:
             branch.scale.eps = norm.eps
+    heir = block.bn
     if "kxk" in block.branches:
-        kxk = block.branches["kxk"]
+        heir = heir or block.branches["kxk"].bn
         with torch.no_grad():
-            kxk.weight.copy_(conv.weight)
-            own = kxk.bn.state_dict()  # a subclass holds more, as the parameters of its activation
-            kxk.bn.load_state_dict({key: value for key, value in norm.state_dict().items() if key in own} | {"weight": kxk.bn.weight})
+            block.branches["kxk"].weight.copy_(conv.weight)
+    if heir is not None:
+        with torch.no_grad():
+            own = heir.state_dict()  # a subclass holds more, as the parameters of its activation
+            heir.load_state_dict({key: value for key, value in norm.state_dict().items() if key in own} | {"weight": heir.weight})
             if conv.bias is not None:
-                kxk.bn.running_mean -= conv.bias  # the norm subtracts it again
+                heir.running_mean -= conv.bias  # the norm subtracts it again
     if type(conv) is not nn.Conv2d:
         block.outer = without_weight(conv)
     if isinstance(norm, nn.SyncBatchNorm):
@@ -197,8 +204,8 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
     if not conv.weight.is_contiguous():
         block = block.to(memory_format=torch.channels_last)
     block.requires_grad_(conv.weight.requires_grad)  # a frozen layer stays frozen
-    for branch in block.branches.values():
-        branch.bn.requires_grad_(norm.weight.requires_grad)
+    for outer in block.norms():
+        outer.requires_grad_(norm.weight.requires_grad)
     return block
 
 

@@ -1,0 +1,84 @@
+"""BatchNorm's rules, for where the block takes statistics itself instead of running the norm on a map."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Whether a norm would normalise with the statistics of the batch, by BatchNorm's own rule."""
+    return norm.training or norm.running_mean is None
+
+
+def track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+    """Update running statistics as a norm that sees this mean and biased variance over `count` values does."""
+    if norm.training and norm.track_running_stats:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            _average(norm.running_mean, mean, norm, 0)
+            _average(norm.running_var, var * (count / (count - 1)), norm, 0)
+
+
+def _average(running: Tensor, value: Tensor, norm: nn.BatchNorm2d, more: int) -> None:
+    momentum = 1 / (norm.num_batches_tracked + more).to(value) if norm.momentum is None else norm.momentum
+    running.copy_(running + momentum * (value.to(running.dtype) - running))
+
+
+class Scale(nn.Module):
+    """What is left of an inner BatchNorm: a factor per channel, `weight / sqrt(var + eps)`.
+
+    Its shift moves the padded map by a constant, which the outer norm subtracts again, so it has none. It has no mode
+    of its own either: momentum, mode and process group are those of the branch's outer norm, so that freezing norms,
+    `update_bn` or SyncBatchNorm reach both.
+    """
+
+    def __init__(self, channels: int, eps: float, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(channels, device=device, dtype=dtype))
+
+    def forward(self, first: Tensor, norm: nn.BatchNorm2d, moments) -> Tensor:
+        """Compute the factors `[M]` for the map `first * x`, and update `running_var` as `norm` is going to.
+
+        Args:
+            first: 1x1 kernel `[M, I/G, 1, 1]`.
+            norm: the branch's outer one, which has not seen this batch yet.
+            moments: the batch's `Moments`, used if `norm` uses batch statistics.
+        """
+        if moments is None or not uses_batch_statistics(norm):
+            return self.weight * (self.running_var + self.eps).rsqrt()
+        _, var = moments.through(first)
+        if norm.training and norm.track_running_stats:
+            with torch.no_grad():
+                _average(self.running_var, var * (moments.count / (moments.count - 1)), norm, 1)
+        return self.weight * (var + self.eps).rsqrt().to(self.weight.dtype)
+
+
+class NormedConv(torch.autograd.Function):
+    """A convolution and the norm on it, with the statistics of the batch: keeps its input, and makes the map again in backward.
+
+    Worth it where a convolution costs less than keeping its result: in depthwise blocks, which have three of them.
+
+    Arguments: `x` `[N, C, H, W]`, `kernel` `[O, C/G, KH, KW]`, the norm's `weight` and `bias` `[O]`, `eps`, and the `conv`
+    arguments (stride, padding, dilation, groups). Returns the normalised map, and its mean and 1 / sqrt(var + eps) `[O]`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, kernel, weight, bias, eps, conv):
+        out, mean, inverse = torch.native_batch_norm(F.conv2d(x, kernel, None, *conv), weight, bias, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, kernel, weight, mean, inverse)
+        ctx.eps, ctx.conv = eps, conv
+        ctx.mark_non_differentiable(mean, inverse)
+        return out, mean, inverse
+
+    @staticmethod
+    def backward(ctx, d_out, _, __):
+        x, kernel, weight, mean, inverse = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        z = F.conv2d(x, kernel, None, *ctx.conv)
+        d_z, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            d_out, z, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True])
+        d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
+            d_z, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False])
+        return d_x, d_kernel, d_weight, d_bias, None, None
