@@ -145,6 +145,12 @@ class PointBranch(Branch):
     def kernel(self, moments=None):
         return self.spread(self.point(moments))
 
+    def response(self, x, moments=None):
+        g, point = self.geometry, self.point(moments)
+        if self.window == "average" and g.stride == (1, 1):
+            return average(g, F.conv2d(x, point, groups=g.groups))  # keeps x, which is kept anyway
+        return F.conv2d(g.window(x, self.window), point, groups=g.groups)
+
     def drawn(self, x):
         u = F.conv2d(x, self.point(), groups=self.geometry.groups)
         return average(self.geometry, u) if self.window == "average" else self.geometry.window(u, "centre")

@@ -3,7 +3,6 @@
 `exact` and `online` have the same parameters and the same running statistics; `linear` has one norm, behind the sum.
 """
 
-from collections import defaultdict
 from functools import cache
 
 import torch
@@ -19,8 +18,8 @@ from dbb.transforms import add_branches, embed_kernel, offsets
 def exact(block, x: Tensor, padded: Tensor) -> Tensor:
     """Every branch with the statistics of its whole map: the published training function.
 
-    Branches that are a 1x1 kernel on a fixed window share its moments and run as one 1x1 convolution; no map of theirs is
-    made. In a depthwise block every branch is one depthwise convolution, made again in backward instead of kept.
+    Branches with 1x1 kernels on the centre pixel share its moments with the inner norms, and run as one convolution: no map
+    of theirs is kept. In a depthwise block every branch is one depthwise convolution, made again in backward instead of kept.
 
     Args:
         block: a `ReparamConv2d`.
@@ -31,18 +30,18 @@ def exact(block, x: Tensor, padded: Tensor) -> Tensor:
         `[N, O, H', W']`.
     """
     g, inner = block.geometry, _inner_moments(block, x)
-    terms, windows = [], defaultdict(list)
+    terms, centred = [], []
     for branch in block.branches.values():
         if g.depthwise and type(branch.bn) is nn.BatchNorm2d and uses_batch_statistics(branch.bn):
             terms.append(_made_again(branch, padded, inner))
-        elif branch.window is None:
-            terms.append(branch.bn(branch.response(padded, inner)))
+        elif branch.window == "centre":
+            centred.append(branch)
         else:
-            windows[branch.window].append(branch)
-    for window, branches in windows.items():
-        seen, folded = g.window(padded, window), []
-        moments = _moments_for(branches, seen, g.groups)
-        for branch in branches:
+            terms.append(branch.bn(branch.response(padded, inner)))
+    if centred:
+        seen, folded = g.window(padded, "centre"), []
+        moments = inner if inner is not None and seen is x else _moments_for(centred, seen, g.groups)
+        for branch in centred:
             point = branch.point(inner)
             folded.append(branch.folded(point, *_statistics(branch, moments, point)))
         kernel, bias = add_branches(*zip(*folded, strict=True))

@@ -56,6 +56,8 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     first_g = first.reshape(groups, -1, first.shape[1])  # [G, M/G, I/G]
     second_g = second.reshape(groups, -1, *second.shape[1:])  # [G, O/G, M/G, KH, KW]
     kernel = torch.einsum("gomhw,gmi->goihw", second_g, first_g).flatten(0, 1)
+    if second.is_contiguous():  # a convolution takes its kernel's memory format over, and einsum leaves that to chance
+        kernel = kernel.contiguous()
     if first_bias is None:
         return kernel, second_bias
     bias = torch.einsum("gomhw,gm->go", second_g, first_bias.reshape(groups, -1)).flatten()

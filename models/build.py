@@ -37,6 +37,7 @@ def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bo
 
 
 UNTRAINED = {  # of our own, without weights to fetch
+    "resnet8": lambda num_classes: CifarResNet(8, num_classes),
     "resnet20": lambda num_classes: CifarResNet(20, num_classes),
     "resnet56": lambda num_classes: CifarResNet(56, num_classes),
     "vgg16": VGG16,

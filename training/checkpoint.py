@@ -1,5 +1,6 @@
 """Read a checkpoint: an untrusted file of plain values and tensors."""
 
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -57,10 +58,13 @@ def blocks_of(conf) -> dict[str, Any] | None:
     def make(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, **kwargs):
         depthwise = conf.depthwise is not None and groups == in_channels == out_channels
         return ReparamConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                             listed(conf.depthwise if depthwise else conf.branches), **kwargs)
+                             listed(conf.depthwise if depthwise else conf.branches), conf.mode, conf.positions, **kwargs)
+
+    def of_layers(branches):
+        return partial(ReparamConv2d, branches=listed(branches), mode=conf.mode, positions=conf.positions) if branches else None
 
     blocks = {"*": make} if conf.branches else {}
-    return blocks | {layers.modules: listed(layers.branches) or None for layers in conf.layers} or None
+    return blocks | {layers.modules: of_layers(layers.branches) for layers in conf.layers} or None
 
 
 def load_network(checkpoint: dict[str, Any], settings) -> nn.Module:

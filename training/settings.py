@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dbb import BRANCHES, INITS
+from dbb import BRANCHES, INITS, MODES, POSITIONS
 from training.checkpoint import load_checkpoint
 from training.cli import output_folder, plain_errors
 from training.published import SOURCES
@@ -51,6 +51,8 @@ class BlockConf:
     branches: list[str] = field(default_factory=list)
     depthwise: list[str] | None = None
     copies: int = 1
+    mode: str = "exact"
+    positions: int = POSITIONS
     init: str | None = None
     kernel_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
     include: list[str] | None = None
@@ -157,6 +159,7 @@ class Settings:
                 _one_of(f"block.{knob}", name, list(BRANCHES))
         if not self.block.kernel_sizes:
             raise ValueError("block.kernel_sizes=[] would swap nothing: name one size or more, or choose block=none")
+        _one_of("block.mode", self.block.mode, list(MODES))
         if self.block.init is not None:
             _one_of("block.init", self.block.init, list(INITS))
         if self.model.pretrained and self.model.weights is not None:
@@ -175,7 +178,7 @@ class Settings:
         for knob, value, least in (
                 ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size or 1, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
-                ("data.crop_padding", self.data.crop_padding, 0), ("block.copies", self.block.copies, 1),
+                ("data.crop_padding", self.data.crop_padding, 0), ("block.copies", self.block.copies, 1), ("block.positions", self.block.positions, 4),
                 ("block.kernel_sizes", min(self.block.kernel_sizes, default=1), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
                 ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
             if value < least:

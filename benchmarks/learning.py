@@ -1,0 +1,96 @@
+"""Do the modes learn the same? Trains ResNet-8 on CIFAR-10 (16x16 images) in every arm and seed, and writes a table.
+
+    python benchmarks/learning.py --data data/cifar10 [--arms plain exact] [--seeds 0 1 2]
+
+Each run is a call of train.py in outputs/learning/; finished ones are not repeated, so that an interrupted study goes on.
+The table has every run that is there, and benchmarks/results/learning.csv the raw numbers, an epoch a line.
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "learning.csv"
+RECIPE = ["model=resnet8", "data=cifar10", "data.image_size=16", "data.crop_padding=2", "optim.lr=0.1", "optim.warmup_epochs=1",
+          "logger=csv"]
+EPOCHS = 10
+MODES = {"plain": ["block=none"], "exact": ["block=dbb"], "online": ["block=dbb", "block.mode=online"], "linear": ["block=orepa"]}
+# The epochs that fit into the time of plain's ten, by seconds per step on one thread.
+EQUAL_TIME = {"exact": 3, "online": 6, "linear": 8}
+ARMS = {name: (EPOCHS, overrides) for name, overrides in MODES.items()} | {
+    f"{name}, {epochs} epochs": (epochs, MODES[name]) for name, epochs in EQUAL_TIME.items()}
+COLUMNS = ["arm", "seed", "epoch", "train_loss", "test_loss", "test_top1", "images_per_second"]
+
+
+def train(arm: str, seed: int, data: str) -> None:
+    """Run train.py, unless the run is there already."""
+    epochs, overrides = ARMS[arm]
+    out = ROOT / "outputs" / "learning" / f"{arm.replace(', ', '_').replace(' ', '_')}_{seed}"
+    if len(read(out)) < epochs:
+        ckpt = out / "checkpoints" / "last.ckpt"
+        start = [f"ckpt={ckpt}"] if ckpt.exists() else [*RECIPE, *overrides, f"trainer.max_epochs={epochs}", f"seed={seed}", f"out={out}"]
+        subprocess.run([sys.executable, "train.py", f"data.root={Path(data).resolve()}", *start], cwd=ROOT, check=True)
+    rows = [row for row in csv.DictReader(RESULTS.open())] if RESULTS.exists() else []
+    rows = [row for row in rows if (row["arm"], row["seed"]) != (arm, str(seed))]
+    rows += [{"arm": arm, "seed": str(seed)} | row for row in read(out)]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), int(row["seed"]), int(row["epoch"]))))
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    """The epochs of a run, from its metrics.csv."""
+    epochs = {}
+    if (out / "metrics.csv").exists():
+        for row in csv.DictReader((out / "metrics.csv").open()):
+            for theirs, ours in (("train/loss_epoch", "train_loss"), ("test/loss", "test_loss"), ("test/top1", "test_top1"),
+                                 ("train/images_per_second", "images_per_second")):
+                if row.get(theirs):
+                    epochs.setdefault(int(row["epoch"]), {"epoch": str(int(row["epoch"]) + 1)})[ours] = f"{float(row[theirs]):.5g}"
+    return [epochs[epoch] for epoch in sorted(epochs) if len(epochs[epoch]) == len(COLUMNS) - 2]
+
+
+def table() -> None:
+    """Print mean, standard deviation over seeds, and the paired difference to plain with its 95% confidence interval."""
+    last = {}
+    for row in csv.DictReader(RESULTS.open()):
+        last.setdefault(row["arm"], {})[int(row["seed"])] = row  # of the last epoch
+
+    def values(arm, column, seeds):
+        return [float(last[arm][seed][column]) for seed in seeds]
+
+    print("| arm | epochs | n | images/s | final training loss | test top-1, % | difference to plain, points | 95% interval |\n" + "|---" * 8 + "|")
+    for arm, runs in last.items():
+        seeds = sorted(runs)
+        loss, top1 = values(arm, "train_loss", seeds), [100 * value for value in values(arm, "test_top1", seeds)]
+        row = [arm.split(",")[0], str(ARMS[arm][0]), str(len(seeds)), f"{statistics.median(values(arm, 'images_per_second', seeds)):.0f}"]
+        row += [f"{statistics.mean(v):.{digits}f} ± {statistics.stdev(v) if len(v) > 1 else 0:.{digits}f}" for v, digits in ((loss, 4), (top1, 2))]
+        paired = [seed for seed in seeds if seed in last["plain"]]
+        if arm != "plain" and len(paired) > 1:
+            d = [100 * (a - b) for a, b in zip(values(arm, "test_top1", paired), values("plain", "test_top1", paired), strict=True)]
+            half = stats.t.ppf(0.975, len(d) - 1) * statistics.stdev(d) / len(d) ** 0.5
+            row += [f"{statistics.mean(d):+.2f}", f"{statistics.mean(d) - half:+.2f} to {statistics.mean(d) + half:+.2f}"]
+        print("|", " | ".join(row + [""] * (8 - len(row))), "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for arm in options.arms:
+            train(arm, seed, options.data)
+    table()
+
+
+if __name__ == "__main__":
+    main()
