@@ -16,7 +16,7 @@ from dbb.norms import uses_batch_statistics
 from dbb.subclass import Intercept, with_weight
 from dbb.transforms import add_branches, fuse_conv_norm
 
-POSITIONS = 512  # see benchmarks/README.md
+POSITIONS = 256  # see benchmarks/README.md
 
 
 class ReparamConv2d(nn.Module):
@@ -133,7 +133,7 @@ class ReparamConv2d(nn.Module):
 
     def summed(self) -> tuple[Tensor, Tensor]:
         """Sum of the branches' kernels `[O, I/G, KH, KW]` and biases `[O]`, each with its norm or factor."""
-        return add_branches(*zip(*[branch.equivalent() for branch in self.branches.values()], strict=True))
+        return add_branches(*zip(*[branch.equivalent() for branch in self.branches.values()], strict=True), self.kernel_size)
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel `[C_out, C_in/groups, KH, KW]` and bias `[C_out]` of the merged convolution.

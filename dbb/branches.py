@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbb.geometry import Geometry, average
-from dbb.moments import Moments, full_precision
+from dbb.moments import Moments, Sample, Statistics, full_precision
 from dbb.norms import Scale
-from dbb.transforms import embed_kernel, fuse_conv_norm, identity_kernel, merge_1x1_kxk
+from dbb.transforms import fuse_conv_norm, identity_kernel, merge_1x1_kxk
 
 BRANCHES: dict[str, type["Branch"]] = {}
 
@@ -62,7 +62,7 @@ class Branch(nn.Module):
         """Height and width of the kernel in a block of KH x KW."""
         return kh, kw
 
-    def kernel(self, moments: Moments | None = None) -> Tensor:
+    def kernel(self, moments: Moments | Sample | None = None) -> Tensor:
         """Compute the kernel `[O, I/G, h, w]`, differentiable; its centre tap lies on the block's.
 
         Args:
@@ -70,7 +70,7 @@ class Branch(nn.Module):
         """
         raise NotImplementedError
 
-    def response(self, x: Tensor, moments: Moments | None = None) -> Tensor:
+    def response(self, x: Tensor, moments: Moments | Sample | None = None) -> Tensor:
         """The map that the norm sees, `[N, O, H', W']`, at the least cost. Overridden where that is not `kernel`."""
         return self.geometry.conv(x, self.kernel(moments))
 
@@ -82,18 +82,17 @@ class Branch(nn.Module):
         """Run the norm on the branch's map, or multiply it with the factor."""
         return self.bn(response) if self.factor is None else response * self.factor[:, None, None]
 
-    def folded(self, kernel: Tensor, mean: Tensor | None = None, var: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def folded(self, kernel: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
         """Kernel and bias `[O]` of a kernel and what follows it: the norm, with these statistics or the running ones, or the factor."""
         if self.factor is not None:
             return kernel * self.factor[:, None, None, None], torch.zeros_like(self.factor)
         bn = self.bn
-        mean, var = (bn.running_mean, bn.running_var) if mean is None else (mean.to(bn.weight.dtype), var.to(bn.weight.dtype))
+        mean, var = (bn.running_mean, bn.running_var) if statistics is None else (part.to(bn.weight.dtype) for part in statistics[:2])
         return fuse_conv_norm(kernel, 0.0, mean, var, bn.weight, bn.bias, bn.eps)
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
-        """Kernel `[O, I/G, KH, KW]` and bias `[O]` of the whole branch with its running statistics."""
-        kernel, bias = self.folded(self.kernel())
-        return embed_kernel(kernel, self.geometry.kernel_size), bias
+        """Kernel `[O, I/G, h, w]` and bias `[O]` of the whole branch with its running statistics."""
+        return self.folded(self.kernel())
 
 
 class KxK(Branch, name="kxk"):
@@ -131,7 +130,7 @@ class PointBranch(Branch):
 
     window = "centre"
 
-    def point(self, moments: Moments | None = None) -> Tensor:
+    def point(self, moments: Moments | Sample | None = None) -> Tensor:
         """The 1x1 kernel `[O, I/G, 1, 1]`; `moments` as in `kernel`."""
         raise NotImplementedError
 
@@ -140,7 +139,7 @@ class PointBranch(Branch):
         if self.window == "centre":
             return point
         kh, kw = self.geometry.kernel_size
-        return point.expand(-1, -1, kh, kw) / (kh * kw)
+        return (point / (kh * kw)).expand(-1, -1, kh, kw)
 
     def kernel(self, moments=None):
         return self.spread(self.point(moments))
@@ -268,8 +267,8 @@ class PointwisePrior(Branch, name="1x1_prior"):
         channel = torch.arange(1, out + 1, dtype=torch.float64)[:, None, None]
         row, column = torch.arange(kh).double()[:, None] + 0.5, torch.arange(kw).double() + 0.5
         vertical, horizontal = (math.pi * row * channel / kh).cos(), (math.pi * column * (channel - out / 2) / kw).cos()
-        prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None].to(device=device, dtype=dtype or torch.get_default_dtype())
-        self.register_buffer("prior", prior, persistent=False)  # [O, 1, KH, KW]
+        prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None]  # [O, 1, KH, KW]
+        self.register_buffer("prior", prior.to(self.first.device, self.first.dtype), persistent=False)
 
     def kernel(self, moments=None):
         return self.first * self.prior
@@ -301,7 +300,7 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
         return F.conv2d(self.geometry.conv(x, self.first, groups=self.geometry.in_channels), self.second, groups=self.geometry.groups)
 
 
-def scaled(branch: Branch, first: Tensor, moments: Moments | None) -> Tensor:
+def scaled(branch: Branch, first: Tensor, moments: Moments | Sample | None) -> Tensor:
     """A branch's 1x1 kernel `[M, I/G, 1, 1]` times the factors of the norm behind it, where it has one."""
     if branch.scale is None:
         return first

@@ -109,7 +109,7 @@ class Geometry:
         return x if self.stride == (1, 1) else x[:, :, ::self.stride[0], ::self.stride[1]].clone()
 
     def patches(self, x: Tensor, lattice: "Lattice") -> Tensor:
-        """The windows of some positions of the output, `[n, C, KH, KW]`.
+        """The windows of some positions of the output, at least in float32: `[G, n, C/G, KH, KW]`.
 
         Args:
             x: what `pad` returned, `[N, C, H, W]`.
@@ -126,8 +126,9 @@ class Geometry:
         if any((top, bottom, left, right)):
             x = F.pad(x, (left, right, top, bottom))
         (rows, height, down), (columns, width, across) = ranges
-        windows = x[:, :, rows, columns].unfold(2, height, down).unfold(3, width, across)  # [N, C, h, w, ...]
-        return windows[..., ::self.dilation[0], ::self.dilation[1]].permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        windows = x[:, :, rows, columns].unflatten(1, (self.groups, -1)).unfold(3, height, down).unfold(4, width, across)
+        windows = windows[..., ::self.dilation[0], ::self.dilation[1]].permute(1, 0, 3, 4, 2, 5, 6)  # [G, N, rows, columns, ...]
+        return windows.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 3)
 
     def positions(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output for what `pad` returned."""

@@ -3,16 +3,14 @@
 `exact` and `online` have the same parameters and the same running statistics; `linear` has one norm, behind the sum.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbb.geometry import Lattice
-from dbb.moments import Moments, batch_moments, full_precision
+from dbb.moments import Moments, Sample, Statistics, batch_moments
 from dbb.norms import NormedConv, track, uses_batch_statistics
-from dbb.transforms import add_branches, embed_kernel, offsets
+from dbb.transforms import add_branches, offsets
 
 
 def exact(block, x: Tensor, padded: Tensor) -> Tensor:
@@ -43,8 +41,8 @@ def exact(block, x: Tensor, padded: Tensor) -> Tensor:
         moments = inner if inner is not None and seen is x else _moments_for(centred, seen, g.groups)
         for branch in centred:
             point = branch.point(inner)
-            folded.append(branch.folded(point, *_statistics(branch, moments, point)))
-        kernel, bias = add_branches(*zip(*folded, strict=True))
+            folded.append(branch.folded(point, _tracked(branch.bn, moments, point)))
+        kernel, bias = add_branches(*zip(*folded, strict=True), (1, 1))
         terms.append(F.conv2d(seen, kernel, bias, groups=g.groups))
     return sum(terms)
 
@@ -64,36 +62,23 @@ def online(block, x: Tensor, padded: Tensor) -> Tensor:
 def merged_online(block, x: Tensor, padded: Tensor) -> Tensor:
     """As `online`, whatever the number of positions."""
     g = block.geometry
-    lattice = Lattice.within(len(x), *g.positions(padded), block.positions)
-    inner = _inner_moments(block, Lattice.within(len(x), *x.shape[2:], block.positions).of(x))
-    patches = g.patches(padded, lattice)  # [n, C, KH, KW]
-    with full_precision(x.device):
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        rows = patches.unflatten(1, (g.groups, -1)).transpose(0, 1).contiguous()  # [G, n, C/G, KH, KW]
-    centre = [(k - 1) // 2 for k in g.kernel_size]
-
-    @cache
-    def window_moments(window: str) -> Moments:
-        seen = patches.mean((2, 3)) if window == "average" else patches[:, :, centre[0], centre[1]]
-        return _moments_for([b for b in block.branches.values() if b.window == window], seen[:, :, None, None], g.groups)
-
-    def parts():
-        for branch in block.branches.values():
-            if branch.window is not None:
-                point = branch.point(inner)
-                kernel, bias = branch.folded(point, *_statistics(branch, window_moments(branch.window), point))
-                yield embed_kernel(branch.spread(kernel), g.kernel_size), bias
-                continue
-            kernel = branch.kernel(inner)
+    norm = next(norm for norm in block.norms() if uses_batch_statistics(norm))
+    inner = None
+    if any(hasattr(branch, "scale") for branch in block.branches.values()):
+        pixels = Lattice.within(len(x), *x.shape[2:], block.positions).of(x)
+        inner = Sample(_rows(pixels.permute(0, 2, 3, 1).flatten(0, 2), g.groups), norm)
+    patches = g.patches(padded, Lattice.within(len(x), *g.positions(padded), block.positions))  # [G, n, C/G, KH, KW]
+    parts = []
+    for branch in block.branches.values():
+        kernel = branch.kernel(inner) if branch.window is None else branch.point(inner)
+        if branch.window == "average":
+            seen = patches.mean((3, 4))
+        else:
             (top, left), (h, w) = offsets(kernel.shape[2:], g.kernel_size), kernel.shape[2:]
-            with full_precision(x.device):
-                columns = kernel.to(rows.dtype).unflatten(0, (g.groups, -1)).flatten(2)  # [G, O/G, C/G*h*w]
-                z = (rows[..., top:top + h, left:left + w].flatten(2) @ columns.mT).transpose(0, 1).flatten(1)  # [n, O]
-            moments = _moments_for([branch], z[:, :, None, None], g.out_channels)
-            kernel, bias = branch.folded(kernel, *_statistics(branch, moments))
-            yield embed_kernel(kernel, g.kernel_size), bias
-
-    return g.conv(padded, *add_branches(*zip(*parts(), strict=True)))
+            seen = patches[..., top:top + h, left:left + w].flatten(2)
+        kernel, bias = branch.folded(kernel, _tracked(branch.bn, Sample(seen, norm), kernel))
+        parts.append((kernel if branch.window is None else branch.spread(kernel), bias))
+    return g.conv(padded, *add_branches(*zip(*parts, strict=True), g.kernel_size))
 
 
 def linear(block, x: Tensor, padded: Tensor) -> Tensor:
@@ -115,19 +100,18 @@ def _moments_for(branches, seen: Tensor, groups: int) -> Moments | None:
     return batch_moments(seen, groups, norms[0]) if norms else None
 
 
-def _statistics(branch, moments: Moments | None, point: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and variance `[O]` of a branch's map, which its norm's running statistics follow; None for running ones.
+def _tracked(norm: nn.BatchNorm2d, source: Moments | Sample, kernel: Tensor) -> Statistics | None:
+    """Statistics of what a kernel makes of the source, which the norm's running ones follow; None if it uses those."""
+    if not uses_batch_statistics(norm):
+        return None
+    statistics = source.through(kernel)
+    track(norm, statistics)
+    return statistics
 
-    Args:
-        branch: whose norm.
-        moments: of the map itself, or of what the 1x1 kernel `point` sees.
-        point: `[O, C/G, 1, 1]`.
-    """
-    if not uses_batch_statistics(branch.bn):
-        return None, None
-    mean, var = (moments.mean, moments.covariance.flatten()) if point is None else moments.through(point)
-    track(branch.bn, mean, var, moments.count)
-    return mean, var
+
+def _rows(pixels: Tensor, groups: int) -> Tensor:
+    """`[n, C]` as `[G, n, C/G]`, at least in float32."""
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).unflatten(1, (groups, -1)).transpose(0, 1)
 
 
 def _made_again(branch, padded: Tensor, inner: Moments | None) -> Tensor:
@@ -137,5 +121,5 @@ def _made_again(branch, padded: Tensor, inner: Moments | None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):  # backward runs without
         x, kernel = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, kernel))
     out, mean, inverse = NormedConv.apply(x, kernel, bn.weight, bn.bias, bn.eps, (g.stride, padding, g.dilation, g.groups))
-    track(bn, mean, inverse.pow(-2) - bn.eps, out.numel() // out.shape[1])
+    track(bn, Statistics(mean, inverse.pow(-2) - bn.eps, out.numel() // out.shape[1]))
     return out

@@ -12,20 +12,49 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 
+class Statistics(NamedTuple):
+    """Mean and biased variance of each channel, `[C]`, and the number of values they were taken over."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor | int
+
+
 class Moments(NamedTuple):
-    """Mean `[C]`, biased covariance within each group `[G, C/G, C/G]`, and the number of positions they were taken over."""
+    """What a map `[N, C, H, W]` tells of every map that a 1x1 kernel makes of it.
+
+    Mean `[C]`, biased covariance within each group `[G, C/G, C/G]`, number of positions.
+    """
 
     mean: Tensor
     covariance: Tensor
     count: Tensor | int
 
-    def through(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance `[O]` of the map that a 1x1 kernel `[O, C/G, 1, 1]` makes."""
+    def through(self, kernel: Tensor) -> Statistics:
+        """Statistics of the map that a 1x1 kernel `[O, C/G, 1, 1]` makes."""
         groups, channels = self.covariance.shape[:2]
         with full_precision(kernel.device):
             rows = kernel.to(self.mean.dtype).reshape(groups, -1, channels)
             mean = (rows @ self.mean.reshape(groups, channels, 1)).flatten()
-            return mean, (rows @ self.covariance * rows).sum(-1).flatten().clamp_min(0)
+            return Statistics(mean, (rows @ self.covariance * rows).sum(-1).flatten().clamp_min(0), self.count)
+
+
+class Sample(NamedTuple):
+    """Likewise, of some positions: what a kernel sees there, `[G, n, K]`, K weights an output channel; `norm` as in `batch_moments`."""
+
+    rows: Tensor
+    norm: nn.Module
+
+    def through(self, kernel: Tensor) -> Statistics:
+        """Statistics of what a kernel `[O, C/G, h, w]` makes of the positions."""
+        with full_precision(kernel.device):
+            columns = kernel.to(self.rows.dtype).unflatten(0, (len(self.rows), -1)).flatten(2)  # [G, O/G, K]
+            z = (self.rows @ columns.mT).transpose(0, 1).flatten(1)  # [n, O]
+        if _is_synchronized(self.norm):
+            mean, var, count = batch_moments(z[:, :, None, None], z.shape[1], self.norm)
+            return Statistics(mean, var.flatten(), count)
+        var, mean = torch.var_mean(z, 0, correction=0)
+        return Statistics(mean, var, len(z))
 
 
 @contextmanager
@@ -51,13 +80,16 @@ def batch_moments(x: Tensor, groups: int, norm: nn.Module) -> Moments:
     Raises:
         ValueError: if there is one position only, whose variance is not defined (BatchNorm's rule).
     """
-    synchronized = isinstance(norm, nn.SyncBatchNorm) and norm.training and distributed.is_initialized()
-    count = x.numel() // x.shape[1]
+    synchronized, count = _is_synchronized(norm), x.numel() // x.shape[1]
     if count == 1 and not synchronized:
         raise ValueError("expected more than 1 value per channel when training; use a larger batch")
     group = (norm.process_group or distributed.group.WORLD) if synchronized else None
     mean, covariance, total = _Moments.apply(x, groups, group)
     return Moments(mean, covariance, total if synchronized else count)
+
+
+def _is_synchronized(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.SyncBatchNorm) and norm.training and distributed.is_initialized()
 
 
 class _Moments(torch.autograd.Function):
@@ -67,7 +99,7 @@ class _Moments(torch.autograd.Function):
     def forward(ctx, x: Tensor, groups: int, group):
         with full_precision(x.device):
             ctx.group, wide = group, x.to(torch.promote_types(x.dtype, torch.float32))
-            mean, count = wide.sum((0, 2, 3)), wide.new_full((), x.numel() // x.shape[1])
+            mean, count = wide.sum((0, 2, 3)), wide.new_tensor(x.numel() // x.shape[1])
             for part in (mean, count) if group is not None else ():
                 distributed.all_reduce(part, group=group)
             mean = mean / count

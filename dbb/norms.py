@@ -4,24 +4,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dbb.moments import Statistics
+
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     """Whether a norm would normalise with the statistics of the batch, by BatchNorm's own rule."""
     return norm.training or norm.running_mean is None
 
 
-def track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
-    """Update running statistics as a norm that sees this mean and biased variance over `count` values does."""
+def track(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
+    """Update running statistics as a norm that sees a map of these statistics does."""
     if norm.training and norm.track_running_stats:
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            _average(norm.running_mean, mean, norm, 0)
-            _average(norm.running_var, var * (count / (count - 1)), norm, 0)
+            momentum = _momentum(norm, norm.num_batches_tracked)
+            _average(norm.running_mean, statistics.mean, momentum)
+            _average(norm.running_var, _unbiased(statistics), momentum)
 
 
-def _average(running: Tensor, value: Tensor, norm: nn.BatchNorm2d, more: int) -> None:
-    momentum = 1 / (norm.num_batches_tracked + more).to(value) if norm.momentum is None else norm.momentum
-    running.copy_(running + momentum * (value.to(running.dtype) - running))
+def _momentum(norm: nn.BatchNorm2d, batches: Tensor) -> Tensor | float:
+    return 1 / batches.double() if norm.momentum is None else norm.momentum
+
+
+def _unbiased(statistics: Statistics) -> Tensor:
+    return statistics.var * (statistics.count / (statistics.count - 1))
+
+
+def _average(running: Tensor, value: Tensor, momentum: Tensor | float) -> None:
+    running.copy_(running + momentum * (value - running))
 
 
 class Scale(nn.Module):
@@ -44,15 +54,15 @@ class Scale(nn.Module):
         Args:
             first: 1x1 kernel `[M, I/G, 1, 1]`.
             norm: the branch's outer one, which has not seen this batch yet.
-            moments: the batch's `Moments`, used if `norm` uses batch statistics.
+            moments: the batch's `Moments` or `Sample`, used if `norm` uses batch statistics.
         """
         if moments is None or not uses_batch_statistics(norm):
             return self.weight * (self.running_var + self.eps).rsqrt()
-        _, var = moments.through(first)
+        statistics = moments.through(first)
         if norm.training and norm.track_running_stats:
             with torch.no_grad():
-                _average(self.running_var, var * (moments.count / (moments.count - 1)), norm, 1)
-        return self.weight * (var + self.eps).rsqrt().to(self.weight.dtype)
+                _average(self.running_var, _unbiased(statistics), _momentum(norm, norm.num_batches_tracked + 1))
+        return self.weight * (statistics.var + self.eps).rsqrt().to(self.weight.dtype)
 
 
 class NormedConv(torch.autograd.Function):

@@ -32,9 +32,39 @@ def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tens
     return kernel * scale[:, None, None, None], beta + (bias - mean) * scale
 
 
-def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Transform II: the sum of convolutions of one geometry is one convolution."""
-    return sum(kernels[1:], kernels[0]), sum(biases[1:], biases[0])
+def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor], kernel_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Transforms II and VI: the sum of convolutions is one convolution, smaller kernels put on the large one's centre tap.
+
+    Args:
+        kernels: `[O, I/G, h, w]` each, with h <= KH and w <= KW.
+        biases: `[O]` each.
+        kernel_size: `(KH, KW)` of the sum.
+    """
+    if len(kernels) == 1 and kernels[0].shape[2:] == tuple(kernel_size):
+        return kernels[0], biases[0]
+    return _Added.apply(tuple(kernel_size), *kernels), sum(biases[1:], biases[0])
+
+
+class _Added(torch.autograd.Function):
+    """Adds in place and keeps nothing: in deep layers kernels are larger than maps."""
+
+    @staticmethod
+    def forward(ctx, kernel_size, *kernels):
+        ctx.places = [_place(kernel.shape[2:], kernel_size) for kernel in kernels]
+        large = [kernel for kernel in kernels if kernel.shape[2:] == kernel_size]
+        total = sum(large[1:], kernels[0].new_zeros(()) + large[0]) if large else kernels[0].new_zeros(*kernels[0].shape[:2], *kernel_size)
+        for kernel, (rows, columns) in zip(kernels, ctx.places, strict=True):
+            if kernel.shape[2:] != kernel_size:
+                total[:, :, rows, columns] += kernel
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        return None, *(d_total[:, :, rows, columns] for rows, columns in ctx.places)
+
+
+def _place(small: Sequence[int], large: Sequence[int]) -> list[slice]:
+    return [slice(first, first + k) for first, k in zip(offsets(small, large), small, strict=True)]
 
 
 def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Tensor | None = None,
@@ -55,13 +85,38 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     """
     first_g = first.reshape(groups, -1, first.shape[1])  # [G, M/G, I/G]
     second_g = second.reshape(groups, -1, *second.shape[1:])  # [G, O/G, M/G, KH, KW]
-    kernel = torch.einsum("gomhw,gmi->goihw", second_g, first_g).flatten(0, 1)
-    if second.is_contiguous():  # a convolution takes its kernel's memory format over, and einsum leaves that to chance
-        kernel = kernel.contiguous()
+    kernel = _Composed.apply(first_g, second_g).flatten(0, 1)
     if first_bias is None:
         return kernel, second_bias
     bias = torch.einsum("gomhw,gm->go", second_g, first_bias.reshape(groups, -1)).flatten()
     return kernel, bias if second_bias is None else bias + second_bias
+
+
+class _Composed(torch.autograd.Function):
+    """One matrix product `[O*KH*KW, M] @ [M, I]` in each group; keeps the two kernels only, not the copies made for it."""
+
+    @staticmethod
+    def forward(ctx, first, second):
+        ctx.save_for_backward(first, second)
+        return _unrow(_rows(second) @ first, second)
+
+    @staticmethod
+    def backward(ctx, d_kernel):
+        first, second = ctx.saved_tensors
+        with torch.autocast(first.device.type, enabled=False):
+            d_rows = _rows(d_kernel)
+            return _rows(second).mT @ d_rows, _unrow(d_rows @ first.mT, second)
+
+
+def _rows(kernel: Tensor) -> Tensor:
+    """`[G, O/G, C, KH, KW]` to `[G, O/G*KH*KW, C]`."""
+    return kernel.permute(0, 1, 3, 4, 2).flatten(1, 3)
+
+
+def _unrow(rows: Tensor, like: Tensor) -> Tensor:
+    """The way back, in the memory format of `like`, since a convolution takes over its kernel's."""
+    kernel = rows.unflatten(1, (like.shape[1], *like.shape[3:])).permute(0, 1, 4, 2, 3)
+    return kernel.contiguous() if like.is_contiguous() else kernel
 
 
 def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
