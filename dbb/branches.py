@@ -268,6 +268,7 @@ class PointwisePrior(Branch, name="1x1_prior"):
         row, column = torch.arange(kh).double()[:, None] + 0.5, torch.arange(kw).double() + 0.5
         vertical, horizontal = (math.pi * row * channel / kh).cos(), (math.pi * column * (channel - out / 2) / kw).cos()
         prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None]  # [O, 1, KH, KW]
+        prior[prior.abs() < 1e-12] = 0  # cos(pi / 2) is not quite
         self.register_buffer("prior", prior.to(self.first.device, self.first.dtype), persistent=False)
 
     def kernel(self, moments=None):

@@ -42,6 +42,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             uniform_(module.running_mean, -1, 1)
             uniform_(module.bias, -1, 1)
+        if isinstance(getattr(module, "factor", None), nn.Parameter):
+            uniform_(module.factor, 0.5, 1.5)
         if isinstance(getattr(module, "first", None), nn.Parameter):  # zero at first, where it is added to the identity
             uniform_(module.first, -0.5, 0.5)
     return model

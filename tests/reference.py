@@ -1,6 +1,7 @@
 """References written plainly, layer by layer, sharing no code with `dbb`."""
 
 import copy
+import math
 import re
 
 import torch
@@ -10,10 +11,16 @@ from torch.nn import functional as F
 from tests.conftest import relative_error
 
 
-def reference(block, x):
+def reference(block, x, sample=None):
     """What a block computes: 1x1, factor per channel, padded KxK or average, BN; summed. Batch statistics in training mode.
 
+    A linear block has no factor from an inner norm, learned factors in place of the outer ones, and one BN behind the sum.
     Written from the design alone, each step a feature map; runs on copies of the block's norms.
+
+    Args:
+        block: a `ReparamConv2d`.
+        x: `[N, C, H, W]`.
+        sample: what online statistics are taken of: a function from a map to some of its positions.
 
     Returns:
         The output, and a dict of the running statistics after the step.
@@ -48,15 +55,31 @@ def reference(block, x):
         padded = pad(x)
         return sum(window(padded, i, j) for i in range(kh) for j in range(kw)) / (kh * kw)
 
+    sample = sample or (lambda z: z)
+
+    def statistics(u, bn, name, running):
+        """Mean and variance to normalise with; the running ones of `name` are noted."""
+        if not (bn.training or bn.running_mean is None):
+            return running
+        seen = sample(u)
+        found = {"mean": seen.mean((0, 2, 3)), "var": seen.var((0, 2, 3), unbiased=True)}
+        momentum = 1 / (int(bn.num_batches_tracked) + 1) if bn.momentum is None else bn.momentum
+        for key, before in running.items():
+            stats[f"{name}.running_{key}"] = ((1 - momentum) * before + momentum * found[key]).detach()
+        return found | {"var": seen.var((0, 2, 3), unbiased=False)}
+
     def inner(u, branch, name):
-        scale, bn = branch.scale, branch.bn
-        var = scale.running_var
-        if bn.training:
-            var = u.var((0, 2, 3), unbiased=False)
-            momentum = 1 / (int(bn.num_batches_tracked) + 1) if bn.momentum is None else bn.momentum
-            stats[f"branches.{name}.scale.running_var"] = (
-                (1 - momentum) * scale.running_var + momentum * u.var((0, 2, 3), unbiased=True)).detach()
+        if branch.factor is not None:
+            return u
+        scale = branch.scale
+        var = statistics(u, branch.bn, f"branches.{name}.scale", {"var": scale.running_var})["var"]
         return u * (scale.weight / (var + scale.eps).sqrt())[:, None, None]
+
+    def norm(y, bn, name):
+        stats[f"{name}.running_mean"], stats[f"{name}.running_var"] = bn.running_mean, bn.running_var
+        found = statistics(y, bn, name, {"mean": bn.running_mean, "var": bn.running_var})
+        mean, var, gamma, beta = (v[:, None, None] for v in (found["mean"], found["var"], bn.weight, bn.bias))
+        return (y - mean) / (var + bn.eps).sqrt() * gamma + beta
 
     for name, branch in block.branches.items():
         kind = re.sub(r"_\d+$", "", name)  # kxk_2 is a second kxk
@@ -66,6 +89,17 @@ def reference(block, x):
             y = window(pad(x), (kh - 1) // 2, (kw - 1) // 2)
         elif kind == "avg":
             y = average(x)
+        elif kind == "dw_1x1":  # eight kernels an input channel
+            padded = pad(x).repeat_interleave(8, 1)
+            y = sum(window(padded, i, j) * branch.first[:, 0, i, j, None, None] for i in range(kh) for j in range(kw))
+            y = F.conv2d(y, branch.second, groups=g.groups)
+        elif kind == "1x1_prior":  # OREPA's fre_init: vertical frequencies in the first half of the channels, horizontal in the second
+            half, padded = g.out_channels / 2, pad(F.conv2d(x, branch.first, groups=g.groups))
+            prior = torch.tensor([[[math.cos(math.pi * (i + 0.5) * (o + 1) / kh) if o < half else
+                                    math.cos(math.pi * (j + 0.5) * (o + 1 - half) / kw) for j in range(kw)] for i in range(kh)]
+                                  for o in range(g.out_channels)], dtype=x.dtype)
+            prior[prior.abs() < 1e-12] = 0
+            y = sum(window(padded, i, j) * prior[:, i, j, None, None] for i in range(kh) for j in range(kw))
         else:
             first = branch.first
             if kind == "1x1_kxk" and len(first) == g.in_channels:
@@ -74,17 +108,14 @@ def reference(block, x):
                     first[i, i % (g.in_channels // g.groups)] += 1
             u = inner(F.conv2d(x, first, groups=g.groups), branch, name)
             y = average(u) if kind == "1x1_avg" else convolve(u, branch.second)
-        bn = copy.deepcopy(branch.bn)
-        bn.weight, bn.bias = branch.bn.weight, branch.bn.bias  # the same parameters: gradients are compared
-        total = total + bn(y)
-        stats[f"branches.{name}.bn.running_mean"], stats[f"branches.{name}.bn.running_var"] = bn.running_mean, bn.running_var
-    return total, stats
+        total = total + (norm(y, branch.bn, f"branches.{name}.bn") if branch.factor is None else y * branch.factor[:, None, None])
+    return (total if block.bn is None else norm(total, block.bn, "bn")), stats
 
 
-def check_training(block, x):
+def check_training(block, x, sample=None):
     """Assert that a block in training mode equals the reference: outputs, running statistics, gradients."""
     x.requires_grad_()
-    expected, stats = reference(block.train(), x)
+    expected, stats = reference(block.train(), x, sample)
     cotangent, parameters = torch.randn_like(expected), [x, *block.parameters()]
     expected_grads = torch.autograd.grad(expected, parameters, cotangent)
     actual = block(x)
@@ -93,7 +124,8 @@ def check_training(block, x):
     state = block.state_dict()
     assert {name for name in state if "running" in name} == set(stats)
     for name, value in stats.items():
-        assert relative_error(state[name], value) < 1e-12, name
+        zero = max(float(value.abs().max()), float(state[name].abs().max())) < 1e-14  # but for rounding: halves that cancel
+        assert relative_error(state[name], value) < 1e-12 or zero, name
     # Against the norm of all gradients together: norms make single ones exactly zero.
     flat, expected_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, expected_grads))
     assert relative_error(flat, expected_flat) < 1e-10

@@ -6,6 +6,7 @@
 import copy
 import os
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from dbb import BRANCHES, ReparamConv2d, branchwise, replace_convs
+from dbb.geometry import Lattice
 from tests.conftest import randomize, relative_error
 from tests.reference import check_training, reference
 
-NAMES = ("kxk", "1x1", "1xk", "kx1", "identity", "avg", "1x1_kxk", "1x1_avg")
+NAMES = ("kxk", "1x1", "1xk", "kx1", "identity", "avg", "1x1_kxk", "1x1_avg", "1x1_prior", "dw_1x1")
+MODES = ("exact", "online", "linear")
 FUZZ = "FUZZ" in os.environ
 
 
@@ -40,7 +43,7 @@ def cases(draw, largest=11, extra=3):
         branches.append(draw(st.sampled_from(["kxk", "1x1_kxk", "1x1_avg"])))
     arguments = dict(in_channels=groups * draw(st.integers(1, 3)), out_channels=groups * draw(st.integers(1, 3)),
                      kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
-                     branches=branches, padding_mode=padding_mode)
+                     branches=branches, padding_mode=padding_mode, mode=draw(st.sampled_from(MODES)))
     size = []
     for k, d, p in zip(kernel_size, dilation, (padding if isinstance(padding, tuple) else (padding, padding)), strict=True):
         pixels = {"same": d * (k - 1), "valid": 0}.get(p) if isinstance(p, str) else 2 * p
@@ -52,8 +55,21 @@ def cases(draw, largest=11, extra=3):
 def build(case, seed=0, dtype=torch.float64, images=4):
     arguments, size = case
     torch.manual_seed(seed)
-    block = randomize(ReparamConv2d(**arguments, dtype=dtype), seed)
+    block = randomize(ReparamConv2d(**({"positions": 16} | arguments), dtype=dtype), seed)
     return block, torch.randn(images, arguments["in_channels"], *size, dtype=dtype)
+
+
+def sample_of(block, x):
+    """The positions that an online block takes its statistics from, as a function from a map to some of its positions."""
+    positions = block.geometry.positions(block.geometry.pad(x))
+
+    def sample(z):
+        if len(x) * positions[0] * positions[1] <= block.positions:
+            return z
+        lattice = Lattice.within(len(z), *z.shape[2:], block.positions)
+        (rows, columns), every = ([first + i * step for i in range(count)] for first, step, count in lattice.places), lattice.images
+        return torch.stack([z[n, :, r, c] for n in range(0, len(z), every) for r in rows for c in columns])[:, :, None, None]
+    return sample
 
 
 def test_every_branch_is_drawn():
@@ -64,9 +80,9 @@ def test_every_branch_is_drawn():
 @given(cases(), st.sampled_from([0.1, None]))
 def test_block_is_the_reference(case, momentum):
     block, x = build(case)
-    for branch in block.branches.values():
-        branch.bn.momentum = momentum
-    check_training(block, x)
+    for norm in block.norms():
+        norm.momentum = momentum
+    check_training(block, x, sample_of(block, x) if block.mode == "online" else None)
 
     x = x.detach()
     with torch.no_grad():
@@ -81,16 +97,17 @@ def test_block_is_the_reference(case, momentum):
 @given(cases(largest=7), st.booleans())
 def test_surgery_takes_any_convolution(case, bias):
     arguments, size = case
-    branches = ["kxk", *arguments.pop("branches")]
+    branches, mode = ["kxk", *arguments.pop("branches")], arguments.pop("mode")
     torch.manual_seed(0)
     conv = nn.Conv2d(**arguments, bias=bias)
     net = randomize(nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))).double().eval()
     x = torch.randn(4, conv.in_channels, *size, dtype=torch.float64)
-    new, _ = replace_convs(net, branches, example_input=x, kernel_sizes=range(1, 12), init="single")
+    new, _ = replace_convs(net, partial(ReparamConv2d, branches=branches, mode=mode), example_input=x, kernel_sizes=range(1, 12), init="single")
     with torch.no_grad():
         assert relative_error(new(x), net(x)) < 1e-12, "a warm start is the same function"
         assert relative_error(new[0].fuse()(x), net(x)) < 1e-12
         net.train(), new.train()
+        new[0].positions = 1000  # online too
         assert relative_error(new(x), net(x)) < 1e-12, "in training too, before the first step"
 
 
@@ -133,10 +150,9 @@ def test_copies_files_averages_and_frozen_parts(case):
             module.eval()
     assert relative_error(frozen(x), block(x)) < 1e-12
     assert all(torch.equal(a, b) for a, b in zip(frozen.state_dict().values(), block.state_dict().values(), strict=True))
-    name = list(block.branches)[-1]
     one = copy.deepcopy(block).train()
-    one.branches[name].eval()
-    expected, stats = reference(one, x)
+    one.norms()[-1].eval()
+    expected, stats = reference(one, x, sample_of(one, x) if one.mode == "online" else None)
     assert relative_error(one(x), expected) < 1e-12
     assert all(relative_error(one.state_dict()[key], value) < 1e-12 for key, value in stats.items())
 
@@ -149,9 +165,9 @@ def test_update_bn_averages_over_all_batches(case):
     each = []
     for batch in batches:
         copied = copy.deepcopy(block).train()
-        for branch in copied.branches.values():
-            branch.bn.momentum = 1.0  # statistics of the batch alone
-        each.append(reference(copied, batch)[1])
+        for norm in copied.norms():
+            norm.momentum = 1.0  # statistics of the batch alone
+        each.append(reference(copied, batch, sample_of(copied, batch) if copied.mode == "online" else None)[1])
     update_bn(batches, block)
     for name in each[0]:
         assert relative_error(block.state_dict()[name], torch.stack([stats[name] for stats in each]).mean(0)) < 1e-12
