@@ -1,10 +1,11 @@
 """Diverse Branch Block: convolutions that train as several branches and deploy as one. Needs torch only."""
 
-from dbb.block import BLOCKS, POSITIONS, AsymmetricConvBlock, DiverseBranchBlock, ReparamConv2d, branchwise
+from dbb.block import BLOCKS, POSITIONS, AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock, ReparamConv2d, branchwise
 from dbb.branches import BRANCHES, Branch
 from dbb.modes import MODES
 from dbb.proof import Comparison, compare, compare_logits
 from dbb.surgery import INITS, NothingSwappedError, Report, reparameterize, replace_convs
 
 __all__ = ["BLOCKS", "BRANCHES", "INITS", "MODES", "POSITIONS", "AsymmetricConvBlock", "Branch", "Comparison", "DiverseBranchBlock",
-           "NothingSwappedError", "ReparamConv2d", "Report", "branchwise", "compare", "compare_logits", "reparameterize", "replace_convs"]
+           "NothingSwappedError", "OnlineReparamBlock", "ReparamConv2d", "Report", "branchwise", "compare", "compare_logits",
+           "reparameterize", "replace_convs"]

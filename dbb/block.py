@@ -255,7 +255,15 @@ class AsymmetricConvBlock(ReparamConv2d):
                          **kwargs)
 
 
-BLOCKS = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock}
+class OnlineReparamBlock(ReparamConv2d):
+    """OREPA's block (CVPR 2022): six branches without norms, summed as kernels. Arguments as `ReparamConv2d`, without `branches`."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, **kwargs):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         ("kxk", "1x1_avg", "1x1_prior", "1x1_kxk", "1x1", "dw_1x1"), **{"mode": "linear"} | kwargs)
+
+
+BLOCKS = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock, "orepa": OnlineReparamBlock}
 
 
 @contextmanager

@@ -145,8 +145,8 @@ class Lattice(NamedTuple):
 
     @classmethod
     def within(cls, images: int, height: int, width: int, budget: int) -> "Lattice":
-        """About `budget` of the positions (at least that, where there are as many), at least 2 x 2 from each image."""
-        every = max(1, images * 4 // budget)
+        """About `budget` of the positions (at least that, where there are as many), 2 x 2 or more of each image."""
+        every = max(1, images * min(4, height * width) // budget)
         each = budget / -(-images // every)
         rows = min(height, max(1, math.ceil(math.sqrt(each * height / width))))
         columns = min(width, max(1, math.ceil(each / rows)))

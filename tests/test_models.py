@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dbb import BLOCKS, branchwise, reparameterize
+from dbb import BLOCKS, DiverseBranchBlock, branchwise, reparameterize
 from models import BACKBONES, build_model
 from tests.conftest import randomize, relative_error
 
@@ -21,19 +21,22 @@ BLOCK = pytest.mark.parametrize("block", BLOCKS)
 @BLOCK
 def test_converted_network_is_the_same_function(name, block):
     torch.manual_seed(0)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        net = randomize(build_model(name, 10, block, image_size=32)).to(dtype).eval()
-        x = torch.randn(2, 3, 32, 32, dtype=dtype)
-        with torch.no_grad():
+    net = randomize(build_model(name, 10, block, image_size=32)).eval()
+    x, drawn = torch.randn(2, 3, 32, 32), {}
+    with torch.no_grad():
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            net = net.to(dtype)
             with branchwise(net):
-                expected = net(x)
-            assert expected.isfinite().all()
-            assert relative_error(reparameterize(net)(x), expected) < tolerance
+                drawn[dtype] = net(x.to(dtype))
+            assert drawn[dtype].isfinite().all()
+            rounding = relative_error(drawn[dtype], drawn[torch.float64])  # 2e-5 in float32 where random statistics saturate a ReLU6
+            assert relative_error(reparameterize(net)(x.to(dtype)), drawn[dtype]) < max(tolerance, 2 * rounding)
 
 
 @EVERY
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("block", [None, *BLOCKS])
+@pytest.mark.parametrize("block", [None, *BLOCKS, partial(DiverseBranchBlock, mode="online")],
+                         ids=lambda block: "online" if callable(block) else str(block))
 def test_nothing_is_left_on_the_cpu(name, training, block):
     """A forward pass on a fake GPU fails where a tensor was made on the CPU."""
     net = build_model(name, 10, block, image_size=32).train(training)

@@ -4,17 +4,18 @@ The key mapping of published files is broken in tests/test_published.py.
 """
 
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from dbb import ReparamConv2d, block, branches, branchwise, geometry, moments, transforms
+from dbb import MODES, ReparamConv2d, branches, branchwise, geometry, modes, moments, norms, transforms
 from tests.conftest import randomize, relative_error
 from tests.reference import reference
 from tests.test_block import ALL
+from tests.test_properties import sample_of
 
-fuse_conv_norm, merge, embed = transforms.fuse_conv_norm, transforms.merge_1x1_kxk, transforms.embed_kernel
+fuse_conv_norm, merge, place = transforms.fuse_conv_norm, transforms.merge_1x1_kxk, transforms._place
 
 
 def drops_running_mean(kernel, bias, mean, var, weight, beta, eps):
@@ -37,19 +38,15 @@ def forgets_eps(kernel, bias, mean, var, weight, beta, eps):
     return fuse_conv_norm(kernel, bias, mean, var, weight, beta, 0.0)
 
 
-def swaps_height_and_width(kernel, kernel_size):
-    """F.pad counts from the last dimension: the order (top, bottom, left, right) pads W with what is meant for H."""
-    top, left = transforms.offsets(kernel.shape[2:], kernel_size)
-    bottom, right = kernel_size[0] - kernel.shape[2] - top, kernel_size[1] - kernel.shape[3] - left
-    padded = F.pad(kernel, (top, bottom, left, right))
-    # Cut and filled to size, since else the sum of the branches would not even have one shape.
-    return F.pad(padded, (0, max(0, kernel_size[1] - padded.shape[3]), 0, max(0, kernel_size[0] - padded.shape[2])))[
-        :, :, :kernel_size[0], :kernel_size[1]]
+def swaps_height_and_width(small, large):
+    """Counts from the last dimension, as F.pad does; kept inside the large kernel, since else nothing would run at all."""
+    first = transforms.offsets(small, large)[::-1]
+    return [slice(min(f, k_large - k), min(f, k_large - k) + k) for f, k, k_large in zip(first, small, large, strict=True)]
 
 
-def wrong_tap(kernel, kernel_size):
-    moved = embed(kernel, kernel_size)
-    return moved if kernel.shape[2:] == tuple(kernel_size) else moved.roll(1, 3)
+def wrong_tap(small, large):
+    rows, columns = place(small, large)
+    return [rows, columns if columns.stop == large[1] else slice(columns.start + 1, columns.stop + 1)]
 
 
 def wrong_group_order(first, second, groups=1, *biases):
@@ -65,7 +62,7 @@ def composes_transposed(first, second, groups=1, *biases):
 def float32_box(self, moments=None):
     kh, kw = self.geometry.kernel_size
     box = torch.full((kh, kw), 1 / (kh * kw), dtype=torch.float32)
-    return self.scaled(moments) * box.to(self.first.dtype)
+    return self.point(moments) * box.to(self.first.dtype)
 
 
 def pads_a_shifted_map_with_zeros(kernel, bias, mean, var, weight, beta, eps):
@@ -80,8 +77,8 @@ MUTATIONS = {  # name: (where, attribute, the bug)
     "var for std": (branches, "fuse_conv_norm", var_for_std),
     "forgets eps": (branches, "fuse_conv_norm", forgets_eps),
     "pads a shifted map with zeros": (branches, "fuse_conv_norm", pads_a_shifted_map_with_zeros),
-    "swaps H and W": (branches, "embed_kernel", swaps_height_and_width),
-    "wrong tap": (branches, "embed_kernel", wrong_tap),
+    "swaps H and W": (transforms, "_place", swaps_height_and_width),
+    "wrong tap": (transforms, "_place", wrong_tap),
     "wrong group order": (branches, "merge_1x1_kxk", wrong_group_order),
     "composes with the transposed 1x1": (branches, "merge_1x1_kxk", composes_transposed),
     "float32 box": (branches.PointwiseAverage, "kernel", float32_box),
@@ -125,10 +122,6 @@ def test_mutation_is_noticed(name):
     assert max(error(groups, MUTATIONS[name]) for groups in (1, 4)) > 1e-12
 
 
-def biased_running_variance(self, first, bn, moments):
-    return SCALE(self, first, bn, moments._replace(count=1e30))
-
-
 def forgets_running_variance(self, first, bn, moments):
     before = self.running_var.clone()
     factors = SCALE(self, first, bn, moments)
@@ -143,36 +136,55 @@ def updates_with_the_wrong_momentum(self, first, bn, moments):
     return factors
 
 
-def uncentred(x, groups, *sync):
-    x = x.transpose(0, 1).flatten(1).reshape(groups, x.shape[1] // groups, -1)
-    return moments.Moments(x @ x.mT / x.shape[2], x.shape[2])
+def uncentred(x, groups, norm):
+    rows = x.transpose(0, 1).flatten(1).reshape(groups, x.shape[1] // groups, -1)
+    return moments.Moments(x.mean((0, 2, 3)), rows @ rows.mT / rows.shape[2], rows.shape[2])
 
 
-def over_all_channels_alike(x, groups, *sync):
-    found = MOMENTS(x, groups, *sync)
+def over_all_channels_alike(x, groups, norm):
+    found = MOMENTS(x, groups, norm)
     return found._replace(covariance=found.covariance.flip(0))
 
 
-SCALE, MOMENTS = branches.Scale.forward, block.batch_moments
+def counts_all_positions(self, kernel):
+    """A sample that takes itself for the whole map."""
+    return THROUGH(self, kernel)._replace(count=4 * 9 * 8)
+
+
+def next_position(cls, *args):
+    lattice = WITHIN(*args)
+    return lattice._replace(places=tuple((first and first - 1, step, count) for first, step, count in lattice.places))
+
+
+def forgets_factors(self, kernel, statistics=None):
+    return FOLDED(self, kernel, statistics) if self.factor is None else (kernel, torch.zeros_like(self.factor))
+
+
+SCALE, MOMENTS, THROUGH = norms.Scale.forward, modes.batch_moments, moments.Sample.through
+WITHIN, FOLDED = geometry.Lattice.within, branches.Branch.folded
 TRAINING_MUTATIONS = {
-    "running variance is the biased one": (branches.Scale, "forward", biased_running_variance),
-    "running variance is not updated": (branches.Scale, "forward", forgets_running_variance),
-    "running variance takes the wrong momentum": (branches.Scale, "forward", updates_with_the_wrong_momentum),
-    "covariance is not centred": (block, "batch_moments", uncentred),
-    "covariance of another group": (block, "batch_moments", over_all_channels_alike),
+    "running variance is the biased one": (norms, "_unbiased", lambda statistics: statistics.var),
+    "running variance is not updated": (norms.Scale, "forward", forgets_running_variance),
+    "running variance takes the wrong momentum": (norms.Scale, "forward", updates_with_the_wrong_momentum),
+    "covariance is not centred": (modes, "batch_moments", uncentred),
+    "covariance of another group": (modes, "batch_moments", over_all_channels_alike),
     "centre tap at k // 2": (geometry, "offsets", lambda small, large: [b // 2 - a // 2 for a, b in zip(small, large, strict=True)]),
     "group composition": (branches, "merge_1x1_kxk", wrong_group_order),
+    "sample counts as the whole map": (moments.Sample, "through", counts_all_positions),
+    "sample of other positions": (geometry.Lattice, "within", classmethod(next_position)),
+    "factors are forgotten": (branches.Branch, "folded", forgets_factors),
 }
 
 
 def training_error(groups, mutation=None):
     """Largest relative error of outputs and running statistics in training mode against the reference."""
     errors = []
-    for kernel_size in (3, 4):
+    for kernel_size, mode in product((3, 4), MODES):
         torch.manual_seed(0)
-        made = randomize(ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, dtype=torch.float64)).train()
+        made = randomize(ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, mode=mode, positions=64,
+                                       dtype=torch.float64)).train()
         x = torch.randn(4, 8, 9, 8, dtype=torch.float64) + 1
-        expected, stats = reference(made, x)
+        expected, stats = reference(made, x, sample_of(made, x) if mode == "online" else None)
         with applied(mutation):
             actual = made(x)
         errors += [relative_error(actual, expected), *(relative_error(made.state_dict()[key], value) for key, value in stats.items())]

@@ -25,8 +25,12 @@ def test_fuse_conv_norm():
 
 
 def test_add_branches():
-    x, (k1, k2), (b1, b2) = rand(2, 3, 7, 6), (rand(4, 3, 3, 3), rand(4, 3, 3, 3)), (rand(4), rand(4))
-    assert relative_error(F.conv2d(x, *transforms.add_branches([k1, k2], [b1, b2])), F.conv2d(x, k1, b1) + F.conv2d(x, k2, b2)) < 1e-12
+    x, kernels, biases = rand(2, 3, 7, 6), [rand(4, 3, 3, 4), rand(4, 3, 1, 2), rand(4, 3, 3, 4)], [rand(4), rand(4), rand(4)]
+    large = [transforms.embed_kernel(kernel, (3, 4)) for kernel in kernels]
+    for some in ([0], [1], [0, 2], [1, 0, 2]):
+        kernel, bias = transforms.add_branches([kernels[i] for i in some], [biases[i] for i in some], (3, 4))
+        assert relative_error(F.conv2d(x, kernel, bias), sum(F.conv2d(x, large[i], biases[i]) for i in some)) < 1e-12
+    assert torch.autograd.gradcheck(lambda *k: transforms.add_branches(k, biases, (3, 4))[0], [k.requires_grad_() for k in kernels])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

@@ -1,0 +1,92 @@
+"""Two processes against one with the joined batch: gradients under DDP, and the statistics that a block takes over all processes."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+from dbb import MODES
+from tests.conftest import relative_error
+from tests.test_modes import SHAPES, make
+
+CASES = list(product(MODES, SHAPES, ["local", "synchronised"]))
+
+
+class Synchronised(nn.SyncBatchNorm):
+    """Torch's own refuses tensors on the CPU."""
+
+    def forward(self, x):
+        if not self.training:
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        n = x.numel() // x.shape[1] * 2
+        mean = all_reduce(x.sum((0, 2, 3))) / n
+        var = all_reduce((x - mean[:, None, None]).square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean += self.momentum * (mean - self.running_mean)
+            self.running_var += self.momentum * (var * n / (n - 1) - self.running_var)
+        return (x - mean[:, None, None]) * (self.weight / (var + self.eps).sqrt())[:, None, None] + self.bias[:, None, None]
+
+
+def step(block, x, cotangent):
+    """Output, gradients of (output * cotangent).sum(), and state after one training step."""
+    x = x.clone().requires_grad_()
+    y = block(x)
+    (y * cotangent).sum().backward()
+    inner = getattr(block, "module", block)
+    return {"y": y.detach(), "x": x.grad, **{f"d {name}": p.grad for name, p in inner.named_parameters()},
+            **{name: value for name, value in inner.state_dict().items() if "running" in name}}
+
+
+def case(mode, shape):
+    block, x = make(mode, SHAPES[shape], images=8)
+    return block, x, torch.randn(8, 8, 9, 8, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+
+
+def process(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = []
+    for mode, shape, norms in CASES:
+        block, x, cotangent = case(mode, shape)
+        block.positions //= 2  # of half the images: the joined sample is that of the joined batch
+        parallel = DistributedDataParallel(block)
+        if norms == "synchronised":  # behind the back of DDP, which refuses them on the CPU
+            for module in nn.SyncBatchNorm.convert_sync_batchnorm(block).modules():
+                if isinstance(module, nn.SyncBatchNorm):
+                    module.__class__ = Synchronised
+        results.append(step(parallel, x.chunk(2)[rank], cotangent.chunk(2)[rank]))
+    torch.save(results, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(process, (str(folder),), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    return {key: (a, b) for key, a, b in zip(CASES, first, second, strict=True)}
+
+
+@pytest.mark.parametrize(("mode", "shape", "norms"), CASES)
+def test_two_processes(mode, shape, norms, processes):
+    block, x, cotangent = case(mode, shape)
+    first, second = processes[mode, shape, norms]
+    if norms == "synchronised":
+        expected = step(block, x, cotangent)
+        for key in ("y", "x"):
+            assert relative_error(torch.cat([first[key], second[key]]), expected[key]) < 1e-10
+    else:  # every process on its own, gradients averaged
+        block.positions //= 2
+        alone = [step(copy.deepcopy(block), *parts) for parts in zip(x.chunk(2), cotangent.chunk(2), strict=True)]
+        expected = {key: alone[0][key] + alone[1][key] if key.startswith("d ") else alone[0][key] for key in alone[0]}
+        assert torch.equal(second["y"], alone[1]["y"])
+    gradients = [torch.cat([found[key].flatten() for key in expected if key.startswith("d ")]) for found in (first, second, expected)]
+    assert torch.equal(gradients[0], gradients[1])
+    assert relative_error(2 * gradients[0], gradients[2]) < 1e-10
+    for key in expected:
+        if "running" in key:
+            assert relative_error(first[key], expected[key]) < 1e-12, key
