@@ -1,31 +1,34 @@
-"""What a training step costs: plain convolution + norm, the block as the paper draws it, and ours.
+"""What a training step costs: plain convolution + norm, the blocks as published, and ours in every mode.
 
     python benchmarks/step_time.py [--device cuda] [--rounds 7] [--batch 64]
 
-Forward and backward, median over rounds, the three interleaved within each round in this one process; and the bytes that
-autograd keeps for backward. Ratios to plain are what counts.
+Forward and backward, medians over rounds, all variants interleaved within each round in this one process; and the bytes
+that a forward pass leaves allocated. Prints ratios to plain as a table, and writes all numbers to benchmarks/results/.
 """
 
 import argparse
+import csv
 import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dbb import DiverseBranchBlock
+from dbb import DiverseBranchBlock, OnlineReparamBlock, ReparamConv2d
 from models import build_model
-from models.build import SMALL_IMAGE
 
 # channels in, out, groups, side of the map, stride
 LAYERS = [(64, 64, 1, 32, 1), (128, 128, 1, 16, 1), (128, 256, 1, 16, 2), (256, 256, 1, 8, 1), (512, 512, 1, 4, 1),
           (128, 128, 128, 16, 1), (512, 512, 512, 8, 1)]
+OURS = {"exact": DiverseBranchBlock, "online": partial(DiverseBranchBlock, mode="online"), "linear": OnlineReparamBlock}
 
 
 class DrawnBlock(nn.Module):
@@ -65,63 +68,132 @@ class DrawnBlock(nn.Module):
         return y + self.point(x) + self.pool(self.pad(self.average_bn(self.average(x)), self.average_bn))
 
 
-def with_drawn_blocks(net: nn.Module) -> nn.Module:
-    """Put drawn blocks where `build_model` put ours."""
+class PublishedOREPA(nn.Module):
+    """OREPA's 3x3 unit as its authors run it: six kernels, each times a factor per output, all by einsum, and one norm."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, groups: int):
+        super().__init__()
+        per_group, inside = c_in // groups, c_in if groups <= 4 else 2 * c_in
+        self.stride, self.groups = stride, groups
+
+        def kernel(*shape):
+            return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape)))
+
+        self.origin, self.average, self.frequency = kernel(c_out, per_group, 3, 3), kernel(c_out, per_group), kernel(c_out, per_group)
+        self.point, self.first, self.second = kernel(c_out, per_group), kernel(inside, per_group), kernel(c_out, inside // groups, 3, 3)
+        self.dw, self.pw = kernel(8 * c_in, 1, 3, 3), kernel(c_out, 8 * per_group)
+        self.vector = nn.Parameter(torch.full((6, c_out), 0.5))
+        self.register_buffer("box", torch.full((3, 3), 1 / 9))
+        self.register_buffer("prior", torch.rand(c_out, 3, 3))
+        self.bn = nn.BatchNorm2d(c_out)
+
+    def forward(self, x):
+        g = self.groups
+        first, second = self.first.unflatten(0, (g, -1)), self.second.unflatten(0, (g, -1))
+        dw = self.dw.reshape(g, -1, 8, 1, 3, 3)
+        kernels = [self.origin, torch.einsum("oi,hw->oihw", self.average, self.box),
+                   torch.einsum("oi,ohw->oihw", self.frequency, self.prior),
+                   torch.einsum("gti,gothw->goihw", first, second).flatten(0, 1),
+                   nn.functional.pad(self.point[:, :, None, None], [1] * 4),
+                   torch.einsum("cgtihw,ocgt->cogihw", dw, self.pw.reshape(len(self.pw) // g, g, -1, 8)).reshape(self.origin.shape)]
+        weight = sum(torch.einsum("oihw,o->oihw", kernel, factor) for kernel, factor in zip(kernels, self.vector, strict=True))
+        return self.bn(nn.functional.conv2d(x, weight, None, self.stride, 1, 1, g))
+
+
+def published(block: type[nn.Module], net: nn.Module) -> nn.Module:
+    """Put published blocks where `build_model` put ours."""
     for name, module in list(net.named_modules()):
-        if isinstance(module, DiverseBranchBlock):
+        if isinstance(module, ReparamConv2d):
             g = module.geometry
-            net.set_submodule(name, DrawnBlock(g.in_channels, g.out_channels, g.stride[0], g.groups))
+            net.set_submodule(name, block(g.in_channels, g.out_channels, g.stride[0], g.groups))
     return net
 
 
+def layer(c_in: int, c_out: int, groups: int, stride: int) -> dict[str, nn.Module]:
+    """A 3x3 layer in every variant."""
+    plain = nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out))
+    return {"plain": plain, "drawn": DrawnBlock(c_in, c_out, stride, groups), "published OREPA": PublishedOREPA(c_in, c_out, stride, groups),
+            **{mode: block(c_in, c_out, 3, stride, 1, groups=groups) for mode, block in OURS.items()}}
+
+
+def network(name: str, size: int) -> dict[str, nn.Module]:
+    """A network in every variant."""
+    return {"plain": build_model(name, 10, None, size), "drawn": published(DrawnBlock, build_model(name, 10, "dbb", size)),
+            "published OREPA": published(PublishedOREPA, build_model(name, 10, "dbb", size)),
+            **{mode: build_model(name, 10, block, size) for mode, block in OURS.items()}}
+
+
 def step(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> float:
-    """Seconds of one forward and backward pass."""
-    synchronize = torch.cuda.synchronize if x.is_cuda else (lambda: None)
+    """Milliseconds of one forward and backward pass."""
     net.zero_grad(set_to_none=True)
-    synchronize()
+    x.grad = None
+    if x.is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        net(x).backward(cotangent)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
     start = time.perf_counter()
     net(x).backward(cotangent)
-    synchronize()
-    return time.perf_counter() - start
+    return 1e3 * (time.perf_counter() - start)
 
 
-def saved_bytes(net: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of all tensors that autograd keeps, each storage counted once, parameters not at all."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    storages = {}
+def memory(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> tuple[int, int]:
+    """Bytes that a forward pass leaves allocated (the input counted, the output not), and at the peak of a step (CUDA only)."""
+    net.zero_grad(set_to_none=True)
+    x.grad = None
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = net(x)
+        left = torch.cuda.memory_allocated() - before
+        y.backward(cotangent)
+        return left + x.nbytes - y.nbytes, torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        y = net(x)
+    return sum(event.self_cpu_memory_usage for event in profiler.key_averages()) + x.nbytes - y.nbytes, 0
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = net(x)
-    del output
-    return sum(storages.values())
+class Bench:
+    """Measures rows of the table, prints them, and keeps every number for the CSV file."""
 
+    def __init__(self, device: torch.device, rounds: int):
+        self.device, self.rounds, self.numbers = device, rounds, []
 
-def measure(name: str, nets: dict[str, nn.Module], x: torch.Tensor, rounds: int) -> None:
-    """Print a row of the table: seconds and megabytes of plain, ratios of the others to it."""
-    nets = {key: net.to(x.device).train() for key, net in nets.items()}
-    with torch.no_grad():
-        cotangent = torch.randn_like(nets["plain"](x))
-    for net in nets.values():
-        step(net, x, cotangent)  # warm up
-    times = {key: [] for key in nets}
-    for _ in range(rounds):
+    def heading(self, title: str, variants: list[str]) -> None:
+        others = [name for name in variants if name != "plain"]
+        columns = [title, "plain, ms", *others, "plain, MB kept", *others]
+        print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
+
+    def row(self, name: str, nets: dict[str, nn.Module], x: torch.Tensor, rounds: int | None = None) -> None:
+        """Time and memory of each variant."""
+        nets = {key: net.to(self.device).train() for key, net in nets.items()}
+        x = x.to(self.device).requires_grad_()
+        with torch.no_grad():
+            cotangent = torch.randn_like(nets["plain"](x))
+        for net in nets.values():
+            step(net, x, cotangent)  # warm up
+        times = {key: [] for key in nets}
+        for _ in range(rounds or self.rounds):
+            for key, net in nets.items():
+                times[key].append(step(net, x, cotangent))
+        ms = {key: statistics.median(values) for key, values in times.items()}
+        kept = {}
         for key, net in nets.items():
-            times[key].append(step(net, x, cotangent))
-    seconds = {key: statistics.median(values) for key, values in times.items()}
-    kept = {key: saved_bytes(net, x) for key, net in nets.items()}
-    row = [f"{seconds['plain'] * 1e3:.1f}", *ratios(seconds), f"{kept['plain'] / 1e6:.1f}", *ratios(kept)]
-    print("|", " | ".join([name, *row]), "|", flush=True)
+            left, peak = memory(net, x, cotangent)
+            kept[key] = left
+            self.numbers.append({"row": name, "variant": key, "ms": f"{ms[key]:.3f}", "kept_mb": f"{left / 1e6:.3f}",
+                                 "peak_mb": f"{peak / 1e6:.3f}" if peak else ""})
+        cells = [f"{ms['plain']:.1f}", *(f"{ms[key] / ms['plain']:.2f}" for key in nets if key != "plain"),
+                 f"{kept['plain'] / 1e6:.1f}", *(f"{kept[key] / kept['plain']:.2f}" for key in nets if key != "plain")]
+        print("|", " | ".join([name, *cells]), "|", flush=True)
 
-
-def ratios(values: dict[str, float]) -> list[str]:
-    """As columns: drawn / plain, ours / plain, ours / drawn."""
-    return [f"{values[a] / values[b]:.2f}" for a, b in (("drawn", "plain"), ("exact", "plain"), ("exact", "drawn"))]
+    def write(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.numbers[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.numbers)
 
 
 def main() -> None:
@@ -132,22 +204,34 @@ def main() -> None:
     options = parser.parse_args()
     device, n = torch.device(options.device), options.batch
     torch.manual_seed(0)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, timm {timm.__version__}, {machine}, float32, batch {n}, median of {options.rounds} rounds\n")
-    print("| forward + backward | plain, ms | drawn / plain | ours / plain | ours / drawn | plain, MB kept | drawn / plain | ours / plain "
-          "| ours / drawn |\n|---|---|---|---|---|---|---|---|---|")
+    machine, units = (torch.cuda.get_device_name(), "gpu") if device.type == "cuda" else \
+        (f"{platform.machine()} CPU", f"{torch.get_num_threads()}threads")
+    print(f"torch {torch.__version__}, timm {timm.__version__}, {machine}, {units}, float32, batch {n}, median of {options.rounds} rounds")
+    bench = Bench(device, options.rounds)
+
+    bench.heading("layers", list(layer(8, 8, 1, 1)))
     for c_in, c_out, groups, side, stride in LAYERS:
-        plain = nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out))
-        nets = {"plain": plain, "drawn": DrawnBlock(c_in, c_out, stride, groups),
-                "exact": DiverseBranchBlock(c_in, c_out, 3, stride, 1, groups=groups)}
-        kind = "depthwise" if groups > 1 else "dense"
-        x = torch.randn(n, c_in, side, side, device=device, requires_grad=True)
-        measure(f"{kind} {c_in} to {c_out}, {side}x{side}, stride {stride}", nets, x, options.rounds)
-    for name in ("resnet18", "mobilenet_v1"):
-        size = SMALL_IMAGE // 2
-        nets = {"plain": build_model(name, 10, None, size), "drawn": with_drawn_blocks(build_model(name, 10, "dbb", size)),
-                "exact": build_model(name, 10, "dbb", size)}
-        measure(f"{name}, {size}x{size} images", nets, torch.randn(n, 3, size, size, device=device), max(3, options.rounds // 2))
+        bench.row(f"{'depthwise' if groups > 1 else 'dense'} {c_in} to {c_out}, {side}x{side}, stride {stride}",
+                  layer(c_in, c_out, groups, stride), torch.randn(n, c_in, side, side))
+    bench.heading("networks, 32x32 images", list(layer(8, 8, 1, 1)))
+    for name in ("resnet18", "mobilenet_v1", "resnet20", "resnet56"):
+        bench.row(name, network(name, 32), torch.randn(n, 3, 32, 32), max(3, options.rounds // 2))
+
+    bench.heading("as work grows: a dense layer, 128 channels, 16x16", list(layer(8, 8, 1, 1)))
+    for batch in (8, 32, 128):
+        bench.row(f"batch {batch}", layer(128, 128, 1, 1), torch.randn(batch, 128, 16, 16))
+    for channels in (16, 32, 256):
+        bench.row(f"{channels} channels", layer(channels, channels, 1, 1), torch.randn(n, channels, 16, 16))
+    for side in (4, 8, 32):
+        bench.row(f"map {side}x{side}", layer(128, 128, 1, 1), torch.randn(n, 128, side, side))
+    bench.heading("as branches are added, 128 channels, 16x16", ["plain", "exact", "online", "linear"])
+    branches = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "kxk", "1xk")
+    for count in range(1, len(branches) + 1):
+        blocks = {mode: ReparamConv2d(128, 128, 3, padding=1, branches=branches[:count], mode=mode) for mode in OURS}
+        bench.row(f"{count}: {', '.join(branches[:count])}", {"plain": layer(128, 128, 1, 1)["plain"]} | blocks, torch.randn(n, 128, 16, 16))
+
+    version = torch.__version__.split("+")[0]
+    bench.write(Path(__file__).parent / "results" / f"step_time_torch{version}_{device.type}_{units}.csv")
 
 
 if __name__ == "__main__":

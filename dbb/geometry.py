@@ -99,6 +99,13 @@ class Geometry:
             return F.pad(x, (left, right, top, bottom)), [0, 0]  # a negative pad crops
         return x, padding
 
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the centre taps fall on every pixel of the input once."""
+        before = [d * ((k - 1) // 2) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return self.stride == (1, 1) and self.pads == [(b, t - b) for b, t in zip(before, total, strict=True)]
+
     def window(self, x: Tensor, name: str) -> Tensor:
         """What a 1x1 kernel sees at every position of the output, `[N, C, H', W']`: the "centre" pixel, or the "average"."""
         if name == "average":
@@ -115,20 +122,17 @@ class Geometry:
             x: what `pad` returned, `[N, C, H, W]`.
             lattice: the positions.
         """
-        x, pads, ranges = x[::lattice.images], [], []
+        pads, places = [], []
         for dim, (first, step, count) in enumerate(lattice.places):
             before, _ = self.pads[dim] if self.padding_mode == "zeros" else (0, 0)
-            start, extent = first * self.stride[dim] - before, self.dilation[dim] * (self.kernel_size[dim] - 1) + 1
-            end = start + (count - 1) * step * self.stride[dim] + extent
+            start, step = first * self.stride[dim] - before, step * self.stride[dim]
+            end = start + (count - 1) * step + self.dilation[dim] * (self.kernel_size[dim] - 1) + 1
             pads.append((max(0, -start), max(0, end - x.shape[2 + dim])))
-            ranges.append((slice(max(0, start), end + pads[-1][0]), extent, step * self.stride[dim]))
+            places.append((start + pads[-1][0], step, count))
         (top, bottom), (left, right) = pads
         if any((top, bottom, left, right)):
             x = F.pad(x, (left, right, top, bottom))
-        (rows, height, down), (columns, width, across) = ranges
-        windows = x[:, :, rows, columns].unflatten(1, (self.groups, -1)).unfold(3, height, down).unfold(4, width, across)
-        windows = windows[..., ::self.dilation[0], ::self.dilation[1]].permute(1, 0, 3, 4, 2, 5, 6)  # [G, N, rows, columns, ...]
-        return windows.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 3)
+        return _Patches.apply(x, self, Lattice(lattice.images, tuple(places)))
 
     def positions(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output for what `pad` returned."""
@@ -155,9 +159,38 @@ class Lattice(NamedTuple):
                                 for size, count in ((height, rows), (width, columns))))
 
     def of(self, x: Tensor) -> Tensor:
-        """The positions of a map, `[n, C, rows, columns]`."""
+        """The positions of a map, a view `[n, C, rows, columns]`."""
         rows, columns = (slice(first, first + (count - 1) * step + 1, step) for first, step, count in self.places)
         return x[::self.images, :, rows, columns]
+
+
+class _Patches(torch.autograd.Function):
+    """Backward adds tap by tap into one map; slices and unfold would make a whole map each."""
+
+    @staticmethod
+    def forward(ctx, x, geometry, lattice):
+        ctx.geometry, ctx.lattice, ctx.shape, ctx.like = geometry, lattice, x.shape, x.new_empty(0)
+        taps = [_tap(x, geometry, lattice, i, j) for i in range(geometry.kernel_size[0]) for j in range(geometry.kernel_size[1])]
+        patches = torch.stack(taps, -1).unflatten(-1, geometry.kernel_size).unflatten(1, (geometry.groups, -1))
+        patches = patches.permute(1, 0, 3, 4, 2, 5, 6)  # [G, N, rows, columns, C/G, KH, KW]
+        return patches.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 3)
+
+    @staticmethod
+    def backward(ctx, d_patches):
+        g, (rows, columns) = ctx.geometry, (count for _, _, count in ctx.lattice.places)
+        d_x = d_patches.new_zeros(ctx.shape)
+        d_taps = d_patches.unflatten(1, (-1, rows, columns)).permute(1, 0, 4, 2, 3, 5, 6).flatten(1, 2)  # [N, C, rows, columns, KH, KW]
+        for i in range(g.kernel_size[0]):
+            for j in range(g.kernel_size[1]):
+                _tap(d_x, g, ctx.lattice, i, j).add_(d_taps[..., i, j])
+        return d_x.to(ctx.like.dtype), None, None
+
+
+def _tap(x: Tensor, geometry: Geometry, lattice: Lattice, i: int, j: int) -> Tensor:
+    """The pixels under tap (i, j) of some windows, whose first pixels the lattice has: a view `[N, C, rows, columns]`."""
+    (top, down, rows), (left, across, columns) = lattice.places
+    top, left = top + i * geometry.dilation[0], left + j * geometry.dilation[1]
+    return x[::lattice.images, :, top:top + (rows - 1) * down + 1:down, left:left + (columns - 1) * across + 1:across]
 
 
 def average(geometry: Geometry, x: Tensor) -> Tensor:

@@ -63,11 +63,13 @@ def merged_online(block, x: Tensor, padded: Tensor) -> Tensor:
     """As `online`, whatever the number of positions."""
     g = block.geometry
     norm = next(norm for norm in block.norms() if uses_batch_statistics(norm))
-    inner = None
-    if any(hasattr(branch, "scale") for branch in block.branches.values()):
-        pixels = Lattice.within(len(x), *x.shape[2:], block.positions).of(x)
-        inner = Sample(_rows(pixels.permute(0, 2, 3, 1).flatten(0, 2), g.groups), norm)
     patches = g.patches(padded, Lattice.within(len(x), *g.positions(padded), block.positions))  # [G, n, C/G, KH, KW]
+    if g.keeps_size:
+        pixels = patches[..., (g.kernel_size[0] - 1) // 2, (g.kernel_size[1] - 1) // 2]
+    else:
+        pixels = Lattice.within(len(x), *x.shape[2:], block.positions).of(x).permute(0, 2, 3, 1).flatten(0, 2)  # [n, C]
+        pixels = pixels.to(patches.dtype).unflatten(1, (g.groups, -1)).transpose(0, 1)
+    inner = Sample(pixels, norm)  # of the input, for the norms behind a first 1x1 kernel
     parts = []
     for branch in block.branches.values():
         kernel = branch.kernel(inner) if branch.window is None else branch.point(inner)
@@ -107,11 +109,6 @@ def _tracked(norm: nn.BatchNorm2d, source: Moments | Sample, kernel: Tensor) -> 
     statistics = source.through(kernel)
     track(norm, statistics)
     return statistics
-
-
-def _rows(pixels: Tensor, groups: int) -> Tensor:
-    """`[n, C]` as `[G, n, C/G]`, at least in float32."""
-    return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).unflatten(1, (groups, -1)).transpose(0, 1)
 
 
 def _made_again(branch, padded: Tensor, inner: Moments | None) -> Tensor:

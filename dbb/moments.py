@@ -36,7 +36,22 @@ class Moments(NamedTuple):
         with full_precision(kernel.device):
             rows = kernel.to(self.mean.dtype).reshape(groups, -1, channels)
             mean = (rows @ self.mean.reshape(groups, channels, 1)).flatten()
-            return Statistics(mean, (rows @ self.covariance * rows).sum(-1).flatten().clamp_min(0), self.count)
+            return Statistics(mean, _Variance.apply(rows, self.covariance).flatten().clamp_min(0), self.count)
+
+
+class _Variance(torch.autograd.Function):
+    """`diag(W C W^T)` of rows `[G, O/G, C/G]` and covariances `[G, C/G, C/G]`; keeps no product of the two."""
+
+    @staticmethod
+    def forward(ctx, rows, covariance):
+        ctx.save_for_backward(rows, covariance)
+        return (rows @ covariance * rows).sum(-1)
+
+    @staticmethod
+    def backward(ctx, d_var):
+        rows, covariance = ctx.saved_tensors
+        weighted = rows * d_var[..., None]
+        return 2 * weighted @ covariance, rows.mT @ weighted
 
 
 class Sample(NamedTuple):
