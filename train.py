@@ -23,6 +23,10 @@ from training.evaluate import pick_device, predict, scores, sentence
 from training.module import Classifier
 from training.settings import Settings, resolve
 
+# Training step of a network with blocks against the plain one's: time and activations, ResNet-18 (benchmarks/README.md).
+COST = {"exact": "2.6 times the time and 2.1 times the activations", "online": "1.5 times the time and 1.1 times the activations",
+        "linear": "1.3 times the time and 1.6 times the activations"}
+
 
 def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     """Train, keep the last checkpoint, and evaluate it on the test set.
@@ -74,7 +78,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         parameters = sum(p.numel() for p in model.net.parameters())
         print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
               f"at {data.image_size} pixels, on {trainer.strategy.root_device}",
-              *[model.net.report] * bool(model.net.report), f"run folder: {run_dir}", sep="\n")
+              *[f"block.mode={settings.block.mode}: expect a training step of {COST[settings.block.mode]} of the plain network's "
+                f"(measured on ResNet-18)", model.net.report] * bool(model.net.report), f"run folder: {run_dir}", sep="\n")
         log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
 
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)

@@ -25,7 +25,7 @@ MODES = {"plain": ["block=none"], "exact": ["block=dbb"], "online": ["block=dbb"
 EQUAL_TIME = {"plain": 12, "exact": 3, "online": 7, "linear": 10}
 ARMS = {name: (EPOCHS, overrides) for name, overrides in MODES.items()} | {
     f"{name}, equal time": (epochs, MODES[name]) for name, epochs in EQUAL_TIME.items()}
-COLUMNS = ["arm", "seed", "epoch", "train_loss", "test_loss", "test_top1", "images_per_second"]
+COLUMNS = ["arm", "seed", "epoch", "train_loss", "test_loss", "test_top1"]
 
 
 def folder(arm: str, seed: int) -> Path:
@@ -46,8 +46,7 @@ def read(out: Path) -> list[dict[str, str]]:
     epochs = {}
     if (out / "metrics.csv").exists():
         for row in csv.DictReader((out / "metrics.csv").open()):
-            for theirs, ours in (("train/loss_epoch", "train_loss"), ("test/loss", "test_loss"), ("test/top1", "test_top1"),
-                                 ("train/images_per_second", "images_per_second")):
+            for theirs, ours in (("train/loss_epoch", "train_loss"), ("test/loss", "test_loss"), ("test/top1", "test_top1")):
                 if row.get(theirs):
                     epochs.setdefault(int(row["epoch"]), {"epoch": str(int(row["epoch"]) + 1)})[ours] = f"{float(row[theirs]):.5g}"
     return [epochs[epoch] for epoch in sorted(epochs) if len(epochs[epoch]) == len(COLUMNS) - 2]
@@ -66,17 +65,18 @@ def table(seeds: list[int]) -> None:
     def values(arm, column, seeds):
         return [float(last[arm][seed][column]) for seed in seeds]
 
-    print("| arm | epochs | n | images/s | final training loss | test top-1, % | difference to plain, points | 95% interval |\n" + "|---" * 8 + "|")
+    print("| arm | epochs | n | final training loss | test top-1, % | difference to plain, points | 95% interval |\n" + "|---" * 7 + "|")
     for arm in last:
         seeds, base = sorted(last[arm]), last.get("plain, equal time" if "," in arm else "plain", {})
         loss, top1 = values(arm, "train_loss", seeds), [100 * value for value in values(arm, "test_top1", seeds)]
-        row = [arm, str(ARMS[arm][0]), str(len(seeds)), f"{statistics.median(values(arm, 'images_per_second', seeds)):.0f}"]
-        row += [f"{statistics.mean(v):.{digits}f} ± {statistics.stdev(v) if len(v) > 1 else 0:.{digits}f}" for v, digits in ((loss, 4), (top1, 2))]
+        row = [arm, str(ARMS[arm][0]), str(len(seeds))]
+        for v, digits in ((loss, 4), (top1, 2)):
+            row.append(f"{statistics.mean(v):.{digits}f} ± {statistics.stdev(v) if len(v) > 1 else 0:.{digits}f}")
         if base is not last[arm] and len(d := [100 * (float(last[arm][s]["test_top1"]) - float(base[s]["test_top1"]))
                                                for s in seeds if s in base]) > 1:
             half = stats.t.ppf(0.975, len(d) - 1) * statistics.stdev(d) / len(d) ** 0.5
             row += [f"{statistics.mean(d):+.2f}", f"{statistics.mean(d) - half:+.2f} to {statistics.mean(d) + half:+.2f}"]
-        print("|", " | ".join(row + [""] * (8 - len(row))), "|")
+        print("|", " | ".join(row + [""] * (7 - len(row))), "|")
 
 
 def main() -> None:

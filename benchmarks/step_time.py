@@ -112,7 +112,8 @@ def published(block: type[nn.Module], net: nn.Module) -> nn.Module:
 def layer(c_in: int, c_out: int, groups: int, stride: int) -> dict[str, nn.Module]:
     """A 3x3 layer in every variant."""
     plain = nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out))
-    return {"plain": plain, "drawn": DrawnBlock(c_in, c_out, stride, groups), "published OREPA": PublishedOREPA(c_in, c_out, stride, groups),
+    arguments = c_in, c_out, stride, groups
+    return {"plain": plain, "drawn": DrawnBlock(*arguments), "published OREPA": PublishedOREPA(*arguments),
             **{mode: block(c_in, c_out, 3, stride, 1, groups=groups) for mode, block in OURS.items()}}
 
 
@@ -227,8 +228,9 @@ def main() -> None:
     bench.heading("as branches are added, 128 channels, 16x16", ["plain", "exact", "online", "linear"])
     branches = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "kxk", "1xk")
     for count in range(1, len(branches) + 1):
-        blocks = {mode: ReparamConv2d(128, 128, 3, padding=1, branches=branches[:count], mode=mode) for mode in OURS}
-        bench.row(f"{count}: {', '.join(branches[:count])}", {"plain": layer(128, 128, 1, 1)["plain"]} | blocks, torch.randn(n, 128, 16, 16))
+        nets = {"plain": layer(128, 128, 1, 1)["plain"],
+                **{mode: ReparamConv2d(128, 128, 3, padding=1, branches=branches[:count], mode=mode) for mode in OURS}}
+        bench.row(f"{count}: {', '.join(branches[:count])}", nets, torch.randn(n, 128, 16, 16))
 
     version = torch.__version__.split("+")[0]
     bench.write(Path(__file__).parent / "results" / f"step_time_torch{version}_{device.type}_{units}.csv")

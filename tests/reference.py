@@ -1,6 +1,5 @@
 """References written plainly, layer by layer, sharing no code with `dbb`."""
 
-import copy
 import math
 import re
 

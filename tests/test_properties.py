@@ -102,7 +102,8 @@ def test_surgery_takes_any_convolution(case, bias):
     conv = nn.Conv2d(**arguments, bias=bias)
     net = randomize(nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))).double().eval()
     x = torch.randn(4, conv.in_channels, *size, dtype=torch.float64)
-    new, _ = replace_convs(net, partial(ReparamConv2d, branches=branches, mode=mode), example_input=x, kernel_sizes=range(1, 12), init="single")
+    new, _ = replace_convs(net, partial(ReparamConv2d, branches=branches, mode=mode), example_input=x, kernel_sizes=range(1, 12),
+                           init="single")
     with torch.no_grad():
         assert relative_error(new(x), net(x)) < 1e-12, "a warm start is the same function"
         assert relative_error(new[0].fuse()(x), net(x)) < 1e-12

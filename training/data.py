@@ -36,8 +36,9 @@ class KeySampler(Sampler):
         n, order = len(self.indices), self.indices
         if self.shuffle:
             order = order[torch.randperm(n, generator=generator(self.seed, self.epoch))]
+        order = order.tolist()
         for position in range(self.rank, len(self) * self.world_size, self.world_size):
-            yield self.epoch, int(order[position % n]), position < n
+            yield self.epoch, order[position % n], position < n
 
 
 class ImageData(pl.LightningDataModule):
@@ -130,7 +131,7 @@ class ImageData(pl.LightningDataModule):
         if moves:
             images = crop_and_flip(images, moves[0], self.conf.crop_padding)
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (self.conf.mean, self.conf.std))
-        return (images.float() - mean) / std, targets
+        return images.float().sub_(mean).div_(std), targets
 
 
 def crop_and_flip(images: Tensor, moves: Tensor, padding: int) -> Tensor:
@@ -141,10 +142,10 @@ def crop_and_flip(images: Tensor, moves: Tensor, padding: int) -> Tensor:
         moves: `[N, 3]`: first row and column of the crop in 0 .. 2 * padding, and whether to mirror.
         padding: pixels on each side.
     """
-    n, _, height, width = images.shape
+    n, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images, [padding] * 4)
     rows = moves[:, :1] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
     columns = moves[:, 1:2] + torch.where(moves[:, 2:] > 0, columns.flip(0), columns)
-    index = torch.arange(n, device=images.device)[:, None, None]
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # [N, H, W], the same in all channels
+    return padded.flatten(2).gather(2, pixels.reshape(n, 1, -1).expand(-1, channels, -1)).reshape(images.shape)

@@ -178,7 +178,8 @@ class Settings:
         for knob, value, least in (
                 ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size or 1, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
-                ("data.crop_padding", self.data.crop_padding, 0), ("block.copies", self.block.copies, 1), ("block.positions", self.block.positions, 4),
+                ("data.crop_padding", self.data.crop_padding, 0), ("block.copies", self.block.copies, 1),
+                ("block.positions", self.block.positions, 4),
                 ("block.kernel_sizes", min(self.block.kernel_sizes, default=1), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
                 ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
             if value < least:
