@@ -181,8 +181,10 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
         with torch.no_grad():
             outer.weight.copy_(norm.weight)
     with torch.no_grad():
-        for key, gamma in block.gammas().items():
-            gamma *= INITS[init] if (init, key) != ("single", "kxk") else 1 / gamma if block.bn is not None else 1.0
+        for gamma in block.gammas().values():
+            gamma *= INITS[init]
+        if init == "single":
+            block.gammas()["kxk"].copy_(norm.weight if block.bn is None else torch.ones_like(norm.weight))
     for branch in block.branches.values():
         if getattr(branch, "scale", None) is not None:
             branch.scale.eps = norm.eps

@@ -1,9 +1,11 @@
 """What only a GPU can check: `make gpu`. Skipped where there is none; not run yet."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from dbb import BLOCKS, branchwise, reparameterize
+from dbb import BLOCKS, DiverseBranchBlock, branchwise, reparameterize
 from models import BACKBONES, build_model
 from tests.conftest import randomize, relative_error
 from tests.test_scripts import TINY, run
@@ -13,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, partial(DiverseBranchBlock, mode="online")], ids=lambda b: b if isinstance(b, str) else "online")
 def test_conversion_on_the_gpu(name, block):
     net = randomize(build_model(name, 10, block, image_size=32)).cuda()
     x = torch.randn(4, 3, 32, 32, device="cuda")

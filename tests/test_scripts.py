@@ -184,6 +184,26 @@ def test_a_list_of_branches_from_the_command_line(tmp_path):
     assert "data=none has no labels" in run("eval.py", f"ckpt={folder}/checkpoints/last.ckpt", "data=none", cwd=tmp_path).stderr
 
 
+def test_a_mode_is_a_choice_of_training_alone(make_settings, tmp_path, capsys):
+    """It is told, goes into the checkpoint, and may be another one afterwards; OREPA's block has weights of its own."""
+    trained = train_script.train(make_settings("model=resnet20_dbb", "block.mode=online", "block.positions=64", *TINY), tmp_path / "online")
+    assert "block.mode=online: expect a training step of 1.5 times the time" in capsys.readouterr().out
+    ckpt = f"ckpt={tmp_path}/online/checkpoints/last.ckpt"
+    assert load_checkpoint(ckpt.removeprefix("ckpt="))["dbb"]["settings"]["block"]["mode"] == "online"
+    assert eval_script.evaluate(make_settings(ckpt, config_name="eval")) == trained
+    assert eval_script.evaluate(make_settings(ckpt, "block.mode=exact", config_name="eval")) == trained
+    assert "changed beside the checkpoint: block.mode: online -> exact" in capsys.readouterr().out
+    train_script.train(make_settings(ckpt, "block.mode=exact", "trainer.max_epochs=2"), tmp_path / "online")
+
+    train_script.train(make_settings("model=resnet20", "block=orepa", *TINY), tmp_path / "orepa")
+    ckpt = f"ckpt={tmp_path}/orepa/checkpoints/last.ckpt"
+    report = convert_script.convert(make_settings(ckpt, config_name="convert"), tmp_path / "orepa" / "convert")
+    assert report["predictions_changed"] == 0
+    assert report["after"]["top1"] == report["before"]["top1"]
+    with pytest.raises(ValueError, match="another network"):
+        eval_script.evaluate(make_settings(ckpt, "block.mode=exact", config_name="eval"))
+
+
 def test_a_published_file_converts_without_data(tmp_path):
     """From the command line: a file in the layout of the DBB authors, random weights and statistics."""
     weights, expected = published_model("dbb", "resnet18")

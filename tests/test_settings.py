@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import HydraException
 
+from dbb import ReparamConv2d
 from models import BACKBONES, build_model
 from tests.conftest import ROOT
 from training.checkpoint import build_network
@@ -18,6 +19,7 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("model=resnet19", "resnet19"), ("block=dbbb", "dbbb"), ("block.name=dbb", "block.branches is empty"),
     ("block.branches=[kxk,1x2]", "block.branches=1x2 is unknown"), ("block.layers=[{modules:a*,branches:[kxkk]}]", "did you mean kxk"),
     ("block.layers=[{module:a*}]", "module"), ("block.init=four", "block.init"), ("block.copies=0", "block.copies"),
+    ("block.mode=onlin", "did you mean online"), ("block.mode=3", "block.mode"), ("block.positions=3", "block.positions"),
     ("block.kernel_sizes=[]", "block.kernel_sizes"),
     ("block.copies=3", "block.branches is empty"), ("block.include=[a]", "block.branches is empty"),
     ("block.kernel_sizes=[3x3]", "block.kernel_sizes"), ("source=dbbb", "source"), ("data.color_jitter=true", "data.color_jitter"),
@@ -52,12 +54,13 @@ def test_groups_compose(make_settings, data):
 @pytest.mark.parametrize(("block", "dense", "depthwise"), [
     ("dbb", "kxk + 1x1 + 1x1_avg + 1x1_kxk", "kxk + avg + 1x1_kxk"), ("dbb_lite", "kxk + 1x1 + 1x1_avg", "kxk + avg"),
     ("acb", "kxk + 1xk + kx1", "kxk + 1xk + kx1"), ("repvgg", "kxk + 1x1", "kxk + 1x1 + identity"),
-    ("mobileone", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1 + identity"), ("none", None, None)])
+    ("mobileone", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1 + identity"), ("none", None, None),
+    ("orepa", "kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1", "kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1")])
 def test_every_block_is_a_list(make_settings, block, dense, depthwise):
     net = build_network(make_settings("data=digits", "model=mobilenet_v1", f"block={block}"), 10, 8)
     assert [row.block for row in net.report][:2] == ([dense, depthwise] if dense else [])
     assert {path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} == {
-        "dbb", "dbb_lite", "acb", "repvgg", "mobileone", "none"}, "each is tested here"
+        "dbb", "dbb_lite", "acb", "repvgg", "mobileone", "orepa", "none"}, "each is tested here"
 
 
 def test_a_list_from_the_command_line(make_settings):
@@ -75,6 +78,14 @@ def test_a_list_from_the_command_line(make_settings):
 def test_mobileone_takes_a_number_of_copies(make_settings):
     net = build_network(make_settings("model=resnet20", "block=mobileone", "block.copies=3"), 10, 8)
     assert list(net.blocks[0].conv1.branches) == ["kxk", "kxk_2", "kxk_3", "1x1", "identity"]
+
+
+def test_modes_reach_every_layer(make_settings):
+    settings = make_settings("data=digits", "model=resnet20", "block=dbb", "block.mode=online", "block.positions=99",
+                             "block.layers=[{modules:blocks.0.*,branches:[kxk,1x1]}]")
+    blocks = [module for module in build_network(settings, 10, 8).modules() if isinstance(module, ReparamConv2d)]
+    assert len(blocks) == 19
+    assert {(block.mode, block.positions) for block in blocks} == {("online", 99)}
 
 
 def test_dbb_is_the_published_block(make_settings):

@@ -287,6 +287,11 @@ def test_gammas():
         new, _ = replace_convs(net, "acb", init=init)
         for factor, branch in zip(factors, new[0].branches.values(), strict=True):
             assert torch.allclose(branch.bn.weight, factor * net[1].weight)
+    for init, factors in (("ones", [0.25, 0.25, 0, 0.5, 1, 0.5]), ("single", [1, 0, 0, 0, 0, 0])):  # linear: its one norm is the old one
+        new, _ = replace_convs(net, "orepa", init=init)
+        assert [float(gamma[0]) for gamma in new[0].gammas().values()] == factors
+        assert torch.equal(new[0].bn.weight, net[1].weight)
+        assert torch.equal(new[0].bn.running_var, net[1].running_var)
 
 
 def test_blocks_are_left_alone_the_second_time():
