@@ -23,8 +23,9 @@ lint: .venv/ready
 fuzz: .venv/ready  ## 50,000 random blocks against the reference, new ones each time: about 20 minutes
 	FUZZ=50000 $(RUN) -m pytest tests/test_properties.py -k reference
 
-bench: .venv/ready
+bench: .venv/ready  ## about 15 minutes, on a machine that does nothing else
 	$(RUN) benchmarks/step_time.py
+	$(RUN) benchmarks/pipeline.py
 
 families: .venv/ready  ## write docs/families.md: which convolutions of which network become blocks
 	$(RUN) docs/families.py

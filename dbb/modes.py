@@ -118,5 +118,5 @@ def _made_again(branch, padded: Tensor, inner: Moments | None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):  # backward runs without
         x, kernel = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, kernel))
     out, mean, inverse = NormedConv.apply(x, kernel, bn.weight, bn.bias, bn.eps, (g.stride, padding, g.dilation, g.groups))
-    track(bn, Statistics(mean, inverse.pow(-2) - bn.eps, out.numel() // out.shape[1]))
+    track(bn, Statistics(mean, (inverse.pow(-2) - bn.eps).clamp_min(0), out.numel() // out.shape[1]))
     return out

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+ONE_VALUE = "expected more than 1 value per channel when training; use a larger batch"
+
 
 class Statistics(NamedTuple):
     """Mean and biased variance of each channel, `[C]`, and the number of values they were taken over."""
@@ -97,7 +99,7 @@ def batch_moments(x: Tensor, groups: int, norm: nn.Module) -> Moments:
     """
     synchronized, count = _is_synchronized(norm), x.numel() // x.shape[1]
     if count == 1 and not synchronized:
-        raise ValueError("expected more than 1 value per channel when training; use a larger batch")
+        raise ValueError(ONE_VALUE)
     group = (norm.process_group or distributed.group.WORLD) if synchronized else None
     mean, covariance, total = _Moments.apply(x, groups, group)
     return Moments(mean, covariance, total if synchronized else count)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbb.moments import Statistics
+from dbb.moments import ONE_VALUE, Statistics
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
@@ -13,7 +13,13 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
 
 
 def track(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
-    """Update running statistics as a norm that sees a map of these statistics does."""
+    """Update running statistics as a norm that sees a map of these statistics does.
+
+    Raises:
+        ValueError: if they are those of one value, which has no variance (BatchNorm's rule).
+    """
+    if isinstance(statistics.count, int) and statistics.count == 1:
+        raise ValueError(ONE_VALUE)
     if norm.training and norm.track_running_stats:
         with torch.no_grad():
             norm.num_batches_tracked += 1

@@ -49,8 +49,8 @@ def case(mode, shape):
 
 def process(rank, folder, device):
     """Run every case on one of two processes: on CPUs, or each on a GPU of its own with torch's own synchronised norms."""
-    device = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    device, backend = (torch.device("cuda", rank), "nccl") if device == "cuda" else (torch.device("cpu"), "gloo")
+    distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
     for mode, shape, norms in CASES:
         block, x, cotangent = case(mode, shape)

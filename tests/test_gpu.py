@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("block", [*BLOCKS, partial(DiverseBranchBlock, mode="online")], ids=lambda b: b if isinstance(b, str) else "online")
+@pytest.mark.parametrize("block", [*BLOCKS, partial(DiverseBranchBlock, mode="online")], ids=[*BLOCKS, "online"])
 def test_conversion_on_the_gpu(name, block):
     net = randomize(build_model(name, 10, block, image_size=32)).cuda()
     x = torch.randn(4, 3, 32, 32, device="cuda")

@@ -35,8 +35,7 @@ def test_converted_network_is_the_same_function(name, block):
 
 @EVERY
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("block", [None, *BLOCKS, partial(DiverseBranchBlock, mode="online")],
-                         ids=lambda block: "online" if callable(block) else str(block))
+@pytest.mark.parametrize("block", [None, *BLOCKS, partial(DiverseBranchBlock, mode="online")], ids=["plain", *BLOCKS, "online"])
 def test_nothing_is_left_on_the_cpu(name, training, block):
     """A forward pass on a fake GPU fails where a tensor was made on the CPU."""
     net = build_model(name, 10, block, image_size=32).train(training)

@@ -90,6 +90,14 @@ def test_exact_and_online_share_everything_but_the_training_step():
         make("linear")[0].load_state_dict(exact.state_dict())
 
 
+@EVERY
+def test_one_value_has_no_variance(mode, channels):
+    for branches in (("kxk",), ("kxk", "1x1_kxk"), ("kxk", "1x1")):
+        block, x = make(mode, channels, branches=branches)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            block(x[:1, :, :1, :1])
+
+
 def test_unknown_mode():
     with pytest.raises(ValueError, match=r"mode='onlin'.*exact, online, linear"):
         ReparamConv2d(4, 4, 3, mode="onlin")
