@@ -87,8 +87,9 @@ class Branch(nn.Module):
         if self.factor is not None:
             return kernel * self.factor[:, None, None, None], torch.zeros_like(self.factor)
         bn = self.bn
-        mean, var = (bn.running_mean, bn.running_var) if statistics is None else (part.to(bn.weight.dtype) for part in statistics[:2])
-        return fuse_conv_norm(kernel, 0.0, mean, var, bn.weight, bn.bias, bn.eps)
+        mean, var = (bn.running_mean, bn.running_var) if statistics is None else statistics[:2]
+        fused, bias = fuse_conv_norm(kernel, 0.0, mean, var, bn.weight, bn.bias, bn.eps)
+        return fused.to(kernel.dtype), bias.to(kernel.dtype)  # of half precision, while the batch's statistics are in float32
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
         """Kernel `[O, I/G, h, w]` and bias `[O]` of the whole branch with its running statistics."""

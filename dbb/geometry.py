@@ -150,11 +150,12 @@ class Lattice(NamedTuple):
     @classmethod
     def within(cls, images: int, height: int, width: int, budget: int) -> "Lattice":
         """About `budget` of the positions (at least that, where there are as many), 2 x 2 or more of each image."""
+        images, height, width = [len(range(size)) for size in (images, height, width)]  # numbers to torch.compile too, not symbols
         every = max(1, images * min(4, height * width) // budget)
         each = budget / -(-images // every)
-        rows = min(height, max(1, math.ceil(math.sqrt(each * height / width))))
-        columns = min(width, max(1, math.ceil(each / rows)))
-        rows = min(height, max(rows, math.ceil(each / columns)))  # what a narrow map leaves to its height
+        columns = min(width, math.ceil(math.sqrt(each * width / height)))
+        rows = min(height, math.ceil(each / columns))
+        columns = min(width, math.ceil(each / rows))
         return cls(every, tuple(((size - 1 - (count - 1) * (size // count)) // 2, size // count, count)
                                 for size, count in ((height, rows), (width, columns))))
 

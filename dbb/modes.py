@@ -115,8 +115,8 @@ def _made_again(branch, padded: Tensor, inner: Moments | None) -> Tensor:
     """A branch and its norm in training, its map not kept for backward."""
     g, bn, kernel = branch.geometry, branch.bn, branch.kernel(inner)
     x, padding = g.aligned(padded, kernel.shape[2:])
-    if torch.is_autocast_enabled(x.device.type):  # backward runs without
-        x, kernel = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, kernel))
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
+        x, kernel = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, kernel))  # since backward runs without
     out, mean, inverse = NormedConv.apply(x, kernel, bn.weight, bn.bias, bn.eps, (g.stride, padding, g.dilation, g.groups))
     track(bn, Statistics(mean, (inverse.pow(-2) - bn.eps).clamp_min(0), out.numel() // out.shape[1]))
     return out

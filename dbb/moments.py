@@ -95,10 +95,10 @@ def batch_moments(x: Tensor, groups: int, norm: nn.Module) -> Moments:
         norm: what they are for; a `nn.SyncBatchNorm` in training takes them over all processes of its group.
 
     Raises:
-        ValueError: if there is one position only, whose variance is not defined (BatchNorm's rule).
+        ValueError: if there is no position or one only, whose variance is not defined.
     """
     synchronized, count = _is_synchronized(norm), x.numel() // x.shape[1]
-    if count == 1 and not synchronized:
+    if count < 2 and not synchronized:
         raise ValueError(ONE_VALUE)
     group = (norm.process_group or distributed.group.WORLD) if synchronized else None
     mean, covariance, total = _Moments.apply(x, groups, group)

@@ -18,7 +18,7 @@ def track(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
     Raises:
         ValueError: if they are those of one value, which has no variance (BatchNorm's rule).
     """
-    if isinstance(statistics.count, int) and statistics.count == 1:
+    if isinstance(statistics.count, int) and statistics.count < 2:
         raise ValueError(ONE_VALUE)
     if norm.training and norm.track_running_stats:
         with torch.no_grad():
@@ -37,7 +37,7 @@ def _unbiased(statistics: Statistics) -> Tensor:
 
 
 def _average(running: Tensor, value: Tensor, momentum: Tensor | float) -> None:
-    running.copy_(running + momentum * (value - running))
+    running.copy_((1 - momentum) * running + momentum * value)
 
 
 class Scale(nn.Module):

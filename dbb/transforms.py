@@ -50,7 +50,7 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel_size, *kernels):
-        ctx.places = [_place(kernel.shape[2:], kernel_size) for kernel in kernels]
+        ctx.sizes, ctx.places = [kernel.shape[2:] for kernel in kernels], [_place(kernel.shape[2:], kernel_size) for kernel in kernels]
         large = [kernel for kernel in kernels if kernel.shape[2:] == kernel_size]
         total = sum(large[1:], kernels[0].new_zeros(()) + large[0]) if large else kernels[0].new_zeros(*kernels[0].shape[:2], *kernel_size)
         for kernel, (rows, columns) in zip(kernels, ctx.places, strict=True):
@@ -60,7 +60,9 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_total):
-        return None, *(d_total[:, :, rows, columns] for rows, columns in ctx.places)
+        # Not views of one another: autograd may keep what it gets here as a leaf's gradient, and add to it in place.
+        return None, *(d_total if size == d_total.shape[2:] else d_total[:, :, rows, columns].clone()
+                       for size, (rows, columns) in zip(ctx.sizes, ctx.places, strict=True))
 
 
 def _place(small: Sequence[int], large: Sequence[int]) -> list[slice]:
@@ -83,12 +85,12 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     Returns:
         Kernel `[O, I/G, KH, KW]` and bias `[O]`, None if both biases are.
     """
-    first_g = first.reshape(groups, -1, first.shape[1])  # [G, M/G, I/G]
-    second_g = second.reshape(groups, -1, *second.shape[1:])  # [G, O/G, M/G, KH, KW]
-    kernel = _Composed.apply(first_g, second_g).flatten(0, 1)
+    kernel = _Composed.apply(first, second, groups)
+    # A convolution takes over its kernel's memory format, which a product leaves to chance.
+    kernel = kernel.contiguous(memory_format=torch.contiguous_format if second.is_contiguous() else torch.channels_last)
     if first_bias is None:
         return kernel, second_bias
-    bias = torch.einsum("gomhw,gm->go", second_g, first_bias.reshape(groups, -1)).flatten()
+    bias = torch.einsum("gomhw,gm->go", second.unflatten(0, (groups, -1)), first_bias.reshape(groups, -1)).flatten()
     return kernel, bias if second_bias is None else bias + second_bias
 
 
@@ -96,27 +98,28 @@ class _Composed(torch.autograd.Function):
     """One matrix product `[O*KH*KW, M] @ [M, I]` in each group; keeps the two kernels only, not the copies made for it."""
 
     @staticmethod
-    def forward(ctx, first, second):
+    def forward(ctx, first, second, groups):
         ctx.save_for_backward(first, second)
-        return _unrow(_rows(second) @ first, second)
+        ctx.groups = groups
+        return _kernel(_rows(second, groups) @ _rows(first, groups), second.shape[2:])
 
     @staticmethod
     def backward(ctx, d_kernel):
         first, second = ctx.saved_tensors
         with torch.autocast(first.device.type, enabled=False):
-            d_rows = _rows(d_kernel)
-            return _rows(second).mT @ d_rows, _unrow(d_rows @ first.mT, second)
+            d_rows = _rows(d_kernel, ctx.groups)
+            d_first, d_second = _rows(second, ctx.groups).mT @ d_rows, d_rows @ _rows(first, ctx.groups).mT
+        return _kernel(d_first, (1, 1)), _kernel(d_second, second.shape[2:]), None
 
 
-def _rows(kernel: Tensor) -> Tensor:
-    """`[G, O/G, C, KH, KW]` to `[G, O/G*KH*KW, C]`."""
-    return kernel.permute(0, 1, 3, 4, 2).flatten(1, 3)
+def _rows(kernel: Tensor, groups: int) -> Tensor:
+    """`[O, C, KH, KW]` to `[G, O/G*KH*KW, C]`."""
+    return kernel.permute(0, 2, 3, 1).reshape(groups, -1, kernel.shape[1])
 
 
-def _unrow(rows: Tensor, like: Tensor) -> Tensor:
-    """The way back, in the memory format of `like`, since a convolution takes over its kernel's."""
-    kernel = rows.unflatten(1, (like.shape[1], *like.shape[3:])).permute(0, 1, 4, 2, 3)
-    return kernel.contiguous() if like.is_contiguous() else kernel
+def _kernel(rows: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """The way back; in channels_last."""
+    return rows.reshape(-1, *kernel_size, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,10 @@ def test_add_branches():
     for some in ([0], [1], [0, 2], [1, 0, 2]):
         kernel, bias = transforms.add_branches([kernels[i] for i in some], [biases[i] for i in some], (3, 4))
         assert relative_error(F.conv2d(x, kernel, bias), sum(F.conv2d(x, large[i], biases[i]) for i in some)) < 1e-12
+    leaves = [kernel.clone().requires_grad_() for kernel in (large[0], large[2], kernels[1])]
+    for _ in range(3):  # gradients of leaves are added up in place
+        transforms.add_branches(leaves, biases, (3, 4))[0].sum().backward()
+    assert all((leaf.grad == 3).all() for leaf in leaves)
     assert torch.autograd.gradcheck(lambda *k: transforms.add_branches(k, biases, (3, 4))[0], [k.requires_grad_() for k in kernels])
 
 
