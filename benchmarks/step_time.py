@@ -1,6 +1,6 @@
 """What a training step costs: plain convolution + norm, the blocks as published, and ours in every mode.
 
-    python benchmarks/step_time.py [--device cuda] [--rounds 7] [--batch 64]
+    python benchmarks/step_time.py [--device cuda] [--rounds 7] [--batch 64] [--rows depthwise]
 
 Forward and backward, medians over rounds, all variants interleaved within each round in this one process; and the bytes
 that a forward pass leaves allocated. Prints ratios to plain as a table, and writes all numbers to benchmarks/results/.
@@ -159,8 +159,8 @@ def memory(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> tuple[in
 class Bench:
     """Measures rows of the table, prints them, and keeps every number for the CSV file."""
 
-    def __init__(self, device: torch.device, rounds: int):
-        self.device, self.rounds, self.numbers = device, rounds, []
+    def __init__(self, device: torch.device, rounds: int, rows: str):
+        self.device, self.rounds, self.rows, self.numbers = device, rounds, rows, []
 
     def heading(self, title: str, variants: list[str]) -> None:
         others = [name for name in variants if name != "plain"]
@@ -168,7 +168,9 @@ class Bench:
         print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
 
     def row(self, name: str, nets: dict[str, nn.Module], x: torch.Tensor, rounds: int | None = None) -> None:
-        """Time and memory of each variant."""
+        """Time and memory of each variant, if the row is asked for."""
+        if self.rows not in name:
+            return
         nets = {key: net.to(self.device).train() for key, net in nets.items()}
         x = x.to(self.device).requires_grad_()
         with torch.no_grad():
@@ -191,6 +193,10 @@ class Bench:
         print("|", " | ".join([name, *cells]), "|", flush=True)
 
     def write(self, path: Path) -> None:
+        """Write the numbers, among those of other rows that are there already."""
+        measured = {number["row"] for number in self.numbers}
+        before = [number for number in csv.DictReader(path.open()) if number["row"] not in measured] if self.rows and path.exists() else []
+        self.numbers = before + self.numbers
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(self.numbers[0]), lineterminator="\n")
             writer.writeheader()
@@ -202,13 +208,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rows", default="", help="only the rows whose name has this in it; the file keeps the others")
     options = parser.parse_args()
     device, n = torch.device(options.device), options.batch
     torch.manual_seed(0)
     machine, units = (torch.cuda.get_device_name(), "gpu") if device.type == "cuda" else \
         (f"{platform.machine()} CPU", f"{torch.get_num_threads()}threads")
     print(f"torch {torch.__version__}, timm {timm.__version__}, {machine}, {units}, float32, batch {n}, median of {options.rounds} rounds")
-    bench = Bench(device, options.rounds)
+    bench = Bench(device, options.rounds, options.rows)
 
     bench.heading("layers", list(layer(8, 8, 1, 1)))
     for c_in, c_out, groups, side, stride in LAYERS:

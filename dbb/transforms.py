@@ -86,8 +86,8 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
         Kernel `[O, I/G, KH, KW]` and bias `[O]`, None if both biases are.
     """
     kernel = _Composed.apply(first, second, groups)
-    # A convolution takes over its kernel's memory format, which a product leaves to chance.
-    kernel = kernel.contiguous(memory_format=torch.contiguous_format if second.is_contiguous() else torch.channels_last)
+    # A convolution takes over its kernel's memory format; a view anew, since the strides of a channel alone could mean either.
+    kernel = kernel.reshape(-1).view(kernel.shape) if second.is_contiguous() else kernel.contiguous(memory_format=torch.channels_last)
     if first_bias is None:
         return kernel, second_bias
     bias = torch.einsum("gomhw,gm->go", second.unflatten(0, (groups, -1)), first_bias.reshape(groups, -1)).flatten()
