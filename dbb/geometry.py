@@ -170,7 +170,7 @@ class _Patches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, geometry, lattice):
-        ctx.geometry, ctx.lattice, ctx.shape, ctx.like = geometry, lattice, x.shape, x.new_empty(0)
+        ctx.geometry, ctx.lattice, ctx.shape, ctx.dtype = geometry, lattice, x.shape, x.dtype
         taps = [_tap(x, geometry, lattice, i, j) for i in range(geometry.kernel_size[0]) for j in range(geometry.kernel_size[1])]
         patches = torch.stack(taps, -1).unflatten(-1, geometry.kernel_size).unflatten(1, (geometry.groups, -1))
         patches = patches.permute(1, 0, 3, 4, 2, 5, 6)  # [G, N, rows, columns, C/G, KH, KW]
@@ -184,7 +184,7 @@ class _Patches(torch.autograd.Function):
         for i in range(g.kernel_size[0]):
             for j in range(g.kernel_size[1]):
                 _tap(d_x, g, ctx.lattice, i, j).add_(d_taps[..., i, j])
-        return d_x.to(ctx.like.dtype), None, None
+        return d_x.to(ctx.dtype), None, None
 
 
 def _tap(x: Tensor, geometry: Geometry, lattice: Lattice, i: int, j: int) -> Tensor:
