@@ -143,7 +143,7 @@ class FileImages(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> list[tuple[Tensor, int]]:
         batch = []
-        with torch.random.fork_rng(devices=[]):  # once a batch: it costs as much as a tenth of an image
+        with torch.random.fork_rng(devices=[]):  # once a batch
             for epoch, index, real in keys:
                 path, target = self.tree.samples[index]
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))  # torch.manual_seed is 0.2 ms slower
@@ -221,7 +221,7 @@ def read_pixels(path: str) -> Tensor:
     Raises:
         ValueError: with the path, if it cannot be read.
     """
-    try:  # a fifth faster than Pillow, to the same pixels (benchmarks/README.md); other formats have depths that it would scale
+    try:  # faster than Pillow, to the same pixels (benchmarks/README.md); other formats have depths that it would scale
         return decode_jpeg(read_file(path), ImageReadMode.RGB)
     except RuntimeError:
         return TF.pil_to_tensor(read_image(path))
