@@ -1,100 +1,154 @@
-"""Fold every block of a trained network into one plain convolution, and prove that nothing changed.
+"""Fold every block of a trained network into one plain convolution, prove that nothing changed, and write files that stock libraries load.
 
     python convert.py ckpt=outputs/.../checkpoints/last.ckpt
+    python convert.py ckpt=outputs/.../checkpoints/last.ckpt 'export=[onnx,training_onnx,pt2,int8]' hub=true
     python convert.py ckpt=ResNet-18_DBB_7101.pth model=resnet18_dbb source=dbb data=none
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import hydra
+import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from dbb import branchwise, compare_logits, reparameterize
-from models import load_weights
+from dbb import branchwise, compare_logits, fold_norms, restore_norms
+from export import graph, int8
+from export.files import KINDS, WRITTEN, load_network, require, save_hub, save_network, sha256, staged
+from export.report import draw_graphs, draw_report, file_rows, markdown, rows, shares
+from models import build_model, of_timm, recipe
 from training.callbacks import wandb_logger
 from training.cli import output_folder, plain_errors
-from training.evaluate import cost, load_run, pick_device, predict, scores
+from training.evaluate import cost, exact_arithmetic, latency_ms, load_run, pick_device, predict, scores
 from training.settings import Settings, resolve
 
 
 def convert(settings: Settings, out: Path) -> dict:
-    """Evaluate branch by branch, convert in float64, evaluate again, and write the weights if both agree.
+    """Evaluate branch by branch, convert in float64, write each file, load it again, and evaluate it likewise.
 
-    Without labels (`data=none`) both run on noise images, and no accuracy is measured.
+    Without labels (`data=none`) all of it runs on noise images, and no accuracy is measured.
 
     Args:
         settings: `ckpt`, and with `source` the model and blocks of that published file; else the checkpoint's own.
-        out: gets report.json and model.safetensors.
+        out: gets report.md, report.json, report.png, model.safetensors, and what `export` and `hub` ask for.
 
     Returns:
         The report, as in report.json.
 
     Raises:
-        ValueError: if the checkpoint or the data is wrong, or the conversion changed more than `tolerance` allows.
+        ValueError: if the checkpoint or the data is wrong, a package is missing, or a file does not compute what the network did
+            within `tolerance`; report-failed.json then has the figures, and the files of an earlier conversion stay.
     """
-    net, data, about = load_run(settings)
+    require(settings.export)
+    net, data, about = load_run(settings, train=True)
+    if settings.hub and of_timm(about["model"], data.image_size) is None:
+        raise ValueError(f"hub=true: timm does not build {about['model']} for {data.image_size} pixels as it is here (it has another stem, "
+                         "or none), so that there is no folder for it to load; report.md has the lines that rebuild the network")
     output_folder(out)
     device = pick_device(settings.trainer.accelerator)
+    image = torch.zeros(2, 3, data.image_size, data.image_size)
 
     with branchwise(net):
-        logits_before, targets = predict(net, data, device, "before")
-        before = (scores(logits_before, targets) if data.classes else {}) | cost(net, data.image_size)
-    merged = reparameterize(net)
-    logits_after, _ = predict(merged, data, device, "after")
-    after = (scores(logits_after, targets) if data.classes else {}) | cost(merged, data.image_size)
-    comparison = compare_logits([(logits_before, logits_after)])
+        logits, targets = predict(net, data, device, "before")
+        before = measured(logits, targets, data) | cost(net, data.image_size)
+    folded = fold_norms(net, image.to(device))
+    logits_after, _ = predict(folded, data, device, "after")
+    after = measured(logits_after, targets, data) | cost(folded, data.image_size)
+    about |= {key: value for key, value in before.items() if key in ("top1", "top5")}
+    about["norm_statistics"] = "training images" if data.classes else "noise images"
+    report = {"about": about, "before": before, "after": after} | asdict(compare_logits([(logits, logits_after)])) | {
+        "tolerance": settings.tolerance, "shares": shares(net), "files": {}}
 
-    report = {"before": before, "after": after} | asdict(comparison) | {"tolerance": settings.tolerance}
-    print_table(report)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    if comparison.predictions_changed or not comparison.relative_error <= settings.tolerance:
-        raise ValueError(f"the conversion changed the network: {comparison.predictions_changed} of {comparison.images} predictions, "
-                         f"largest relative logit error {comparison.relative_error:.1e} (tolerance={settings.tolerance:g}); "
-                         "no weights were written")
-    save_weights(merged, about, out / "model.safetensors")
-    load_weights(reparameterize(net), load_file(out / "model.safetensors"))
+    plain = build_model(about["model"], len(about["classes"]), image_size=data.image_size)
+    with exact_arithmetic():
+        stock = restore_norms(net, net.report, plain, (images.to(device) for images in data.calibration_images()))
+    net, folded = net.cpu(), folded.cpu()
+    with staged(out) as part:
+        save_network(stock, about, part / "model.safetensors")
+        made = {"model.safetensors": load_network(part / "model.safetensors")[0]}
+        if {"onnx", "int8"} & set(settings.export):
+            graph.export_onnx(folded, image, about, part / "model.onnx")
+            made["model.onnx"] = graph.OnnxNetwork(part / "model.onnx")
+        if "training_onnx" in settings.export:
+            graph.export_onnx(net, image, about, part / "model-training.onnx", training=True)
+            made["model-training.onnx"] = graph.OnnxNetwork(part / "model-training.onnx")
+        if "pt2" in settings.export:
+            program = torch.export.export(folded, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            torch.export.save(program, part / "model.pt2")
+            made["model.pt2"] = torch.export.load(part / "model.pt2").module()
+        if "int8" in settings.export:
+            int8.quantize(part / "model.onnx", part / "model-int8.onnx", data.calibration_images())
+            made["model-int8.onnx"] = graph.OnnxNetwork(part / "model-int8.onnx")
+            report["int8"] = int8.layers(part / "model.onnx", part / "model-int8.onnx", data.calibration_images(64))
+        for name, network in made.items():
+            file_logits, _ = predict(network, data, device, name)
+            report["files"][name] = {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} | measured(
+                file_logits, targets, data) | asdict(compare_logits([(logits, file_logits)]))
+        if "training_onnx" in settings.export and "model.onnx" in made:
+            report["graphs"] = {title: graph.summary(part / name) | {"macs": macs, "latency_ms": latency_ms(made[name], image[:1])}
+                                for title, name, macs in (("training structure", "model-training.onnx", before["macs"]),
+                                                          ("converted", "model.onnx", after["macs"]))}
+            draw_graphs({title: part / name for title, name in (("training structure", "model-training.onnx"),
+                                                                ("converted", "model.onnx"))}, part / "graphs.png")
+        print_tables(report)
+        refuse_changes(report, out)
+        if settings.hub:
+            save_hub(stock, about, part / "hub")
+        draw_report(report, part / "report.png")
+        (part / "report.md").write_text(markdown(report, recipe(about["model"], len(about["classes"]), data.image_size)))
+        (part / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-def save_weights(merged: nn.Module, about: dict, path: Path) -> None:
-    """Write a converted network, whole or not at all; the header says what it is."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in merged.state_dict().items()}
-    save_file(weights, path.with_suffix(".part"), {"dbb": json.dumps(about)})
-    os.replace(path.with_suffix(".part"), path)
+def measured(logits, targets, data) -> dict[str, float]:
+    """Accuracies and loss, where there are labels."""
+    return scores(logits, targets) if data.classes else {}
 
 
-def rows(report: dict) -> list[list[str]]:
-    """The table before / after, a row per measure."""
-    formats = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}", "latency_ms": "{:.2f}"}
-    measured = {name: form for name, form in formats.items() if name in report["before"]}
-    return [[name, *(form.format(report[when][name]) for when in ("before", "after"))] for name, form in measured.items()]
+def refuse_changes(report: dict, out: Path) -> None:
+    """Every float file must compute what the network did.
+
+    Raises:
+        ValueError: if one does not.
+    """
+    for name, entry in {"the conversion": report, **report["files"]}.items():
+        exact = entry["predictions_changed"] == 0 and entry["relative_error"] <= report["tolerance"]
+        if not exact and name != KINDS["int8"][0]:
+            (out / "report-failed.json").write_text(json.dumps(report, indent=2) + "\n")
+            raise ValueError(f"{name} changed the network: {entry['predictions_changed']} of {entry['images']} predictions, largest "
+                             f"relative logit error {entry['relative_error']:.1e} (tolerance={report['tolerance']:g}); no weights were "
+                             "written")
 
 
-def print_table(report: dict) -> None:
+def print_tables(report: dict) -> None:
     """Print what was measured."""
     print(f"\n{'':12s}{'before':>16s}{'after':>16s}")
     for name, before, after in rows(report):
         print(f"{name:12s}{before:>16s}{after:>16s}")
     print(f"\n{report['predictions_changed']} of {report['images']} predictions changed, {report['ties']} ties, "
           f"largest relative logit error {report['relative_error']:.1e}\n")
+    for name, size, top1, changed, ties, error in file_rows(report):
+        print(f"{name:20s}{size:>12s} bytes  {'top1 ' + top1 if top1 else ''}  {changed} changed, {ties} ties, relative error {error}")
     if "top1" not in report["before"]:
-        print("data=none: compared on seeded noise images; no accuracy was measured\n")
+        print("\ndata=none: compared on seeded noise images; no accuracy was measured")
+    print()
 
 
-def log(report: dict, settings: Settings, run_dir: Path) -> None:
-    """Add the table and its figures to the W&B run of the training."""
+def log(report: dict, settings: Settings, out: Path, run_dir: Path) -> None:
+    """Add the table, its figures, the picture and all files to the W&B run of the training."""
     run = wandb_logger(settings.logger, run_dir).experiment
-    run.log({"convert": wandb.Table(["measure", "before", "after"], rows(report))})
+    run.log({"convert": wandb.Table(["measure", "before", "after"], rows(report)), "convert/report": wandb.Image(str(out / "report.png"))})
     for when in ("before", "after"):
         run.summary.update({f"convert/{when}/{name}": value for name, value in report[when].items()})
     run.summary.update({f"convert/{name}": report[name] for name in ("predictions_changed", "ties", "relative_error")})
+    artifact = wandb.Artifact(f"converted-{run.id}", "model", metadata=report["about"])
+    for name in WRITTEN:
+        if (out / name).exists():
+            artifact.add_file(str(out / name), name)
+    run.log_artifact(artifact)
     wandb.finish()
 
 
@@ -106,9 +160,9 @@ def main(cfg: DictConfig) -> None:
         run_dir = ckpt.parent.parent if settings.source is None else Path("outputs", ckpt.stem)  # a published file has no run
         out = Path(settings.out) if settings.out else run_dir / "convert"
         report = convert(settings, out)
-        print(f"written to {out}: model.safetensors, report.json")
+        print(f"written to {out}: {', '.join(report['files'])}, report.md, report.json, report.png")
         if settings.logger.name == "wandb":
-            log(report, settings, run_dir)
+            log(report, settings, out, run_dir)
 
 
 if __name__ == "__main__":

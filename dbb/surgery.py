@@ -1,4 +1,4 @@
-"""Put blocks into a network, and take them out again."""
+"""Put blocks into a network; dbb.deploy takes them out again."""
 
 import copy
 from collections import defaultdict
@@ -21,12 +21,13 @@ Block = str | Sequence[str] | Callable[..., ReparamConv2d] | None
 
 
 class Row(NamedTuple):
-    """What became of one convolution: the branches of its `block`, or None and the `reason` why it stayed."""
+    """What became of one convolution: the branches of its `block`, which took in `norm`; or None and the `reason` why it stayed."""
 
     module: str
     kernel_size: tuple[int, ...]
     block: str | None
     reason: str = ""
+    norm: str = ""
 
 
 class Report(list[Row]):
@@ -145,7 +146,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         for outer in made.norms():
             outer.train(norm_mode)
         replacements[names[norm]] = rest.train(norm_mode)
-        report.append(Row(name, conv.kernel_size, " + ".join(made.branches)))
+        report.append(Row(name, conv.kernel_size, " + ".join(made.branches), norm=names[norm]))
     if not replacements:
         raise NothingSwappedError(report)
 
@@ -209,22 +210,3 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
     for outer in block.norms():
         outer.requires_grad_(norm.weight.requires_grad)
     return block
-
-
-def reparameterize(model: nn.Module) -> nn.Module:
-    """A new model with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
-
-    Module names, dtype, device and memory format are kept; `model` is left as it was. Harmless the second time.
-
-    Raises:
-        ValueError: if a block is in training mode.
-    """
-    model, fused = copy.deepcopy(model), {}
-    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):  # the inner before the outer
-        if isinstance(module, ReparamConv2d):
-            if module not in fused:
-                fused[module] = module.fuse()
-            if not name:
-                return fused[module]
-            model.set_submodule(name, fused[module])
-    return model

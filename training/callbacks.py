@@ -81,7 +81,7 @@ def make_loggers(conf: LoggerConf, run_dir: Path) -> list[Logger]:
 
 def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
     """Write what became of every convolution to convolutions.csv, and to W&B as a table."""
-    rows = [[row.module, "x".join(map(str, row.kernel_size)), row.block, row.reason] for row in report]
+    rows = [[row.module, "x".join(map(str, row.kernel_size)), row.block, row.reason, row.norm] for row in report]
     with (run_dir / "convolutions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
     if isinstance(logger, WandbLogger) and rows:

@@ -107,6 +107,15 @@ class ImageData(pl.LightningDataModule):
         """The whole test split, in whatever process: the final evaluation runs in one."""
         return self._loader(self.test_set, torch.arange(len(self.test_set)), shuffle=False, whole=True)
 
+    def calibration_images(self, count: int = 1024) -> Iterator[Tensor]:
+        """Normalised training images `[N, 3, H, W]` without augmentation, always the same; of `data=none`, its noise images."""
+        dataset, indices = self.test_set, torch.arange(len(self.test_set))
+        if self.classes is not None:
+            dataset = self.train_set.without_augmentation()
+            indices = self.train_indices[torch.randperm(len(self.train_indices), generator=generator(0))[:count]]
+        for batch in self._loader(dataset, indices, shuffle=False, whole=True):
+            yield self.on_after_batch_transfer(batch)[0]
+
     def _loader(self, dataset: Dataset, indices: Tensor, shuffle: bool, whole: bool = False) -> DataLoader:
         alone = whole or self.trainer is None
         rank, world_size = (0, 1) if alone else (self.trainer.global_rank, self.trainer.world_size)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,16 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
+from export.files import sha256
 from training.checkpoint import load_checkpoint, load_network, load_published
 from training.data import ImageData
-from training.settings import Settings
+from training.settings import FILE_SETS, Settings
 
 
-def load_run(settings: Settings) -> tuple[nn.Module, ImageData, dict[str, Any]]:
+def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     """What eval.py and convert.py work on.
 
+    Args:
+        settings: of the command.
+        train: load the training images too, where the data has any.
+
     Returns:
-        The network of `settings.ckpt` in eval, its data, loaded, and what the network is: `model`, `image_size`, `classes`.
+        The network of `settings.ckpt` in eval, its data, loaded, and what the network is, in plain values.
 
     Raises:
         ValueError: if the checkpoint or the data is wrong, or the two do not have the same number of classes.
@@ -32,7 +38,7 @@ def load_run(settings: Settings) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     if data_conf.name == "none" and data_conf.image_size is None:
         data_conf = replace(data_conf, image_size=checkpoint["dbb"]["image_size"] if checkpoint else 224)
     data = ImageData(data_conf, settings.seed)
-    data.load(train=False)
+    data.load(train and data_conf.name != "none")
     if checkpoint is not None:
         net, classes, image_size = load_network(checkpoint, settings), checkpoint["dbb"]["classes"], checkpoint["dbb"]["image_size"]
     else:
@@ -40,7 +46,13 @@ def load_run(settings: Settings) -> tuple[nn.Module, ImageData, dict[str, Any]]:
         net, count = load_published(settings, image_size)
         classes = data.classes if data.classes and len(data.classes) == count else [str(label) for label in range(count)]
     data.check_classes(len(classes))
-    return net, data, {"model": settings.model.name, "image_size": image_size, "classes": classes}
+    # Noise images say nothing of the normalisation: it is that of the training.
+    shown = checkpoint["dbb"]["settings"]["data"] if checkpoint and data.classes is None else asdict(data_conf)
+    resize = round(image_size * 256 / 224) if shown["name"] in FILE_SETS else image_size
+    return net, data, {"model": settings.model.name, "block": settings.block.name, "classes": classes, "image_size": image_size,
+                       "resize": resize, "mean": list(map(float, shown["mean"])), "std": list(map(float, shown["std"])),
+                       "data": data_conf.name, "checkpoint_sha256": sha256(settings.ckpt),
+                       "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -105,7 +117,13 @@ def cost(net: nn.Module, image_size: int) -> dict[str, Any]:
     image = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
     with FlopCounterMode(display=False) as counter:
         net(image)
-    timer = Timer("net(image)", globals={"net": net, "image": image}, num_threads=torch.get_num_threads())
     return {"parameters": sum(p.numel() for p in net.parameters()),
             "macs": counter.get_total_flops() // 2,  # the counter takes a multiply-accumulate for two
-            "latency_ms": timer.blocked_autorange(min_run_time=1).median * 1e3}
+            "latency_ms": latency_ms(net, image)}
+
+
+@torch.no_grad()
+def latency_ms(net: nn.Module, images: Tensor) -> float:
+    """Milliseconds of a forward pass, a median."""
+    timer = Timer("net(images)", globals={"net": net, "images": images}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=1).median * 1e3

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dbb import BRANCHES, INITS, MODES, POSITIONS
+from export.files import KINDS
 from training.checkpoint import load_checkpoint
 from training.cli import output_folder, plain_errors
 from training.published import SOURCES
@@ -133,7 +134,7 @@ class LoggerConf:
 
 @dataclass
 class Settings:
-    """All settings of a run. `out` is where it writes; `source` says whose file `ckpt` is; `tolerance` is convert.py's."""
+    """All settings of a run. `out` is where it writes; `source` says whose file `ckpt` is; the last three are convert.py's."""
 
     model: ModelConf = field(default_factory=ModelConf)
     block: BlockConf = field(default_factory=BlockConf)
@@ -146,6 +147,8 @@ class Settings:
     out: str | None = None
     source: str | None = None
     tolerance: float = 1e-4
+    export: list[str] = field(default_factory=lambda: ["onnx"])
+    hub: bool = False
 
     def __post_init__(self):
         """Check what a type cannot say.
@@ -166,6 +169,10 @@ class Settings:
             raise ValueError(f"model.pretrained=true and model.weights={self.model.weights}: a network starts from one of them")
         if self.source is not None:
             _one_of("source", self.source, list(SOURCES))
+        for kind in self.export:
+            _one_of("export", kind, list(KINDS))
+        if "int8" in self.export and self.data.name == "none":
+            raise ValueError("export=[int8] needs training images to calibrate with, which data=none has not")
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
         _one_of("logger.name", self.logger.name, ["csv", "wandb"])
         _one_of("optim.name", self.optim.name, timm.optim.list_optimizers())
@@ -239,7 +246,8 @@ def _list_changed(overrides: list[str]) -> bool:
 
 def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
-    result = OmegaConf.merge(OmegaConf.structured(Settings), stored, {"ckpt": cfg.ckpt, "out": cfg.out})
+    own = {key: cfg[key] for key in ("ckpt", "out", "tolerance", "export", "hub") if key in cfg}  # of the command, not of the training
+    result = OmegaConf.merge(OmegaConf.structured(Settings), stored, own)
     for override in overrides:
         key, plus = override.split("=")[0].lstrip("+~"), override[0] in "+~"
         if key in ("experiment", "debug") or plus:

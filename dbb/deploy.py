@@ -1,0 +1,115 @@
+"""What a trained network becomes: plain convolutions, with the norms around them as they are, folded away, or restored."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dbb.block import ReparamConv2d
+from dbb.surgery import NothingSwappedError, Report, replace_convs
+
+
+def reparameterize(model: nn.Module) -> nn.Module:
+    """A new model with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
+
+    Module names, dtype, device and memory format are kept; `model` is left as it was. Harmless the second time.
+
+    Raises:
+        ValueError: if a block is in training mode.
+    """
+    model, fused = copy.deepcopy(model), {}
+    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):  # the inner before the outer
+        if isinstance(module, ReparamConv2d):
+            if module not in fused:
+                fused[module] = module.fuse()
+            if not name:
+                return fused[module]
+            model.set_submodule(name, fused[module])
+    return model
+
+
+def fold_norms(model: nn.Module, example_input: Tensor) -> nn.Module:
+    """The network to deploy: `reparameterize`, and every norm that a convolution feeds folded into it, whatever its size.
+
+    Args:
+        model: in eval; left as it is.
+        example_input: `[N, C, H, W]`, see `replace_convs`.
+
+    Raises:
+        ValueError: as `reparameterize` and `replace_convs`.
+    """
+    merged = reparameterize(model)
+    try:  # a convolution and its norm are a block of one branch
+        blocks, _ = replace_convs(merged, ["kxk"], example_input=example_input, kernel_sizes=_AnySize())
+    except NothingSwappedError:
+        return merged
+    return reparameterize(blocks)
+
+
+class _AnySize:
+    def __contains__(self, size: int) -> bool:
+        return True
+
+
+@torch.no_grad()
+def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Fill the plain network that the blocks were put into, under its own keys, with what `model` computes.
+
+    A merged convolution `y + b` goes into the convolution and the norm behind it: its mean m and variance v over `batches`
+    become the norm's statistics, sqrt(v + eps) its weight and m its bias. In eval that is `y + b` again; in training it is
+    `y + b` as far as a batch has the same statistics, so that fine-tuning starts where the network stood.
+
+    Args:
+        model: in eval.
+        report: what `replace_convs` said when the blocks were put in.
+        plain: the network from before, with any weights; left as it is.
+        batches: images `[N, C, H, W]` like those that fine-tuning will see.
+
+    Returns:
+        A copy of `plain`, filled, in eval.
+
+    Raises:
+        ValueError: if a block is in training mode, or `plain` is another network.
+    """
+    merged, plain = reparameterize(model), copy.deepcopy(plain).eval()
+    rows = [row for row in report if row.block is not None]
+    moments = _output_moments(merged, [row.module for row in rows], batches)
+    try:
+        handled = set()
+        for row, (mean, variance) in zip(rows, moments, strict=True):
+            source, conv, norm = merged.get_submodule(row.module), plain.get_submodule(row.module), plain.get_submodule(row.norm)
+            conv.weight.copy_(source.weight)
+            if conv.bias is not None:
+                conv.bias.copy_(source.bias)
+            norm.running_mean.copy_(mean if conv.bias is not None else mean - source.bias.cpu())
+            norm.running_var.copy_(variance)
+            norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+            norm.bias.copy_(mean)
+            for theirs, ours in zip(norm.children(), merged.get_submodule(row.norm).children(), strict=True):
+                theirs.load_state_dict(ours.state_dict())  # what a norm does besides
+            handled |= {id(tensor) for module in (conv, norm) for tensor in module.state_dict(keep_vars=True).values()}
+        ours = merged.state_dict()
+        plain.load_state_dict({key: tensor if id(tensor) in handled else ours[key]
+                               for key, tensor in plain.state_dict(keep_vars=True).items()})
+    except (AttributeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"plain is not the network that the blocks were put into: {error}") from error
+    return plain
+
+
+def _output_moments(model: nn.Module, names: list[str], batches: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and unbiased variance `[C]` of some convolutions' outputs, in float64."""
+    sums = [torch.zeros(3, 1, dtype=torch.float64) for _ in names]  # of ones, values and squares
+
+    def record(index):
+        def hook(module, args, output):
+            y = output.double().cpu().transpose(0, 1).flatten(1)
+            sums[index] = sums[index] + torch.stack([torch.ones_like(y).sum(1), y.sum(1), y.square().sum(1)])
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(record(index)) for index, name in enumerate(names)]
+    for batch in batches:
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return [(total / n, ((square - total.square() / n) / (n - 1)).clamp_min(0)) for n, total, square in sums]

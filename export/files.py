@@ -1,0 +1,109 @@
+"""model.safetensors, its header, and folders that are written whole or not at all."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from models import build_model, load_weights
+
+KINDS = {  # of export=[...]: the file, and the packages it takes
+    "onnx": ("model.onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "training_onnx": ("model-training.onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "int8": ("model-int8.onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "pt2": ("model.pt2", ()),
+}
+WRITTEN = ("model.safetensors", *(file for file, _ in KINDS.values()), "report.md", "report.json", "report.png", "graphs.png",
+           "hub/model.safetensors", "hub/config.json")
+
+
+def require(kinds: Sequence[str]) -> None:
+    """Check, before any work, that the packages are there.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    for knob, packages in [*((f"export=[{kind}]", KINDS[kind][1]) for kind in kinds), ("report.png", ("matplotlib",))]:
+        for package in packages:
+            if find_spec(package) is None:
+                raise ValueError(f"{knob} needs {package}, which is not installed: pip install -e '.[train,export]'")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder to write into, whose files take the place of an earlier conversion's in `out` when all are written."""
+    converted_before = (out / "report.json").is_file()
+    with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as part:
+        yield Path(part)
+        for name in WRITTEN:
+            if (Path(part) / name).exists():
+                (out / name).parent.mkdir(exist_ok=True)
+                os.replace(Path(part) / name, out / name)
+            elif converted_before:
+                (out / name).unlink(missing_ok=True)
+
+
+def sha256(path: str | Path) -> str:
+    """The file's hash, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_network(net: nn.Module, about: dict, path: Path) -> None:
+    """Write the weights under the network's own keys; `about` goes into the header, as JSON."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    save_file(weights, path, {"dbb": json.dumps(about)})
+
+
+def load_network(path: Path) -> tuple[nn.Module, dict]:
+    """Rebuild the plain network of a model.safetensors, in eval, and say what it is.
+
+    Raises:
+        ValueError: if the file is damaged or not of convert.py.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get("dbb")
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    about = parse_about(header, path)
+    net = build_model(about["model"], len(about["classes"]), image_size=about["image_size"])
+    load_weights(net, weights)
+    return net.eval(), about
+
+
+def save_hub(net: nn.Module, about: dict, folder: Path) -> None:
+    """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; `net` as timm builds it."""
+    size = about["image_size"]
+    data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"], "crop_pct": size / about["resize"],
+            "interpolation": "bilinear"}
+    timm.models.save_for_hf(net.cpu(), folder, model_config={"label_names": about["classes"]}, safe_serialization=True, data_config=data)
+
+
+def parse_about(text: str | None, path: Path) -> dict:
+    """What a file's header says of its network: plain values only.
+
+    Raises:
+        ValueError: if it does not say what is needed, or of another type.
+    """
+    try:
+        about = json.loads(text or "null")
+        good = (isinstance(about["model"], str) and all(isinstance(name, str) for name in about["classes"]) and about["classes"]
+                and all(isinstance(about[key], int) and 0 < about[key] < 10_000 for key in ("image_size", "resize"))
+                and all(len(about[key]) == 3 and all(isinstance(value, float) for value in about[key]) for key in ("mean", "std"))
+                and min(about["std"]) > 0)
+    except (TypeError, KeyError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"{path} was not written by convert.py: its header does not say which network, classes and normalisation it has")
+    return about

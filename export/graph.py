@@ -1,0 +1,94 @@
+"""ONNX: write a network's graph, run it, and count what is in it."""
+
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dbb import branchwise
+from export.files import parse_about
+
+
+def export_onnx(net: nn.Module, image: Tensor, about: dict, path: Path, training: bool = False) -> None:
+    """Write `images` `[batch, C, H, W]` to `logits` `[batch, classes]`, for any batch.
+
+    Args:
+        net: in eval.
+        image: `[2, C, H, W]`.
+        about: goes into the file's metadata, as JSON.
+        path: of the file.
+        training: every branch and norm as a node of its own; only constants are computed ahead.
+    """
+    import onnx_ir.passes.common as passes
+    import onnxscript.optimizer
+
+    shapes = ({0: torch.export.Dim("batch")},)
+    with branchwise(net) if training else torch.no_grad(), _quiet():
+        program = torch.onnx.export(net, (image,), dynamo=True, optimize=not training, input_names=["images"],
+                                    output_names=["logits"], dynamic_shapes=shapes, verbose=False)
+        if training:
+            onnxscript.optimizer.fold_constants(program.model, onnx_shape_inference=True)
+            onnxscript.optimizer.remove_unused_nodes(program.model)
+    passes.ClearMetadataAndDocStringPass()(program.model)  # stack traces, with the paths of this machine
+    program.model.metadata_props["dbb"] = json.dumps(about)
+    program.save(path, external_data=False)
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801
+    """The exporter's notes to its own developers are left out."""
+
+    def __enter__(self):
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *exc):
+        logging.disable(logging.NOTSET)
+        super().__exit__(*exc)
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file in onnxruntime, on the CPU, called as any network; `about` is what the file says of itself.
+
+    Raises:
+        ValueError: if onnxruntime cannot read the file, or it was not written by convert.py.
+    """
+
+    def __init__(self, path: Path, threads: int = 0):
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own, one a cause, which share no base of theirs
+            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        self.about = parse_about(self.session.get_modelmeta().custom_metadata_map.get("dbb"), path)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {"images": images.cpu().numpy()})[0])
+
+
+def nodes(path: Path) -> list[tuple[str, Sequence[str], Sequence[str]]]:
+    """Type, inputs that are no constants, and outputs of every node."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [(node.op_type, [name for name in node.input if name and name not in constants], list(node.output))
+            for node in graph.node if node.op_type != "Constant"]
+
+
+def summary(path: Path) -> dict:
+    """Number of nodes by type, and of parameters (all constants that are not whole numbers)."""
+    import onnx
+
+    floats = [tensor for tensor in onnx.load(path).graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    return {"nodes": dict(Counter(kind for kind, _, _ in nodes(path)).most_common()),
+            "parameters": sum(torch.Size(tensor.dims).numel() for tensor in floats)}

@@ -1,0 +1,81 @@
+"""Static int8 quantisation of an ONNX file by onnxruntime, and what it does to each layer."""
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
+    """Write the int8 model: weights a scale per output channel, activations a scale per map, from calibration images.
+
+    Args:
+        source: the fused float model.
+        target: the int8 model, in QDQ format.
+        batches: normalised training images `[N, C, H, W]`.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    logging.disable(logging.WARNING)  # it advises what is done here
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantize_static(prepared, target, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True,
+                        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8)  # unsigned activations overflow, see docs/int8.md
+    logging.disable(logging.NOTSET)
+
+
+def layers(source: Path, target: Path, batches: Iterable[Tensor]) -> list[dict]:
+    """By convolution or classifier: how its weights are spread, and the signal to noise of its output in int8, worst first.
+
+    Returns:
+        `layer`; `range`, the largest weight; `spread`, the widest channel's range over the median channel's; `weight_db` and
+        `output_db`, signal to quantisation noise in decibels of the weight, and of the output with all that came before it.
+    """
+    import onnx
+    from onnx import numpy_helper
+    from onnxruntime.quantization import qdq_loss_debug as debug
+
+    logging.disable(logging.WARNING)
+    seen, batches = [], list(batches)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (source, target):
+            debug.modify_model_output_intermediate_tensors(path, Path(folder) / path.name)
+            seen.append(debug.collect_activations(str(Path(folder) / path.name), _Reader(batches)))
+    errors = debug.compute_activation_error(debug.create_activation_matching(seen[1], seen[0]))
+    logging.disable(logging.NOTSET)
+
+    graph, rows = onnx.load(source).graph, []
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    consumers = {name: node.output[0] for node in graph.node for name in node.input}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            weight = constants[node.input[1]]
+            ranges = np.abs(weight).reshape(len(weight), -1).max(1)
+            scale = np.maximum(ranges, np.finfo(np.float32).tiny).reshape(-1, *[1] * (weight.ndim - 1)) / 127
+            noise = weight - np.round(weight / scale) * scale
+            # The output of a convolution that feeds an activation or a sum is quantised behind it.
+            output = next((errors[name]["xmodel_err"] for name in (node.output[0], consumers.get(node.output[0])) if name in errors), None)
+            rows.append({"layer": node.input[1].removesuffix(".weight"), "range": float(ranges.max()),
+                         "spread": float(ranges.max() / max(np.median(ranges), 1e-12)),
+                         "weight_db": float(20 * np.log10(np.linalg.norm(weight) / max(np.linalg.norm(noise), 1e-12))),
+                         "output_db": None if output is None else float(output)})
+    return sorted(rows, key=lambda row: float("inf") if row["output_db"] is None else row["output_db"])
+
+
+class _Reader:
+    """Batches as onnxruntime's CalibrationDataReader gives them."""
+
+    def __init__(self, batches: Iterable[Tensor]):
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"images": batch.numpy()}
+
+    def __iter__(self):
+        return iter(self.get_next, None)

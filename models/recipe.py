@@ -1,0 +1,37 @@
+"""The lines that rebuild a plain network without this repository."""
+
+from models.build import OF_TIMM, SMALL_IMAGE, UNTRAINED
+
+SMALL_STEM = {
+    "resnet": ["net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)", "net.maxpool = torch.nn.Identity()"],
+    "mobilenet": ["for conv in [m for m in net.modules() if getattr(m, 'stride', None) == (2, 2)][:2]:", "    conv.stride = (1, 1)"],
+}
+OF_OURS = {"resnet": "from cifar_resnet import CifarResNet  # models/cifar_resnet.py, a file that needs torch only",
+           "vgg": "from vgg import VGG16  # models/vgg.py, a file that needs torch only"}
+
+
+def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
+    """Name and arguments under which timm builds a network unchanged; None if it does not: small images, our own networks."""
+    if name in UNTRAINED or (name in OF_TIMM and image_size <= SMALL_IMAGE):
+        return None
+    return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
+
+
+def recipe(name: str, num_classes: int, image_size: int) -> str:
+    """Python that builds `net`, of the keys and shapes of model.safetensors, from timm or from one file of `models/`.
+
+    Args:
+        name: see `models.build_model`; likewise the others.
+        num_classes: see there.
+        image_size: see there.
+    """
+    if name in UNTRAINED:
+        kind = "vgg" if name == "vgg16" else "resnet"
+        made = f"VGG16({num_classes})" if kind == "vgg" else f"CifarResNet({name.removeprefix('resnet')}, {num_classes})"
+        return "\n".join([OF_OURS[kind], f"net = {made}"])
+    small = name in OF_TIMM and image_size <= SMALL_IMAGE
+    architecture, arguments = (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
+    arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    lines = ["import timm, torch" if small else "import timm",
+             f'net = timm.create_model("{architecture}", num_classes={num_classes}{arguments})']
+    return "\n".join(lines + small * SMALL_STEM.get("resnet" if name.startswith("resnet") else "mobilenet"))

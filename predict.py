@@ -1,0 +1,100 @@
+"""Classify images with a converted network.
+
+    python predict.py outputs/.../convert/model.onnx cat.jpg dog.png
+    python predict.py outputs/.../convert/model.safetensors images/*.png
+
+The report.json beside the file must have its SHA-256. Images that cannot be read are named, and the others classified.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from export.files import load_network, sha256
+from export.graph import OnnxNetwork
+from training.cli import plain_errors
+from training.sources import read_pixels
+
+BATCH_SIZE = 64
+
+
+def load(path: Path) -> tuple[nn.Module, dict]:
+    """The network of a model.onnx or model.safetensors, and what its header says.
+
+    Raises:
+        ValueError: if the file is missing, damaged, of another kind, or not the one that report.json describes.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; convert.py writes model.onnx and model.safetensors")
+    if path.suffix not in (".onnx", ".safetensors"):
+        raise ValueError(f"{path}: only .onnx and .safetensors files of convert.py are read")
+    report = path.parent / "report.json"
+    if not report.is_file():
+        print(f"{report} is missing: {path.name} was not verified", file=sys.stderr)
+    else:
+        try:
+            known = json.loads(report.read_text())["files"][path.name]["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{report} does not say what {path.name} is: convert the checkpoint again") from error
+        if sha256(path) != known:
+            raise ValueError(f"{path} is not the file that {report} describes (another SHA-256): it was changed or damaged; convert "
+                             "the checkpoint again")
+    if path.suffix == ".safetensors":
+        return load_network(path)
+    net = OnnxNetwork(path)
+    return net, net.about
+
+
+def prepare(path: str, about: dict) -> Tensor:
+    """An image `[3, H, W]` as the network was tested on: shorter side resized, centre cropped, normalised.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    pixels = TF.resize(read_pixels(path), [about["resize"]], antialias=True)
+    pixels = TF.center_crop(pixels, [about["image_size"]])
+    return TF.normalize(pixels / 255, about["mean"], about["std"])
+
+
+@torch.no_grad()
+def predictions(net: nn.Module, about: dict, paths: list[str]) -> Iterator[tuple[str, list[tuple[float, str]] | str]]:
+    """By image, its five most probable classes, or why it cannot be read."""
+    for start in range(0, len(paths), BATCH_SIZE):
+        batch, results, images = paths[start:start + BATCH_SIZE], {}, {}
+        for index, path in enumerate(batch):
+            try:
+                images[index] = prepare(path, about)
+            except (ValueError, OSError) as error:
+                results[index] = str(error)
+        if images:
+            top = net(torch.stack(list(images.values()))).softmax(1).topk(min(5, len(about["classes"])))
+            for index, probabilities, labels in zip(images, top.values.tolist(), top.indices.tolist(), strict=True):
+                results[index] = [(p, about["classes"][label]) for p, label in zip(probabilities, labels, strict=True)]
+        yield from ((path, results[index]) for index, path in enumerate(batch))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model.onnx or model.safetensors of convert.py")
+    parser.add_argument("images", nargs="+", help="image files")
+    arguments = parser.parse_args()
+    with plain_errors():
+        failed = 0
+        for path, result in predictions(*load(arguments.model), arguments.images):
+            if isinstance(result, str):
+                failed += 1
+                print(f"error: {result}", file=sys.stderr)
+            else:
+                print(path, *(f"  {probability:.4f}  {name}" for probability, name in result), sep="\n")
+        if failed:
+            sys.exit(f"error: {failed} of {len(arguments.images)} images could not be read")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""What convert.py leaves behind: files that load elsewhere, the same bytes every time, graphs, int8, and predict.py."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import convert as convert_script
+from dbb import fold_norms
+from export import files, graph
+from models import BACKBONES, build_model, recipe
+from tests.conftest import ROOT, randomize, relative_error
+from tests.test_data import write_tree
+from tests.test_scripts import TINY, run
+
+EVERYTHING = "export=[onnx,training_onnx,pt2,int8]"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A few steps of a small network with blocks: its checkpoint."""
+    cwd = tmp_path_factory.mktemp("run")
+    done = run("train.py", "model=resnet8_dbb", *TINY, "out=run", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "run" / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def converted(trained):
+    """The folder of a conversion with all files, and what was printed."""
+    done = run("convert.py", f"ckpt={trained}", EVERYTHING, cwd=trained.parent)
+    assert done.returncode == 0, done.stderr
+    return trained.parent.parent / "convert", done.stdout
+
+
+def test_the_folder(converted):
+    folder, printed = converted
+    models = ["model.safetensors", "model.onnx", "model-training.onnx", "model.pt2", "model-int8.onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*models, "report.md", "report.json", "report.png", "graphs.png"])
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["files"]) == models
+    for name, entry in report["files"].items():
+        assert entry["sha256"] == files.sha256(folder / name)
+        assert entry["bytes"] == (folder / name).stat().st_size
+        if "int8" not in name:
+            assert (entry["predictions_changed"], entry["images"]) == (0, 360)
+            assert 0 < entry["relative_error"] < 1e-4
+            assert abs(entry["top1"] - report["before"]["top1"]) <= entry["ties"] / 360
+        assert name in printed
+    assert (folder / "model.onnx").stat().st_size < (folder / "model-training.onnx").stat().st_size
+    text = (folder / "report.md").read_text()
+    assert report["files"]["model.onnx"]["sha256"] in text
+    assert "| BatchNormalization | 28 | 0 |" in text
+    assert "| Conv | 42 | 7 |" in text  # kxk, 1x1, two of 1x1_avg, two of 1x1_kxk in each of 7 blocks
+    assert text.count("| blocks.") == 6  # the int8 table has every layer
+    for shares in report["shares"].values():
+        assert list(shares) == ["kxk", "1x1", "1x1_avg", "1x1_kxk"]
+        assert abs(sum(shares.values()) - 1) < 1e-12
+
+
+def test_no_path_of_this_machine_is_in_a_file(converted):
+    for path in converted[0].iterdir():
+        content = path.read_bytes()
+        assert ROOT.encode() not in content, path
+        assert b"site-packages" not in content, path
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(trained, converted, tmp_path):
+    assert run("convert.py", f"ckpt={trained}", f"out={tmp_path}/again", cwd=tmp_path).returncode == 0
+    for name in ("model.safetensors", "model.onnx"):
+        assert (tmp_path / "again" / name).read_bytes() == (converted[0] / name).read_bytes()
+
+
+def test_header_says_what_the_network_is(trained, converted):
+    _, about = files.load_network(converted[0] / "model.safetensors")
+    assert graph.OnnxNetwork(converted[0] / "model.onnx").about == about
+    assert about["model"] == "resnet8"
+    assert about["classes"] == [str(digit) for digit in range(10)]
+    assert (about["image_size"], about["mean"], about["std"]) == (8, [0.305] * 3, [0.376] * 3)
+    assert about["checkpoint_sha256"] == files.sha256(trained)
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["top1"] == json.loads((converted[0] / "report.json").read_text())["before"]["top1"]
+
+
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("name", [*BACKBONES, "regnetx_002"])
+def test_recipe_rebuilds_the_network_without_this_repository(name, size, monkeypatch):
+    ours = randomize(build_model(name, 5, image_size=size)).eval()
+    monkeypatch.setattr(sys, "path", [str(Path(ROOT, "models")), *(p for p in sys.path if p not in ("", ROOT))])
+    for module in [key for key in sys.modules if key in ("cifar_resnet", "vgg")]:
+        monkeypatch.delitem(sys.modules, module)
+    namespace = {}
+    exec(recipe(name, 5, size), namespace)
+    theirs = namespace["net"]
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(x), ours(x))
+
+
+def test_weights_load_into_a_stock_network_in_another_process(converted, tmp_path):
+    code = (converted[0] / "report.md").read_text().split("```python\n")[1].split("```")[0]
+    shutil.copy(Path(ROOT, "models", "cifar_resnet.py"), tmp_path)
+    shutil.copy(converted[0] / "model.safetensors", tmp_path)
+    (tmp_path / "load.py").write_text(code + "import sys, torch\ntorch.manual_seed(0)\ntorch.save(net(torch.randn(4, 3, 8, 8)), 'logits.pt')\n"
+                                      "assert not {'dbb', 'models', 'training'} & set(sys.modules)\n")
+    import subprocess
+    subprocess.run([sys.executable, "load.py"], cwd=tmp_path, check=True)
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    onnx_logits = graph.OnnxNetwork(converted[0] / "model.onnx")(x)
+    assert relative_error(torch.load(tmp_path / "logits.pt", weights_only=True), onnx_logits) < 1e-5
+
+
+def signature(path):
+    """Every node: its type, its attributes, and the shapes of its constants, in order; names left out."""
+    model = onnx.load(path)
+    shapes, made = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}, {}
+    nodes = []
+    for index, node in enumerate(model.graph.node):
+        inputs = [shapes.get(name, made.get(name, name)) for name in node.input]
+        nodes.append((node.op_type, inputs, sorted(str(attribute) for attribute in node.attribute)))
+        made |= {name: (index, i) for i, name in enumerate(node.output)}
+    return nodes, [str(opset) for opset in model.opset_import]
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("mobilenet_v2", 32), ("resnet8", 16), ("vgg16", 32)])
+def test_graph_is_that_of_the_fused_stock_network_node_for_node(name, size, tmp_path):
+    image, about = torch.zeros(2, 3, size, size), {}
+    for file, block in (("ours", "dbb"), ("stock", None)):
+        net = fold_norms(randomize(build_model(name, 5, block, size)).eval(), image)
+        graph.export_onnx(net, image, about, tmp_path / file)
+    ours, stock = signature(tmp_path / "ours"), signature(tmp_path / "stock")
+    assert ours == stock
+    kinds = {kind for kind, _, _ in ours[0]}
+    assert "BatchNormalization" not in kinds
+    assert "Conv" in kinds
+
+
+def test_onnx_and_pt2_take_any_batch(converted):
+    network, program = graph.OnnxNetwork(converted[0] / "model.onnx"), torch.export.load(converted[0] / "model.pt2").module()
+    training = graph.OnnxNetwork(converted[0] / "model-training.onnx")
+    for batch in (1, 3, 17):
+        x = torch.randn(batch, 3, 8, 8)
+        assert network(x).shape == (batch, 10)
+        assert relative_error(program(x), network(x)) < 1e-5
+        assert relative_error(training(x), network(x)) < 1e-5
+
+
+def test_int8_arithmetic_does_not_overflow(converted):
+    """onnxruntime's kernels for unsigned activations saturate on CPUs without VNNI; then its fused and plain kernels differ."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = onnxruntime.InferenceSession(str(converted[0] / "model-int8.onnx"), options, providers=["CPUExecutionProvider"])
+    x = torch.randn(64, 3, 8, 8)
+    expected = torch.from_numpy(plain.run(None, {"images": x.numpy()})[0])
+    assert relative_error(graph.OnnxNetwork(converted[0] / "model-int8.onnx")(x), expected) < 0.02
+    report = json.loads((converted[0] / "report.json").read_text())
+    assert {row["layer"] for row in report["int8"]} == {"conv1", "fc", *(f"blocks.{i}.conv{j}" for i in range(3) for j in (1, 2))}
+    outputs = [row["output_db"] for row in report["int8"]]
+    assert None not in outputs
+    assert outputs == sorted(outputs)
+    assert min(outputs) > 10
+
+
+def test_wrong_exports_write_nothing(trained, make_settings, tmp_path, monkeypatch):
+    def fails(message, *overrides, out="out"):
+        with pytest.raises(ValueError, match=message):
+            convert_script.convert(make_settings(f"ckpt={trained}", *overrides, config_name="convert"), tmp_path / out)
+        assert not (tmp_path / out).exists()
+
+    fails("export=onxx is unknown; known are onnx, training_onnx, int8, pt2; did you mean onnx", "export=[onxx]")
+    fails("calibrate with", "export=[int8]", "data=none")
+    fails("hub=true: timm does not build resnet8 for 8 pixels", "hub=true")
+    monkeypatch.setattr(files, "find_spec", lambda name: None if name == "onnxscript" else name)
+    fails(r"export=\[onnx\] needs onnxscript, which is not installed: pip install -e '.\[train,export\]'")
+    report = convert_script.convert(make_settings(f"ckpt={trained}", "export=[]", config_name="convert"), tmp_path / "none")
+    assert list(report["files"]) == ["model.safetensors"]
+
+
+def test_an_earlier_conversion_stays_when_a_later_one_fails(trained, make_settings, tmp_path, monkeypatch):
+    settings = make_settings(f"ckpt={trained}", config_name="convert")
+    (tmp_path / "model.pt2").write_text("somebody's")
+    convert_script.convert(settings, tmp_path)
+    assert (tmp_path / "model.pt2").read_text() == "somebody's"
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    export = graph.export_onnx
+
+    def broken(net, *arguments, **kwargs):
+        nn.init.zeros_(net.fc.weight)
+        export(net, *arguments, **kwargs)
+
+    monkeypatch.setattr(graph, "export_onnx", broken)
+    with pytest.raises(ValueError, match="model.onnx changed the network: .* no weights were written"):
+        convert_script.convert(settings, tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert json.loads(after.pop("report-failed.json"))["files"]["model.onnx"]["relative_error"] > 0.1
+    assert after == before
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """The same picture in many modes, and files that are none."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "rgb.png")
+    Image.fromarray(pixels).convert("L").save(folder / "grey.png")
+    Image.fromarray(pixels).convert("L").convert("RGB").save(folder / "grey_as_rgb.png")
+    Image.fromarray(pixels).convert("RGBA").save(folder / "rgba.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(pixels[..., 0]).save(folder / "shallow.png")
+    (folder / "cut.png").write_bytes((folder / "rgb.png").read_bytes()[:60])
+    return folder
+
+
+def classes(printed: str) -> dict[str, list[str]]:
+    result = {}
+    for line in printed.splitlines():
+        if line.startswith("  "):
+            result[name].append(line.strip())
+        else:
+            name = Path(line).name
+            result[name] = []
+    return result
+
+
+@pytest.mark.parametrize("model", ["model.onnx", "model.safetensors"])
+def test_predict(converted, photographs, model):
+    good = ["rgb.png", "grey.png", "grey_as_rgb.png", "rgba.png", "deep.png", "shallow.png"]
+    done = run("predict.py", str(converted[0] / model), *(str(photographs / name) for name in good), cwd=photographs)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = classes(done.stdout)
+    assert list(found) == good
+    assert found["grey.png"] == found["grey_as_rgb.png"]
+    assert found["rgba.png"] == found["rgb.png"]
+    assert found["deep.png"] == found["shallow.png"]
+    net, about = files.load_network(converted[0] / "model.safetensors")
+    image = torch.from_numpy(np.asarray(Image.open(photographs / "rgb.png"))).permute(2, 0, 1)
+    from torchvision.transforms.v2 import functional as TF
+    image = (TF.center_crop(TF.resize(image, [8], antialias=True), [8]) / 255 - 0.305) / 0.376
+    with torch.no_grad():
+        top = net(image[None]).softmax(1)[0].topk(5)
+    assert found["rgb.png"] == [f"{p:.4f}  {about['classes'][i]}" for p, i in zip(top.values, top.indices, strict=True)]
+
+
+def test_predict_says_what_is_wrong(converted, photographs, tmp_path):
+    def fails(message, model, *images):
+        done = run("predict.py", str(model), *images, cwd=photographs)
+        assert done.returncode == 1
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    model = converted[0] / "model.onnx"
+    printed = fails("error: 2 of 3 images could not be read", model, "rgb.png", "cut.png", "missing.png")
+    assert list(classes(printed)) == ["rgb.png"]
+    fails("cut.png", model, "cut.png")
+    fails("there is no such file", "nowhere.onnx", "rgb.png")
+    fails("only .onnx and .safetensors", converted[0] / "model.pt2", "rgb.png")
+    for name in ("model.onnx", "model.safetensors"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(converted[0] / "report.json", folder)
+        content = bytearray((converted[0] / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+        fails("another SHA-256", folder / name, "rgb.png")
+        (folder / "report.json").write_text("{}")
+        fails("does not say what", folder / name, "rgb.png")
+        (folder / "report.json").unlink()
+        done = run("predict.py", str(folder / name), "rgb.png", cwd=photographs)
+        assert done.returncode == 0
+        assert "was not verified" in done.stderr
+        (folder / name).write_bytes(content[:1000])
+        fails("cannot be read", folder / name, "rgb.png")
+    (tmp_path / "plain.safetensors").write_bytes(b"")
+    fails("cannot be read", tmp_path / "plain.safetensors", "rgb.png")
+    from safetensors.torch import save_file
+    save_file(load_file(converted[0] / "model.safetensors"), tmp_path / "plain.safetensors")
+    fails("was not written by convert.py", tmp_path / "plain.safetensors", "rgb.png")
+    save_file({}, tmp_path / "evil.safetensors", {"dbb": json.dumps({"model": ["os"], "classes": 3})})
+    fails("was not written by convert.py", tmp_path / "evil.safetensors", "rgb.png")
+
+
+@pytest.mark.parametrize("model", ["resnet18_dbb", "mobilenet_v1_dbb"])
+def test_folder_for_timm(model, tmp_path):
+    tree = write_tree(tmp_path / "tree", ("train", "val"), ["ant", "bee"], 4, (80, 80))
+    train = run("train.py", f"model={model}", "data=folder", f"data.root={tree}", "data.image_size=72", "data.batch_size=4",
+                "data.num_workers=0", "trainer.max_epochs=1", "optim.lr=0.001", "logger=csv", f"out={tmp_path}/run", cwd=tmp_path)
+    assert train.returncode == 0, train.stderr
+    done = run("convert.py", f"ckpt={tmp_path}/run/checkpoints/last.ckpt", "hub=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "convert"
+    net = timm.create_model(f"local-dir:{folder}/hub", pretrained=True).eval()
+    assert net.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+    assert (net.pretrained_cfg["crop_pct"], net.pretrained_cfg["input_size"]) == (72 / 82, (3, 72, 72))
+    assert tuple(net.pretrained_cfg["label_names"]) == ("ant", "bee")
+    x = torch.randn(3, 3, 72, 72)
+    ours, _ = files.load_network(folder / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(net(x), ours(x))
+        assert relative_error(net(x), graph.OnnxNetwork(folder / "model.onnx")(x)) < 1e-5
