@@ -76,8 +76,7 @@ def convert(settings: Settings, out: Path) -> dict:
             graph.export_onnx(net, image, about, part / "model-training.onnx", training=True)
             made["model-training.onnx"] = graph.OnnxNetwork(part / "model-training.onnx")
         if "pt2" in settings.export:
-            program = torch.export.export(folded, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-            torch.export.save(program, part / "model.pt2")
+            graph.export_pt2(folded, image, part / "model.pt2")
             made["model.pt2"] = torch.export.load(part / "model.pt2").module()
         if "int8" in settings.export:
             int8.quantize(part / "model.onnx", part / "model-int8.onnx", data.calibration_images())

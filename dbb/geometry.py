@@ -122,6 +122,19 @@ class Geometry:
             x: what `pad` returned, `[N, C, H, W]`.
             lattice: the positions.
         """
+        x, lattice = self._placed(x, lattice)
+        return _Patches.apply(x, self, lattice)
+
+    def mean_patch(self, x: Tensor) -> Tensor:
+        """The mean window over all positions of the output, at least in float32: `[G, 1, C/G, KH, KW]`; `x` as in `patches`."""
+        height, width = self.positions(x)
+        x = x.mean(0, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # first over images: the rest is small
+        x, lattice = self._placed(x, Lattice(1, ((0, 1, height), (0, 1, width))))
+        taps = [_tap(x, self, lattice, i, j).mean((0, 2, 3)) for i in range(self.kernel_size[0]) for j in range(self.kernel_size[1])]
+        return torch.stack(taps, -1).unflatten(-1, self.kernel_size).unflatten(0, (self.groups, 1, -1))
+
+    def _placed(self, x: Tensor, lattice: "Lattice") -> tuple[Tensor, "Lattice"]:
+        """A map with the zeros that windows reach into, and the first pixels of the windows in it."""
         pads, places = [], []
         for dim, (first, step, count) in enumerate(lattice.places):
             before, _ = self.pads[dim] if self.padding_mode == "zeros" else (0, 0)
@@ -132,7 +145,7 @@ class Geometry:
         (top, bottom), (left, right) = pads
         if any((top, bottom, left, right)):
             x = F.pad(x, (left, right, top, bottom))
-        return _Patches.apply(x, self, Lattice(lattice.images, tuple(places)))
+        return x, Lattice(lattice.images, tuple(places))
 
     def positions(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output for what `pad` returned."""

@@ -48,7 +48,10 @@ def exact(block, x: Tensor, padded: Tensor) -> Tensor:
 
 
 def online(block, x: Tensor, padded: Tensor) -> Tensor:
-    """One convolution, with the branches' statistics over a lattice of about `block.positions` positions.
+    """One convolution, with the branches' variances over a lattice of about `block.positions` positions.
+
+    Their means are those of the whole maps, which one pass over the input gives: half of what sampling costs in training loss
+    (benchmarks/README.md).
 
     Arguments and result as `exact`, which is run where there are no more positions than that.
     """
@@ -64,21 +67,22 @@ def merged_online(block, x: Tensor, padded: Tensor) -> Tensor:
     g = block.geometry
     norm = next(norm for norm in block.norms() if uses_batch_statistics(norm))
     patches = g.patches(padded, Lattice.within(len(x), *g.positions(padded), block.positions))  # [G, n, C/G, KH, KW]
+    mean = g.mean_patch(padded)
     if g.keeps_size:
         pixels = patches[..., (g.kernel_size[0] - 1) // 2, (g.kernel_size[1] - 1) // 2]
     else:
         pixels = Lattice.within(len(x), *x.shape[2:], block.positions).of(x).permute(0, 2, 3, 1).flatten(0, 2)  # [n, C]
         pixels = pixels.to(patches.dtype).unflatten(1, (g.groups, -1)).transpose(0, 1)
-    inner = Sample(pixels, norm)  # of the input, for the norms behind a first 1x1 kernel
+    inner = Sample(pixels, norm, pixels.mean(1, keepdim=True))  # of the input, for the norms behind a first 1x1 kernel
     parts = []
     for branch in block.branches.values():
         kernel = branch.kernel(inner) if branch.window is None else branch.point(inner)
         if branch.window == "average":
-            seen = patches.mean((3, 4))
+            seen = [part.mean((3, 4)) for part in (patches, mean)]
         else:
             (top, left), (h, w) = offsets(kernel.shape[2:], g.kernel_size), kernel.shape[2:]
-            seen = patches[..., top:top + h, left:left + w].flatten(2)
-        kernel, bias = branch.folded(kernel, _tracked(branch.bn, Sample(seen, norm), kernel))
+            seen = [part[..., top:top + h, left:left + w].flatten(2) for part in (patches, mean)]
+        kernel, bias = branch.folded(kernel, _tracked(branch.bn, Sample(seen[0], norm, seen[1]), kernel))
         parts.append((kernel if branch.window is None else branch.spread(kernel), bias))
     return g.conv(padded, *add_branches(*zip(*parts, strict=True), g.kernel_size))
 

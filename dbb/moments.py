@@ -57,21 +57,26 @@ class _Variance(torch.autograd.Function):
 
 
 class Sample(NamedTuple):
-    """Likewise, of some positions: what a kernel sees there, `[G, n, K]`, K weights an output channel; `norm` as in `batch_moments`."""
+    """Likewise, of some positions: what a kernel sees there, `[G, n, K]`, K weights an output channel; `norm` as in `batch_moments`.
+
+    `centre` is the mean of what it sees at all positions, `[G, 1, K]`.
+    """
 
     rows: Tensor
     norm: nn.Module
+    centre: Tensor
 
     def through(self, kernel: Tensor) -> Statistics:
-        """Statistics of what a kernel `[O, C/G, h, w]` makes of the positions."""
+        """Variance of what a kernel `[O, C/G, h, w]` makes of the positions, and its mean over all."""
         with full_precision(kernel.device):
             columns = kernel.to(self.rows.dtype).unflatten(0, (len(self.rows), -1)).flatten(2)  # [G, O/G, K]
             z = (self.rows @ columns.mT).transpose(0, 1).flatten(1)  # [n, O]
+            mean = (self.centre @ columns.mT).flatten()
         if _is_synchronized(self.norm):
-            mean, var, count = batch_moments(z[:, :, None, None], z.shape[1], self.norm)
+            _, var, count = batch_moments(z[:, :, None, None], z.shape[1], self.norm)
+            mean = batch_moments(mean[None, :, None, None], z.shape[1], self.norm).mean  # as many images in every process
             return Statistics(mean, var.flatten(), count)
-        var, mean = torch.var_mean(z, 0, correction=0)
-        return Statistics(mean, var, len(z))
+        return Statistics(mean, z.var(0, correction=0), len(z))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""ONNX: write a network's graph, run it, and count what is in it."""
+"""Write a network's graph, as ONNX or as a PyTorch program; run the former, and count what is in it."""
 
 import json
 import logging
@@ -37,6 +37,14 @@ def export_onnx(net: nn.Module, image: Tensor, about: dict, path: Path, training
     passes.ClearMetadataAndDocStringPass()(program.model)  # stack traces, with the paths of this machine
     program.model.metadata_props["dbb"] = json.dumps(about)
     program.save(path, external_data=False)
+
+
+def export_pt2(net: nn.Module, image: Tensor, path: Path) -> None:
+    """Write a `torch.export` program, for any batch; arguments as `export_onnx`."""
+    program = torch.export.export(net, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with the paths of this machine
+    torch.export.save(program, path)
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801

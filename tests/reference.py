@@ -19,7 +19,7 @@ def reference(block, x, sample=None):
     Args:
         block: a `ReparamConv2d`.
         x: `[N, C, H, W]`.
-        sample: what online statistics are taken of: a function from a map to some of its positions.
+        sample: what online variances are taken of: a function from a map to some of its positions. Means are of whole maps.
 
     Returns:
         The output, and a dict of the running statistics after the step.
@@ -61,7 +61,7 @@ def reference(block, x, sample=None):
         if not (bn.training or bn.running_mean is None):
             return running
         seen = sample(u)
-        found = {"mean": seen.mean((0, 2, 3)), "var": seen.var((0, 2, 3), unbiased=True)}
+        found = {"mean": u.mean((0, 2, 3)), "var": seen.var((0, 2, 3), unbiased=True)}
         momentum = 1 / (int(bn.num_batches_tracked) + 1) if bn.momentum is None else bn.momentum
         for key, before in running.items():
             stats[f"{name}.running_{key}"] = ((1 - momentum) * before + momentum * found[key]).detach()

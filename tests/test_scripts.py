@@ -17,7 +17,7 @@ from torch import nn
 import convert as convert_script
 import eval as eval_script
 import train as train_script
-from dbb import branches, reparameterize
+from dbb import branches
 from models import build_model
 from tests.conftest import ROOT, randomize, relative_error
 from tests.published_networks import image, published_model
@@ -66,8 +66,7 @@ def test_train_eval_and_convert_agree(trained, make_settings):
     assert report["before"]["macs"] > 2.2 * sum(macs)
     assert report["after"]["parameters"] == sum(p.numel() for n, p in plain.named_parameters() if "bn" not in n) + 16 + 6 * 112
 
-    merged = reparameterize(build_model("resnet20", 10, "dbb", 8).eval())
-    merged.load_state_dict(load_file(folder / "convert" / "model.safetensors"))
+    plain.load_state_dict(load_file(folder / "convert" / "model.safetensors"))
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -83,8 +82,8 @@ def test_a_run_leaves_what_it_promises(trained):
     checkpoint = load_checkpoint(folder / "checkpoints" / "last.ckpt")
     assert checkpoint["dbb"]["settings"]["model"] == {
         "name": "resnet20", "pretrained": False, "weights": None, "channels_last": False, "compile": False}
-    assert (folder / "convolutions.csv").read_text().splitlines()[:2] == ["module,kernel_size,block,reason",
-                                                                          "conv1,3x3,kxk + 1x1 + 1x1_avg + 1x1_kxk,"]
+    assert (folder / "convolutions.csv").read_text().splitlines()[:2] == ["module,kernel_size,block,reason,norm",
+                                                                          "conv1,3x3,kxk + 1x1 + 1x1_avg + 1x1_kxk,,bn1"]
     assert checkpoint["dbb"]["settings"]["logger"]["id"]
 
 
@@ -94,12 +93,13 @@ def test_convert_from_the_command_line(trained, tmp_path):
     done = run("convert.py", ckpt, f"out={tmp_path}/out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 of 360 predictions changed" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors", "report.json"]
+    written = ["model.onnx", "model.safetensors", "report.json", "report.md", "report.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     assert not (tmp_path / "outputs").exists()
     failed = run("convert.py", ckpt, f"out={tmp_path}/strict", "tolerance=1e-12", cwd=tmp_path)
     assert failed.returncode == 1
     assert "error: the conversion changed the network" in failed.stderr
-    assert [path.name for path in (tmp_path / "strict").iterdir()] == ["report.json"]
+    assert [path.name for path in (tmp_path / "strict").iterdir()] == ["report-failed.json"]
 
 
 def test_wrong_conversion_writes_no_weights(trained, make_settings, tmp_path, monkeypatch):
@@ -213,10 +213,10 @@ def test_a_published_file_converts_without_data(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "0 of 64 predictions changed" in done.stdout
     assert "no accuracy was measured" in done.stdout
-    merged = reparameterize(build_model("resnet18", expected.shape[1], "dbb").eval())
-    merged.load_state_dict(load_file(tmp_path / "outputs" / "dbb.pth" / "convert" / "model.safetensors"))
+    stock = timm.create_model("resnet18", num_classes=expected.shape[1]).eval()
+    stock.load_state_dict(load_file(tmp_path / "outputs" / "dbb.pth" / "convert" / "model.safetensors"))
     with torch.no_grad():
-        assert relative_error(merged(image("resnet18").float()), expected) < 1e-5
+        assert relative_error(stock(image("resnet18").float()), expected) < 1e-5
     two_lists = "another network: .* missing .* unexpected"
     for wrong, message in (("source=acnet", two_lists), ("block=acb", two_lists),
                            ("model=resnet20", "no layout for model.name=resnet20")):
@@ -350,8 +350,13 @@ def test_convert_adds_to_the_wandb_run(make_settings, tmp_path, trained):
     settings = make_settings(ckpt, config_name="convert")
     report = convert_script.convert(settings, tmp_path)
     runs = len(list((folder / "wandb").glob("offline-run-*")))
-    convert_script.log(report, settings, folder)
-    assert len(list((folder / "wandb").glob(f"offline-run-*-{settings.logger.id}"))) == runs + 1
+    convert_script.log(report, settings, tmp_path, folder)
+    logged = sorted((folder / "wandb").glob(f"offline-run-*-{settings.logger.id}"))
+    assert len(logged) == runs + 1
+    [sent_later] = logged[-1].glob("*.wandb")
+    content = sent_later.read_bytes()
+    for name in (f"converted-{settings.logger.id}", "model.safetensors", "model.onnx", "report.md", "report.png"):
+        assert name.encode() in content, name
     assert "final/top1" in (folder / "metrics.csv").read_text(), "the metrics of the training are still there"
 
 
