@@ -37,9 +37,9 @@ class ReparamConv2d(nn.Module):
         branches: names from `BRANCHES`, repeated for several of a kind; one that does not fit the shape (an identity
             with stride 2) is left out.
         mode: how the sum is run in training (`dbb.modes`): "exact", the published function; "online", the same with
-            statistics over some positions, one convolution; "linear", a learned factor a branch instead of its norm, and one
+            variances over some positions, one convolution; "linear", a learned factor a branch instead of its norm, and one
             norm behind the sum (OREPA). The first two differ in nothing else, the third in its parameters.
-        positions: how many positions of the output, over all images, `online` takes statistics over.
+        positions: how many positions of the output, over all images, `online` takes variances over.
         padding_mode: as in `nn.Conv2d`.
         internal_channels: width inside `1x1_kxk`; by default in_channels, twice that in a depthwise block.
         deploy: build the merged convolution only, for loading converted weights.
@@ -59,7 +59,7 @@ class ReparamConv2d(nn.Module):
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; known are {', '.join(MODES)}")
         if positions < 4:
-            raise ValueError(f"positions={positions}: online statistics need 4 positions at least")
+            raise ValueError(f"positions={positions}: online variances need 4 positions at least")
         self.geometry = Geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode,
                                  internal_channels)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):

@@ -9,14 +9,18 @@ import numpy as np
 from torch import Tensor
 
 
-def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
+def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: bool = False, unsigned: bool = False) -> None:
     """Write the int8 model: weights a scale per output channel, activations a scale per map, from calibration images.
 
     Args:
         source: the fused float model.
         target: the int8 model, in QDQ format.
         batches: normalised training images `[N, C, H, W]`.
+        classifier: quantise it too. One scale for all logits is ruined by a class with a wide range (docs/int8.md), and a
+            classifier costs next to nothing in float.
+        unsigned: activations in 0 .. 255, onnxruntime's default, which overflows on CPUs without VNNI (docs/int8.md).
     """
+    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -24,13 +28,14 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantize_static(prepared, target, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True,
-                        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8)  # unsigned activations overflow, see docs/int8.md
+        kept = [] if classifier else [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Gemm"]
+        quantize_static(prepared, target, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True, nodes_to_exclude=kept,
+                        activation_type=QuantType.QUInt8 if unsigned else QuantType.QInt8, weight_type=QuantType.QInt8)
     logging.disable(logging.NOTSET)
 
 
 def layers(source: Path, target: Path, batches: Iterable[Tensor]) -> list[dict]:
-    """By convolution or classifier: how its weights are spread, and the signal to noise of its output in int8, worst first.
+    """By convolution: how its weights are spread, and the signal to noise of its output in int8, worst first.
 
     Returns:
         `layer`; `range`, the largest weight; `spread`, the widest channel's range over the median channel's; `weight_db` and
@@ -53,7 +58,7 @@ def layers(source: Path, target: Path, batches: Iterable[Tensor]) -> list[dict]:
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     consumers = {name: node.output[0] for node in graph.node for name in node.input}
     for node in graph.node:
-        if node.op_type in ("Conv", "Gemm"):
+        if node.op_type == "Conv":
             weight = constants[node.input[1]]
             ranges = np.abs(weight).reshape(len(weight), -1).max(1)
             scale = np.maximum(ranges, np.finfo(np.float32).tiny).reshape(-1, *[1] * (weight.ndim - 1)) / 127
