@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="data.root of the data set that the reports name")
     parser.add_argument("folders", nargs="+", type=Path)
     options = parser.parse_args()
-    head = ["network", "block", "float", *VARIANTS, "int8 - float, points", "predictions changed", "widest / median channel", "worst layers, dB"]
+    head = ["network", "block", "float", *VARIANTS, "int8 - float, points", "predictions changed", "widest / median channel",
+            "worst layers, dB"]
     print("| " + " | ".join(head) + " |", "|" + "---|" * len(head), sep="\n")
     for folder in options.folders:
         report = json.loads((folder / "report.json").read_text())
