@@ -15,7 +15,7 @@ demo: .venv/ready  ## train on real handwritten digits, convert, print the table
 	$(RUN) convert.py ckpt=outputs/demo/checkpoints/last.ckpt
 
 test: .venv/ready lint
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist loadgroup
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -12,18 +12,22 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import convert as convert_script
+import predict as predict_script
 from dbb import fold_norms
 from export import files, graph
 from models import BACKBONES, build_model, recipe
 from tests.conftest import ROOT, randomize, relative_error
 from tests.test_data import write_tree
 from tests.test_scripts import TINY, run
+
+pytestmark = pytest.mark.xdist_group("export")  # one process makes the conversion that all look at
 
 EVERYTHING = "export=[onnx,training_onnx,pt2,int8]"
 
@@ -124,6 +128,14 @@ def test_weights_load_into_a_stock_network_in_another_process(converted, tmp_pat
     assert relative_error(torch.load(tmp_path / "logits.pt", weights_only=True), onnx_logits) < 1e-5
 
 
+def test_torchvision_takes_the_keys_of_a_resnet():
+    ours, theirs = randomize(build_model("resnet18", 5, image_size=96)).eval(), torchvision.models.resnet18(num_classes=5)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert relative_error(theirs.eval()(x), ours(x)) < 1e-6
+
+
 def signature(path):
     """Every node: its type, its attributes, and the shapes of its constants, in order; names left out."""
     model = onnx.load(path)
@@ -168,7 +180,7 @@ def test_int8_arithmetic_does_not_overflow(converted):
     expected = torch.from_numpy(plain.run(None, {"images": x.numpy()})[0])
     assert relative_error(graph.OnnxNetwork(converted[0] / "model-int8.onnx")(x), expected) < 0.1
     report = json.loads((converted[0] / "report.json").read_text())
-    assert {row["layer"] for row in report["int8"]} == {"conv1", "fc", *(f"blocks.{i}.conv{j}" for i in range(3) for j in (1, 2))}
+    assert {row["layer"] for row in report["int8"]} == {"conv1", *(f"blocks.{i}.conv{j}" for i in range(3) for j in (1, 2))}
     outputs = [row["output_db"] for row in report["int8"]]
     assert None not in outputs
     assert outputs == sorted(outputs)
@@ -249,20 +261,24 @@ def test_predict(converted, photographs, model):
     assert found["rgb.png"] == [f"{p:.4f}  {about['classes'][i]}" for p, i in zip(top.values, top.indices, strict=True)]
 
 
-def test_predict_says_what_is_wrong(converted, photographs, tmp_path):
-    def fails(message, model, *images):
-        done = run("predict.py", str(model), *images, cwd=photographs)
-        assert done.returncode == 1
-        assert message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout
+def test_predict_from_the_command_line_names_what_it_cannot_read(converted, photographs):
+    done = run("predict.py", str(converted[0] / "model.onnx"), "rgb.png", "cut.png", "missing.png", cwd=photographs)
+    assert done.returncode == 1
+    assert list(classes(done.stdout)) == ["rgb.png"]
+    assert "cut.png" in done.stderr
+    assert "missing.png" in done.stderr
+    assert "error: 2 of 3 images could not be read" in done.stderr
+    failed = run("predict.py", "nowhere.onnx", "rgb.png", cwd=photographs)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: nowhere.onnx: there is no such file")
 
-    model = converted[0] / "model.onnx"
-    printed = fails("error: 2 of 3 images could not be read", model, "rgb.png", "cut.png", "missing.png")
-    assert list(classes(printed)) == ["rgb.png"]
-    fails("cut.png", model, "cut.png")
-    fails("there is no such file", "nowhere.onnx", "rgb.png")
-    fails("only .onnx and .safetensors", converted[0] / "model.pt2", "rgb.png")
+
+def test_predict_refuses_what_convert_did_not_write(converted, tmp_path, capsys):
+    def fails(message, path):
+        with pytest.raises(ValueError, match=message):
+            predict_script.load(path)
+
+    fails("only .onnx and .safetensors", converted[0] / "model.pt2")
     for name in ("model.onnx", "model.safetensors"):
         folder = tmp_path / name
         folder.mkdir()
@@ -270,21 +286,20 @@ def test_predict_says_what_is_wrong(converted, photographs, tmp_path):
         content = bytearray((converted[0] / name).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
-        fails("another SHA-256", folder / name, "rgb.png")
+        fails("another SHA-256", folder / name)
         (folder / "report.json").write_text("{}")
-        fails("does not say what", folder / name, "rgb.png")
+        fails("does not say what", folder / name)
         (folder / "report.json").unlink()
-        done = run("predict.py", str(folder / name), "rgb.png", cwd=photographs)
-        assert done.returncode == 0
-        assert "was not verified" in done.stderr
+        predict_script.load(folder / name)
+        assert "was not verified" in capsys.readouterr().err
         (folder / name).write_bytes(content[:1000])
-        fails("cannot be read", folder / name, "rgb.png")
-    (tmp_path / "plain.safetensors").write_bytes(b"")
-    fails("cannot be read", tmp_path / "plain.safetensors", "rgb.png")
-    save_file(load_file(converted[0] / "model.safetensors"), tmp_path / "plain.safetensors")
-    fails("was not written by convert.py", tmp_path / "plain.safetensors", "rgb.png")
-    save_file({}, tmp_path / "evil.safetensors", {"dbb": json.dumps({"model": ["os"], "classes": 3})})
-    fails("was not written by convert.py", tmp_path / "evil.safetensors", "rgb.png")
+        fails("cannot be read", folder / name)
+    weights, path = load_file(converted[0] / "model.safetensors"), tmp_path / "other.safetensors"
+    path.write_bytes(b"")
+    fails("cannot be read", path)
+    for metadata in (None, {"dbb": "no JSON"}, {"dbb": json.dumps({"model": ["os"], "classes": 3})}):
+        save_file(weights, path, metadata)
+        fails("was not written by convert.py", path)
 
 
 def test_folder_for_timm(tmp_path):
