@@ -3,8 +3,8 @@
     python convert.py ckpt=... 'export=[onnx,int8]' out=FOLDER     # for each network
     python benchmarks/int8.py --data data/cifar10 FOLDER ...
 
-Quantises each FOLDER/model.onnx anew: as convert.py does; the classifier too; and with onnxruntime's default of unsigned
-activations. Top-1 on the whole test set.
+Quantises each FOLDER/model.onnx anew: as convert.py does; the classifier too; and with signed
+weights. Top-1 on the whole test set.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from training.data import ImageData
 from training.evaluate import predict, scores
 from training.settings import DataConf
 
-VARIANTS = {"int8": {}, "int8, classifier too": {"classifier": True}, "int8, unsigned activations": {"unsigned": True}}
+VARIANTS = {"int8": {}, "int8, classifier too": {"classifier": True}, "int8, signed weights": {"signed": True}}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 
-def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: bool = False, unsigned: bool = False) -> None:
+def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: bool = False, signed: bool = False) -> None:
     """Write the int8 model: weights a scale per output channel, activations a scale per map, from calibration images.
 
     Args:
@@ -18,7 +18,7 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: 
         batches: normalised training images `[N, C, H, W]`.
         classifier: quantise it too. One scale for all logits is ruined by a class with a wide range (docs/int8.md), and a
             classifier costs next to nothing in float.
-        unsigned: activations in 0 .. 255, onnxruntime's default, which overflows on CPUs without VNNI (docs/int8.md).
+        signed: weights in -127 .. 127; on CPUs without VNNI onnxruntime then adds pairs of products in 16 bits, and overflows.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -30,7 +30,7 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: 
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         kept = [] if classifier else [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Gemm"]
         quantize_static(prepared, target, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True, nodes_to_exclude=kept,
-                        activation_type=QuantType.QUInt8 if unsigned else QuantType.QInt8, weight_type=QuantType.QInt8)
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8 if signed else QuantType.QUInt8)
     logging.disable(logging.NOTSET)
 
 
