@@ -87,11 +87,10 @@ def convert(settings: Settings, out: Path) -> dict:
             report["files"][name] = {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} | measured(
                 file_logits, targets, data) | asdict(compare_logits([(logits, file_logits)]))
         if "training_onnx" in settings.export and "model.onnx" in made:
-            report["graphs"] = {title: graph.summary(part / name) | {"macs": macs, "latency_ms": latency_ms(made[name], image[:1])}
-                                for title, name, macs in (("training structure", "model-training.onnx", before["macs"]),
-                                                          ("converted", "model.onnx", after["macs"]))}
-            draw_graphs({title: part / name for title, name in (("training structure", "model-training.onnx"),
-                                                                ("converted", "model.onnx"))}, part / "graphs.png")
+            graphs = {"training structure": ("model-training.onnx", before), "converted": ("model.onnx", after)}
+            report["graphs"] = {title: graph.summary(part / name) | {"macs": of["macs"], "latency_ms": latency_ms(made[name], image[:1])}
+                                for title, (name, of) in graphs.items()}
+            draw_graphs({title: part / name for title, (name, _) in graphs.items()}, part / "graphs.png")
         print_tables(report)
         refuse_changes(report, out)
         if settings.hub:

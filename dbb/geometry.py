@@ -130,8 +130,8 @@ class Geometry:
         height, width = self.positions(x)
         x = x.mean(0, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # first over images: the rest is small
         x, lattice = self._placed(x, Lattice(1, ((0, 1, height), (0, 1, width))))
-        taps = [_tap(x, self, lattice, i, j).mean((0, 2, 3)) for i in range(self.kernel_size[0]) for j in range(self.kernel_size[1])]
-        return torch.stack(taps, -1).unflatten(-1, self.kernel_size).unflatten(0, (self.groups, 1, -1))
+        means = torch.stack([tap.mean((0, 2, 3)) for tap in _taps(x, self, lattice)], -1)
+        return means.unflatten(-1, self.kernel_size).unflatten(0, (self.groups, 1, -1))
 
     def _placed(self, x: Tensor, lattice: "Lattice") -> tuple[Tensor, "Lattice"]:
         """A map with the zeros that windows reach into, and the first pixels of the windows in it."""
@@ -184,8 +184,7 @@ class _Patches(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, geometry, lattice):
         ctx.geometry, ctx.lattice, ctx.shape, ctx.dtype = geometry, lattice, x.shape, x.dtype
-        taps = [_tap(x, geometry, lattice, i, j) for i in range(geometry.kernel_size[0]) for j in range(geometry.kernel_size[1])]
-        patches = torch.stack(taps, -1).unflatten(-1, geometry.kernel_size).unflatten(1, (geometry.groups, -1))
+        patches = torch.stack(_taps(x, geometry, lattice), -1).unflatten(-1, geometry.kernel_size).unflatten(1, (geometry.groups, -1))
         patches = patches.permute(1, 0, 3, 4, 2, 5, 6)  # [G, N, rows, columns, C/G, KH, KW]
         return patches.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 3)
 
@@ -198,6 +197,11 @@ class _Patches(torch.autograd.Function):
             for j in range(g.kernel_size[1]):
                 _tap(d_x, g, ctx.lattice, i, j).add_(d_taps[..., i, j])
         return d_x.to(ctx.dtype), None, None
+
+
+def _taps(x: Tensor, geometry: Geometry, lattice: Lattice) -> list[Tensor]:
+    """`_tap` for all taps, row by row."""
+    return [_tap(x, geometry, lattice, i, j) for i in range(geometry.kernel_size[0]) for j in range(geometry.kernel_size[1])]
 
 
 def _tap(x: Tensor, geometry: Geometry, lattice: Lattice, i: int, j: int) -> Tensor:

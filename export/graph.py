@@ -28,7 +28,7 @@ def export_onnx(net: nn.Module, image: Tensor, about: dict, path: Path, training
     import onnxscript.optimizer
 
     shapes = ({0: torch.export.Dim("batch")},)
-    with branchwise(net) if training else torch.no_grad(), _quiet():
+    with branchwise(net) if training else torch.no_grad(), quiet():
         program = torch.onnx.export(net, (image,), dynamo=True, optimize=not training, input_names=["images"],
                                     output_names=["logits"], dynamic_shapes=shapes, verbose=False)
         if training:
@@ -47,8 +47,8 @@ def export_pt2(net: nn.Module, image: Tensor, path: Path) -> None:
     torch.export.save(program, path)
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801
-    """The exporter's notes to its own developers are left out."""
+class quiet(warnings.catch_warnings):  # noqa: N801
+    """The notes of exporters and quantisers to their own developers are left out."""
 
     def __enter__(self):
         super().__enter__()

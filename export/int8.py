@@ -1,12 +1,13 @@
 """Static int8 quantisation of an ONNX file by onnxruntime, and what it does to each layer."""
 
-import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+
+from export.graph import quiet
 
 
 def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: bool = False, signed: bool = False) -> None:
@@ -24,14 +25,12 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: 
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    logging.disable(logging.WARNING)  # it advises what is done here
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         kept = [] if classifier else [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Gemm"]
         quantize_static(prepared, target, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True, nodes_to_exclude=kept,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8 if signed else QuantType.QUInt8)
-    logging.disable(logging.NOTSET)
 
 
 def layers(source: Path, target: Path, batches: Iterable[Tensor]) -> list[dict]:
@@ -45,14 +44,12 @@ def layers(source: Path, target: Path, batches: Iterable[Tensor]) -> list[dict]:
     from onnx import numpy_helper
     from onnxruntime.quantization import qdq_loss_debug as debug
 
-    logging.disable(logging.WARNING)
     seen, batches = [], list(batches)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         for path in (source, target):
             debug.modify_model_output_intermediate_tensors(path, Path(folder) / path.name)
             seen.append(debug.collect_activations(str(Path(folder) / path.name), _Reader(batches)))
-    errors = debug.compute_activation_error(debug.create_activation_matching(seen[1], seen[0]))
-    logging.disable(logging.NOTSET)
+        errors = debug.compute_activation_error(debug.create_activation_matching(seen[1], seen[0]))
 
     graph, rows = onnx.load(source).graph, []
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -14,6 +14,10 @@ def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
     """Name and arguments under which timm builds a network unchanged; None if it does not: small images, our own networks."""
     if name in UNTRAINED or (name in OF_TIMM and image_size <= SMALL_IMAGE):
         return None
+    return _under_timms_name(name)
+
+
+def _under_timms_name(name: str) -> tuple[str, dict]:
     return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
 
 
@@ -30,7 +34,7 @@ def recipe(name: str, num_classes: int, image_size: int) -> str:
         made = f"VGG16({num_classes})" if kind == "vgg" else f"CifarResNet({name.removeprefix('resnet')}, {num_classes})"
         return "\n".join([OF_OURS[kind], f"net = {made}"])
     small = name in OF_TIMM and image_size <= SMALL_IMAGE
-    architecture, arguments = (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
+    architecture, arguments = _under_timms_name(name)
     arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
     lines = ["import timm, torch" if small else "import timm",
              f'net = timm.create_model("{architecture}", num_classes={num_classes}{arguments})']

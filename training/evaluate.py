@@ -18,6 +18,7 @@ from export.files import sha256
 from training.checkpoint import load_checkpoint, load_network, load_published
 from training.data import ImageData
 from training.settings import FILE_SETS, Settings
+from training.sources import resized_side
 
 
 def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageData, dict[str, Any]]:
@@ -48,7 +49,7 @@ def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageD
     data.check_classes(len(classes))
     # Noise images say nothing of the normalisation: it is that of the training.
     shown = checkpoint["dbb"]["settings"]["data"] if checkpoint and data.classes is None else asdict(data_conf)
-    resize = round(image_size * 256 / 224) if shown["name"] in FILE_SETS else image_size
+    resize = resized_side(image_size) if shown["name"] in FILE_SETS else image_size
     return net, data, {"model": settings.model.name, "block": settings.block.name, "classes": classes, "image_size": image_size,
                        "resize": resize, "mean": list(map(float, shown["mean"])), "std": list(map(float, shown["std"])),
                        "data": data_conf.name, "checkpoint_sha256": sha256(settings.ckpt),

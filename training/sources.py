@@ -130,7 +130,7 @@ class FileImages(Dataset):
     def __init__(self, tree: "Tree", conf: DataConf, seed: int, augment: bool):
         self.tree, self.conf, self.seed, self.augment, self.image_size = tree, conf, seed, augment, conf.image_size
         size = conf.image_size
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        steps = [v2.Resize(resized_side(size)), v2.CenterCrop(size)]
         if augment:
             steps = [v2.RandomResizedCrop(size)]
             steps += [v2.RandomHorizontalFlip()] if conf.flip else []
@@ -157,6 +157,11 @@ class FileImages(Dataset):
         return FileImages(self.tree, self.conf, self.seed, augment=False)
 
     collate = staticmethod(torch.utils.data.default_collate)
+
+
+def resized_side(image_size: int) -> int:
+    """Length in pixels that the shorter side of a test image is brought to, before the centre crop."""
+    return round(image_size * 256 / 224)
 
 
 def lighting(image: Tensor, std: float = 0.1) -> Tensor:
