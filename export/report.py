@@ -50,7 +50,8 @@ def markdown(report: dict, recipe: str) -> str:
     if "int8" in report:
         worst = [[row["layer"], f"{row['range']:.3g}", f"{row['spread']:.1f}", f"{row['weight_db']:.1f}",
                   "" if row["output_db"] is None else f"{row['output_db']:.1f}"] for row in report["int8"]]
-        parts += ["## int8\n\nonnxruntime, static, a scale per output channel, calibrated on training images. Worst layers first.",
+        parts += ["## int8\n\nonnxruntime, static, a scale per output channel, calibrated on training images; the "
+                  "classifier stays in float. Worst layers first.",
                   _table(["layer", "largest weight", "widest / median channel", "weight, dB", "output, dB"], worst)]
     lines = f'{recipe}\nfrom safetensors.torch import load_file\nnet.load_state_dict(load_file("model.safetensors"))\nnet.eval()'
     parts += [f"## Load it without this repository\n\n```python\n{lines}\n```",
