@@ -3,9 +3,13 @@
     python train.py model=resnet18_dbb
     python train.py model=resnet18 block=acb data=cifar100 optim.lr=0.2
     python train.py ckpt=outputs/.../checkpoints/last.ckpt     # goes on where it stopped
+    python train.py -m model=resnet20 block=none,dbb 'seed=range(5)' out=outputs/study      # so does this, then: python report.py outputs/study
 """
 
+import json
+import math
 import secrets
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,14 +17,17 @@ import hydra
 import pytorch_lightning as pl
 import wandb
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dbb import branchwise, compare_logits, reparameterize
 from training.callbacks import log_convolutions, make_callbacks, make_loggers, shows_progress_bar
 from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors
 from training.data import ImageData
 from training.evaluate import pick_device, predict, scores, sentence
 from training.module import Classifier
+from training.runs import read_result, take_up
 from training.settings import Settings, resolve
 
 # Training step of a network with blocks against the plain one's: time and activations, ResNet-18 (benchmarks/README.md).
@@ -33,17 +40,21 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
 
     Args:
         settings: of the run; with `ckpt` set, training goes on from there.
-        run_dir: gets config.yaml, convolutions.csv, metrics.csv, checkpoints/last.ckpt and W&B's files.
+        run_dir: gets config.yaml, convolutions.csv, metrics.csv, checkpoints/last.ckpt, result.json and W&B's files. If it holds
+            this very run, training goes on where that stopped; if that is finished, its result is returned.
 
     Returns:
-        `top1`, `top5` (fractions) and `loss` of the checkpoint kept; empty in all processes but the first.
+        `top1`, `top5` (fractions) and `loss` of the checkpoint kept, branch by branch; `converted_top1`; `predictions_changed` by
+        conversion. Empty in all processes but the first.
 
     Raises:
         ValueError: if a setting or the data is wrong, or `run_dir` already holds another run.
     """
-    last = run_dir / "checkpoints" / "last.ckpt"
-    if last.exists() and (settings.ckpt is None or Path(settings.ckpt).resolve().parent != last.parent.resolve()):
-        raise ValueError(f"{run_dir} already holds a run: go on with it by ckpt={last}, or choose another folder with out=DIR")
+    last, wanted = run_dir / "checkpoints" / "last.ckpt", settings.ckpt
+    settings, result = take_up(settings, run_dir), read_result(run_dir)
+    if wanted is None and settings.ckpt is not None and result is not None:
+        print(f"{run_dir} is finished: {sentence(result, last)}")
+        return result
     if settings.source is not None:
         raise ValueError(f"source={settings.source}: train.py goes on with its own checkpoints only; model.weights=FILE starts from "
                          "a plain network's weights, convert.py reads published files")
@@ -55,7 +66,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if settings.ckpt is not None:
         checkpoint = load_checkpoint(settings.ckpt)
         done, optimizer = checkpoint["epoch"] + 1, checkpoint["dbb"]["settings"]["optim"]["name"]
-        if done >= settings.trainer.max_epochs:
+        if done >= settings.trainer.max_epochs and result is not None:
             raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint has all of {done} epochs behind it; "
                              "ask for more")
         if optimizer != settings.optim.name:
@@ -73,6 +84,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
                          logger=make_loggers(settings.logger, run_dir), enable_model_summary=False,
                          use_distributed_sampler=False, num_sanity_val_steps=0)
     if trainer.is_global_zero:
+        for name in ("result.json", "error.txt"):  # of an earlier session
+            (run_dir / name).unlink(missing_ok=True)
         OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
         trainer.loggers[-1].log_hyperparams(asdict(settings))
         parameters = sum(p.numel() for p in model.net.parameters())
@@ -83,29 +96,47 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
 
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
-    if trainer.interrupted or not trainer.is_global_zero:
+    if not trainer.is_global_zero:
         return {}
-    net = load_network(load_checkpoint(last), settings)
-    result = scores(*predict(net, data, pick_device(settings.trainer.accelerator), "test"))
+    net, device = load_network(load_checkpoint(last), settings), pick_device(settings.trainer.accelerator)
+    with branchwise(net):
+        logits, targets = predict(net, data, device, "test")
+    converted, _ = predict(reparameterize(net), data, device, "converted")
+    result = scores(logits, targets) | {"converted_top1": scores(converted, targets)["top1"],
+                                        "predictions_changed": compare_logits([(logits, converted)]).predictions_changed}
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
-    print(sentence(result, last))
+    print(sentence(result, last), f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of {len(targets)} "
+          "predictions changed (python convert.py writes the files)", sep="\n")
     return result
+
+
+FAILED = []  # jobs of a sweep
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
-    with plain_errors():
-        try:
+    try:
+        with plain_errors():
             return train(resolve(cfg, hydra_cfg.overrides.task), run_dir).get("top1")
-        finally:
-            wandb.finish()  # one run a job, also in a multirun
-            if cfg.ckpt is None and cfg.out is None and not any(run_dir.iterdir()):
-                run_dir.rmdir()  # ours, and stopped before it began
+    except SystemExit as stop:
+        if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(stop.code, str):
+            raise
+        FAILED.append(run_dir.name)  # the other jobs go on
+        (run_dir / "error.txt").write_text(f"{stop.code}\n")
+        print(f"{run_dir.name}: {stop.code}", file=sys.stderr)
+        return math.nan
+    finally:
+        wandb.finish()  # one run a job, also in a multirun
+        if cfg.ckpt is None and cfg.out is None and not any(run_dir.iterdir()):
+            run_dir.rmdir()  # ours, and stopped before it began
 
 
 if __name__ == "__main__":
     main()
+    if FAILED:
+        sys.exit(f"error: {len(FAILED)} jobs failed, see above: {', '.join(FAILED)}")

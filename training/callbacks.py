@@ -13,6 +13,7 @@ import torch
 import wandb
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from dbb.surgery import Report, Row
 from training.settings import LoggerConf, Settings
@@ -100,7 +101,7 @@ def wandb_logger(conf: LoggerConf, run_dir: Path) -> WandbLogger:
 def _csv(run_dir: Path) -> CSVLogger:
     """Lightning's logger deletes an existing metrics.csv; this one goes on after its last row."""
     path, kept = run_dir / "metrics.csv", run_dir / "metrics-before-resume.csv"
-    if path.exists():
+    if path.exists() and rank_zero_only.rank == 0:
         path.rename(kept)
     logger = CSVLogger(run_dir, name="", version="")
     with warnings.catch_warnings():

@@ -3,7 +3,9 @@
 Every knob is a typed field, so that a misspelt name and a value of the wrong type fail at once.
 """
 
+import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
@@ -266,7 +268,7 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, data: str, overrides: list[str]) -> str:
     """The run's folder: the checkpoint's own, or a new one; only the first process of a job makes one."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) != 0:
-        return "."
+        return out or "."
     if ckpt is not None and out is None:
         return str(Path(ckpt).absolute().parent.parent) if Path(ckpt).is_file() else "."
     block = "custom" if _list_changed(overrides) else block
@@ -275,6 +277,16 @@ def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, d
         return str(output_folder(out or f"outputs/{name}_{data}/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 
+def _job_name(overrides: list[str]) -> str:
+    """The folder of a sweep's job: its settings, whatever their order, so that a job keeps it when the sweep grows."""
+    kept = sorted(override for override in overrides if override.split("=")[0].lstrip("+~") not in ("out", "data.root", "data.num_workers")
+                  and not override.startswith("logger"))
+    # Only what Hydra takes unquoted in ckpt=PATH, and a file system as one name.
+    name = re.sub(r"[^\w.+-]", "_", "+".join(kept).replace("=", "-"))
+    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 ConfigStore.instance().store(name="schema", node=Settings)
 OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value))
 OmegaConf.register_new_resolver("run_dir", _run_dir, use_cache=True)
+OmegaConf.register_new_resolver("job_name", _job_name)
