@@ -3,7 +3,7 @@
     python train.py model=resnet18_dbb
     python train.py model=resnet18 block=acb data=cifar100 optim.lr=0.2
     python train.py ckpt=outputs/.../checkpoints/last.ckpt     # goes on where it stopped
-    python train.py -m model=resnet20 block=none,dbb 'seed=range(5)' out=outputs/study      # so does this, then: python report.py outputs/study
+    python train.py -m model=resnet20 block=none,dbb 'seed=range(5)' out=outputs/study     # so does this; then report.py
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
+import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -25,7 +26,7 @@ from training.callbacks import log_convolutions, make_callbacks, make_loggers, s
 from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors
 from training.data import ImageData
-from training.evaluate import pick_device, predict, scores, sentence
+from training.evaluate import activation_bytes, pick_device, predict, scores, sentence
 from training.module import Classifier
 from training.runs import read_result, take_up
 from training.settings import Settings, resolve
@@ -88,9 +89,11 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
             (run_dir / name).unlink(missing_ok=True)
         OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
         trainer.loggers[-1].log_hyperparams(asdict(settings))
+        images = torch.zeros(min(settings.data.batch_size, 2**21 // data.image_size**2), 3, data.image_size, data.image_size)
+        activations = settings.data.batch_size / len(images) * activation_bytes(model.net, images) / 2**20
         parameters = sum(p.numel() for p in model.net.parameters())
         print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
-              f"at {data.image_size} pixels, on {trainer.strategy.root_device}",
+              f"at {data.image_size} pixels, {activations:.0f} MiB of activations a batch, on {trainer.strategy.root_device}",
               *[f"block.mode={settings.block.mode}: expect a training step of {COST[settings.block.mode]} of the plain network's "
                 f"(measured on ResNet-18)", model.net.report] * bool(model.net.report), f"run folder: {run_dir}", sep="\n")
         log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
@@ -103,7 +106,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         logits, targets = predict(net, data, device, "test")
     converted, _ = predict(reparameterize(net), data, device, "converted")
     result = scores(logits, targets) | {"converted_top1": scores(converted, targets)["top1"],
-                                        "predictions_changed": compare_logits([(logits, converted)]).predictions_changed}
+                                        "predictions_changed": compare_logits([(logits, converted)]).predictions_changed,
+                                        "parameters": parameters, "activations_mib": activations}
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)

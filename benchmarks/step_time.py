@@ -18,12 +18,12 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dbb import DiverseBranchBlock, OnlineReparamBlock, ReparamConv2d
 from models import build_model
+from training.evaluate import activation_bytes
 
 # channels in, out, groups, side of the map, stride
 LAYERS = [(64, 64, 1, 32, 1), (128, 128, 1, 16, 1), (128, 256, 1, 16, 2), (256, 256, 1, 8, 1), (512, 512, 1, 4, 1),
@@ -151,9 +151,7 @@ def memory(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> tuple[in
         left = torch.cuda.memory_allocated() - before
         y.backward(cotangent)
         return left + x.nbytes - y.nbytes, torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        y = net(x)
-    return sum(event.self_cpu_memory_usage for event in profiler.key_averages()) + x.nbytes - y.nbytes, 0
+    return activation_bytes(net, x.detach()), 0
 
 
 class Bench:

@@ -22,6 +22,10 @@ from training.settings import LoggerConf, Settings
 class Speed(Callback):
     """Log seconds per training step, images per second over all processes, and peak memory (MiB), each epoch."""
 
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
+
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.start, self.steps, self.seconds = None, 0, 0.0
 
