@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dbb import Report, replace_convs
+from models.alexnet import AlexNet
+from models.cifar_quick import CifarQuick
 from models.cifar_resnet import CifarResNet
 from models.vgg import VGG16
 from models.weights import load_plain
+from models.wide_resnet import WideResNet
 
 SMALL_IMAGE = 64  # pixels; up to here ImageNet backbones get the stem that is usual for CIFAR
 
@@ -36,11 +39,14 @@ def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bo
     return net
 
 
-UNTRAINED = {  # of our own, without weights to fetch
-    "resnet8": lambda num_classes: CifarResNet(8, num_classes),
-    "resnet20": lambda num_classes: CifarResNet(20, num_classes),
-    "resnet56": lambda num_classes: CifarResNet(56, num_classes),
-    "vgg16": VGG16,
+UNTRAINED = {  # of our own, without weights to fetch: the class, and its arguments before the number of classes
+    "resnet8": (CifarResNet, 8),
+    "resnet20": (CifarResNet, 20),
+    "resnet56": (CifarResNet, 56),
+    "wrn16_8": (WideResNet, 16, 8),
+    "vgg16": (VGG16,),
+    "cifar_quick": (CifarQuick,),
+    "alexnet": (AlexNet,),
 }
 OF_TIMM = {
     "resnet18": partial(_timm_resnet, "resnet18"),
@@ -82,7 +88,8 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     if pretrained and name in UNTRAINED:
         raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts from your own")
     if name in UNTRAINED:
-        net = UNTRAINED[name](num_classes)
+        make, *arguments = UNTRAINED[name]
+        net = make(*arguments, num_classes)
     elif name in OF_TIMM or timm.is_model(name):
         try:
             net = OF_TIMM[name](num_classes, image_size, pretrained) if name in OF_TIMM else \
@@ -100,7 +107,8 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     training, example, report = net.training, torch.zeros(1, 3, image_size, image_size), Report()
     try:
         with torch.no_grad():
-            features = net.eval().forward_features(example)
+            net.eval()(example)
+            features = net.forward_features(example)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot take images of {image_size} pixels (data.image_size sets it): {error}") from error
     if block is not None:

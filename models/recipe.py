@@ -6,8 +6,7 @@ SMALL_STEM = {
     "resnet": ["net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)", "net.maxpool = torch.nn.Identity()"],
     "mobilenet": ["for conv in [m for m in net.modules() if getattr(m, 'stride', None) == (2, 2)][:2]:", "    conv.stride = (1, 1)"],
 }
-OF_OURS = {"resnet": "from cifar_resnet import CifarResNet  # models/cifar_resnet.py, a file that needs torch only",
-           "vgg": "from vgg import VGG16  # models/vgg.py, a file that needs torch only"}
+
 
 
 def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
@@ -30,9 +29,10 @@ def recipe(name: str, num_classes: int, image_size: int) -> str:
         image_size: see there.
     """
     if name in UNTRAINED:
-        kind = "vgg" if name == "vgg16" else "resnet"
-        made = f"VGG16({num_classes})" if kind == "vgg" else f"CifarResNet({name.removeprefix('resnet')}, {num_classes})"
-        return "\n".join([OF_OURS[kind], f"net = {made}"])
+        network, *arguments = UNTRAINED[name]
+        module = network.__module__.removeprefix("models.")
+        return (f"from {module} import {network.__name__}  # models/{module}.py, a file that needs torch only\n"
+                f"net = {network.__name__}({', '.join(map(str, [*arguments, num_classes]))})")
     small = name in OF_TIMM and image_size <= SMALL_IMAGE
     architecture, arguments = _under_timms_name(name)
     arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
