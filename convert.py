@@ -15,10 +15,10 @@ import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dbb import branchwise, compare_logits, fold_norms, restore_norms
+from dbb import branch_shares, branchwise, compare_logits, fold_norms, restore_norms
 from export import graph, int8
 from export.files import KINDS, WRITTEN, load_network, require, save_hub, save_network, sha256, staged
-from export.report import draw_graphs, draw_report, file_rows, markdown, rows, shares
+from export.report import draw_graphs, draw_report, file_rows, markdown, rows
 from models import build_model, of_timm, recipe
 from training.callbacks import wandb_logger
 from training.cli import output_folder, plain_errors
@@ -60,7 +60,7 @@ def convert(settings: Settings, out: Path) -> dict:
     about |= {key: value for key, value in before.items() if key in ("top1", "top5")}
     about["norm_statistics"] = "training images" if data.classes else "noise images"
     report = {"about": about, "before": before, "after": after} | asdict(compare_logits([(logits, logits_after)])) | {
-        "tolerance": settings.tolerance, "shares": shares(net), "files": {}}
+        "tolerance": settings.tolerance, "shares": branch_shares(net), "files": {}}
 
     plain = build_model(about["model"], len(about["classes"]), image_size=data.image_size)
     with exact_arithmetic():
@@ -137,7 +137,7 @@ def print_tables(report: dict) -> None:
 
 def log(report: dict, settings: Settings, out: Path, run_dir: Path) -> None:
     """Add the table, its figures, the picture and all files to the W&B run of the training."""
-    run = wandb_logger(settings.logger, run_dir).experiment
+    run = wandb_logger(settings, run_dir).experiment
     run.log({"convert": wandb.Table(["measure", "before", "after"], rows(report)), "convert/report": wandb.Image(str(out / "report.png"))})
     for when in ("before", "after"):
         run.summary.update({f"convert/{when}/{name}": value for name, value in report[when].items()})

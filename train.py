@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dbb import branchwise, compare_logits, reparameterize
-from training.callbacks import log_convolutions, make_callbacks, make_loggers, shows_progress_bar
+from training.callbacks import log_convolutions, log_predictions, make_callbacks, make_loggers, shows_progress_bar
 from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors
 from training.data import ImageData
@@ -82,7 +82,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
 
     options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
     trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
-                         logger=make_loggers(settings.logger, run_dir), enable_model_summary=False,
+                         logger=make_loggers(settings, run_dir), enable_model_summary=False,
                          use_distributed_sampler=False, num_sanity_val_steps=0)
     if trainer.is_global_zero:
         for name in ("result.json", "error.txt"):  # of an earlier session
@@ -112,6 +112,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
+    log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, last), f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of {len(targets)} "
           "predictions changed (python convert.py writes the files)", sep="\n")
     return result

@@ -1,10 +1,12 @@
-"""Two networks side by side: how far apart are their logits, and which predictions differ?"""
+"""Two networks side by side: how far apart are their logits, which predictions differ? And what is each branch's part?"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from dbb.block import ReparamConv2d
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,15 @@ def compare(a: nn.Module, b: nn.Module, batches: Iterable[Tensor]) -> Comparison
     if a.training or b.training:
         raise ValueError("networks in training mode cannot be compared: call .eval() on both first")
     return compare_logits((a(x), b(x)) for x in batches)
+
+
+@torch.no_grad()
+def branch_shares(net: nn.Module) -> dict[str, dict[str, float]]:
+    """By block, the norm of each branch's part of the merged kernel over the sum of these norms."""
+    result = {}
+    for name, block in net.named_modules():
+        if isinstance(block, ReparamConv2d):
+            norms = {key: branch.equivalent()[0].double().norm().item() for key, branch in block.branches.items()}
+            total = sum(norms.values()) or 1.0
+            result[name] = {key: value / total for key, value in norms.items()}
+    return result

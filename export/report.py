@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from dbb import ReparamConv2d
 from export.graph import nodes
 
 FORMATS = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}", "latency_ms": "{:.2f}"}
@@ -62,18 +58,6 @@ def markdown(report: dict, recipe: str) -> str:
 
 def _table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
-
-
-@torch.no_grad()
-def shares(net: nn.Module) -> dict[str, dict[str, float]]:
-    """By block, the norm of each branch's part of the merged kernel over the sum of these norms."""
-    result = {}
-    for name, block in net.named_modules():
-        if isinstance(block, ReparamConv2d):
-            norms = {key: branch.equivalent()[0].double().norm().item() for key, branch in block.branches.items()}
-            total = sum(norms.values()) or 1.0
-            result[name] = {key: value / total for key, value in norms.items()}
-    return result
 
 
 def draw_report(report: dict, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-
 SHAPES = ((64, 11, 4, True), (192, 5, 1, True), (384, 3, 1, False), (384, 3, 1, False), (256, 3, 1, True))
 
 

@@ -289,8 +289,8 @@ def test_convert_adds_to_the_wandb_run(make_settings, tmp_path, trained):
 
 
 def test_loggers(make_settings, tmp_path):
-    assert len(make_loggers(make_settings("data=digits", "logger=csv").logger, tmp_path)) == 1
-    assert len(make_loggers(make_settings("data=digits").logger, tmp_path)) == 2
+    assert len(make_loggers(make_settings("data=digits", "logger=csv"), tmp_path)) == 1
+    assert len(make_loggers(make_settings("data=digits"), tmp_path)) == 2
 
 
 def test_every_experiment_runs(make_settings, tmp_path):

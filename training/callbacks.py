@@ -12,11 +12,14 @@ import pytorch_lightning as pl
 import torch
 import wandb
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
-from dbb.surgery import Report, Row
-from training.settings import LoggerConf, Settings
+from dbb import ReparamConv2d, Report, branch_shares
+from dbb.surgery import Row
+from training.data import ImageData
+from training.settings import Settings
 
 
 class Speed(Callback):
@@ -59,6 +62,22 @@ class EpochLine(Callback):
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *values, sep="  ", flush=True)
 
 
+class Branches(Callback):
+    """Log each epoch, to W&B and TensorBoard, every branch's share of its merged kernel and its gammas' mean size, layer by layer."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        values = {f"share/{layer}/{branch}": share for layer, of in branch_shares(module.net).items() for branch, share in of.items()}
+        for layer, block in module.net.named_modules():
+            if isinstance(block, ReparamConv2d):
+                for name, branch in block.branches.items():
+                    gamma = branch.bn.weight if branch.factor is None else branch.factor
+                    values[f"gamma/{layer}/{name}"] = gamma.detach().abs().mean().item()
+        for logger in trainer.loggers[1:]:  # the first is the CSV file, which these columns would drown
+            logger.log_metrics(values, trainer.global_step)
+
+
 def make_callbacks(settings: Settings, run_dir: Path) -> list[Callback]:
     """The callbacks of a run. The checkpoint kept is the last: nothing is selected on test data."""
     callbacks = [
@@ -66,6 +85,8 @@ def make_callbacks(settings: Settings, run_dir: Path) -> list[Callback]:
         LearningRateMonitor(logging_interval="step"),
         ModelCheckpoint(run_dir / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]
+    if settings.block.branches or settings.block.layers:
+        callbacks.append(Branches())
     if not shows_progress_bar(settings):
         callbacks.append(EpochLine())
     if settings.optim.ema_decay is not None:
@@ -79,9 +100,10 @@ def shows_progress_bar(settings: Settings) -> bool:
     return sys.stdout.isatty() if wanted is None else wanted
 
 
-def make_loggers(conf: LoggerConf, run_dir: Path) -> list[Logger]:
-    """CSV, and W&B unless `logger=csv`; both go on where an earlier session of the same run stopped."""
-    return [_csv(run_dir), *([wandb_logger(conf, run_dir)] if conf.name == "wandb" else [])]
+def make_loggers(settings: Settings, run_dir: Path) -> list[Logger]:
+    """CSV, and with it W&B or TensorBoard as `logger.name` says; all go on where an earlier session of the same run stopped."""
+    more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [lambda settings, run_dir: TensorBoardLogger(run_dir, "", "")]}
+    return [_csv(run_dir), *(make(settings, run_dir) for make in more[settings.logger.name])]
 
 
 def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
@@ -93,13 +115,31 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
         logger.log_table("convolutions", list(Row._fields), rows)
 
 
-def wandb_logger(conf: LoggerConf, run_dir: Path) -> WandbLogger:
-    """The W&B run of a run's folder, new or gone on with."""
+def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger:
+    """The W&B run of a run's folder, new or gone on with; named by model, block and seed, grouped by model and data."""
     # Without a key there is nobody to ask: run offline, to be sent later with `wandb sync`.
+    conf, model, block = settings.logger, settings.model.name, settings.block.name
     offline = conf.offline or not wandb.login(prompt=False, verify=False)
     mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
-    return WandbLogger(run_dir.parent.name, run_dir, id=conf.id, project=conf.project, entity=conf.entity, group=conf.group,
-                       tags=list(conf.tags), mode=mode)
+    tags = [model, settings.data.name, block, *([settings.block.mode] if settings.block.branches else []), *conf.tags]
+    return WandbLogger(f"{model}_{block}_s{settings.seed}", run_dir, id=conf.id, project=conf.project, entity=conf.entity,
+                       group=conf.group or f"{model}_{settings.data.name}", tags=tags, mode=mode)
+
+
+def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
+    """Add to W&B the confusion matrix (up to 100 classes), and the images that the network is most surely wrong about."""
+    if not isinstance(logger, WandbLogger):
+        return
+    sure, predicted = logits.softmax(1).max(1)
+    names = data.classes
+    if len(names) <= 100:
+        matrix = wandb.plot.confusion_matrix(y_true=targets.tolist(), preds=predicted.tolist(), class_names=names)
+        logger.experiment.log({"confusion_matrix": matrix})
+    worst = (sure * (predicted != targets)).argsort(descending=True)[:int(min((predicted != targets).sum(), 36))].tolist()
+    if worst:
+        images, *_ = data.test_set.collate(data.test_set.__getitems__([(0, int(data.test_indices[i]), True) for i in worst]))
+        logger.log_image("wrongly_classified", list(images.cpu()), caption=[
+            f"{names[targets[i]]}, taken for {names[predicted[i]]} ({sure[i]:.2f})" for i in worst])
 
 
 def _csv(run_dir: Path) -> CSVLogger:

@@ -66,9 +66,11 @@ class ImageData(pl.LightningDataModule):
             if train:
                 raise ValueError("data=none has nothing to train on; it is for convert.py")
             self.test_set, self.classes = load_noise(self.conf, self.seed), None
+            self.test_indices = torch.arange(len(self.test_set))
             return
         read = load_tensors if self.conf.name in TENSOR_SETS else load_files
         self.test_set, self.classes = read(self.conf, self.seed, train=False)
+        self.test_indices = self._some(torch.arange(len(self.test_set)))
         if train:
             self.train_set, _ = read(self.conf, self.seed, train=True)
             n, held_out = len(self.train_set), self.conf.val_size
@@ -76,7 +78,12 @@ class ImageData(pl.LightningDataModule):
                 raise ValueError(f"data.batch_size={self.conf.batch_size} is larger than the {max(n - held_out, 0)} training images "
                                  f"of data={self.conf.name}" + (f" (data.val_size={held_out} held out)" if held_out else ""))
             order = torch.randperm(n, generator=generator(0))  # the same images are held out whatever the run's seed
-            self.val_indices, self.train_indices = order[:held_out], order[held_out:].sort().values
+            self.val_indices, self.train_indices = order[:held_out], self._some(order[held_out:].sort().values)
+
+    def _some(self, indices: Tensor) -> Tensor:
+        """At most `max_images`, spread evenly: they come sorted by class."""
+        wanted = min(self.conf.max_images or len(indices), len(indices))
+        return indices[torch.arange(wanted) * len(indices) // wanted]
 
     def check_classes(self, trained: int) -> None:
         """Compare with a network's number of classes.
@@ -97,7 +104,7 @@ class ImageData(pl.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """This process's share of the test split and, with `val_size`, of the held-out training images."""
-        loaders = [self._loader(self.test_set, torch.arange(len(self.test_set)), shuffle=False)]
+        loaders = [self._loader(self.test_set, self.test_indices, shuffle=False)]
         if self.conf.val_size:
             plain = self.train_set.without_augmentation()
             loaders.append(self._loader(plain, self.val_indices, shuffle=False))
@@ -105,11 +112,11 @@ class ImageData(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """The whole test split, in whatever process: the final evaluation runs in one."""
-        return self._loader(self.test_set, torch.arange(len(self.test_set)), shuffle=False, whole=True)
+        return self._loader(self.test_set, self.test_indices, shuffle=False, whole=True)
 
     def calibration_images(self, count: int = 1024) -> Iterator[Tensor]:
         """Normalised training images `[N, 3, H, W]` without augmentation, always the same; of `data=none`, its noise images."""
-        dataset, indices = self.test_set, torch.arange(len(self.test_set))
+        dataset, indices = self.test_set, self.test_indices
         if self.classes is not None:
             dataset = self.train_set.without_augmentation()
             indices = self.train_indices[torch.randperm(len(self.train_indices), generator=generator(0))[:count]]
@@ -122,10 +129,12 @@ class ImageData(pl.LightningDataModule):
         if self.conf.batch_size % world_size:
             raise ValueError(f"data.batch_size={self.conf.batch_size} is the batch of all {world_size} processes together and "
                              "must be divisible by their number")
+        if self.conf.on_device and self.trainer is not None:
+            dataset.images = dataset.images.to(self.trainer.strategy.root_device)
         workers = self.conf.num_workers
         return DataLoader(dataset, self.conf.batch_size // world_size, drop_last=shuffle, num_workers=workers,
                           sampler=KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch),
-                          collate_fn=dataset.collate, pin_memory=torch.cuda.is_available(),
+                          collate_fn=dataset.collate, pin_memory=torch.cuda.is_available() and not self.conf.on_device,
                           persistent_workers=workers > 0 and shuffle,
                           generator=torch.Generator())  # its own: the global one is left alone
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from training.checkpoint import build_network, start_network
 from training.random import seed_of
@@ -47,6 +48,10 @@ class Classifier(pl.LightningModule):
             "top5": MulticlassAccuracy(len(classes), top_k=min(5, len(classes)), average="micro"),
             "loss": MeanMetric()}, compute_groups=False) for split in SPLITS})
 
+        alphas = {v2.MixUp: settings.data.mixup, v2.CutMix: settings.data.cutmix}
+        mixes = [mix(alpha=alpha, num_classes=len(classes)) for mix, alpha in alphas.items() if alpha]
+        self.mix = v2.RandomChoice(mixes) if mixes else None
+
     def forward(self, images: Tensor) -> Tensor:
         images = images.to(next(self.net.parameters()).dtype)  # for precision=bf16-true and the like
         if self.settings.model.channels_last:
@@ -58,7 +63,7 @@ class Classifier(pl.LightningModule):
         torch.manual_seed(seed_of(self.settings.seed, self.current_epoch, self.global_rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = batch
+        images, targets = batch if self.mix is None else self.mix(*batch)
         loss = F.cross_entropy(self(images), targets, label_smoothing=self.settings.optim.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=True)
         return loss
@@ -79,7 +84,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         conf = self.settings.optim
-        optimizer = timm.optim.create_optimizer_v2(self.net, conf.name, conf.lr, conf.weight_decay, conf.momentum,
+        optimizer = timm.optim.create_optimizer_v2(self.net, conf.name, learning_rate(self.settings), conf.weight_decay, conf.momentum,
                                                    filter_bias_and_bn=not conf.decay_norm_and_bias)
         self.fresh_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
@@ -98,6 +103,12 @@ class Classifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes, "image_size": self.image_size}
+
+
+def learning_rate(settings: Settings) -> float:
+    """`optim.lr`, scaled linearly from `optim.lr_batch_size` to the images of an optimiser step (Goyal et al. 2017, section 2.1)."""
+    images = settings.data.batch_size * settings.trainer.accumulate_grad_batches
+    return settings.optim.lr * images / (settings.optim.lr_batch_size or images)
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,17 @@ class DataConf:
     batch_size: int = 128
     num_workers: int = 0
     val_size: int = 0
+    max_images: int | None = None
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     crop_padding: int = 0
     flip: bool = True
     color_jitter: bool = False
     lighting: bool = False
+    trivial_augment: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    on_device: bool = False
 
 
 @dataclass
@@ -88,6 +94,7 @@ class OptimConf:
 
     name: str = MISSING
     lr: float = MISSING
+    lr_batch_size: int | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
     decay_norm_and_bias: bool = True
@@ -123,7 +130,7 @@ class TrainerConf:
 
 @dataclass
 class LoggerConf:
-    """`csv` writes metrics.csv; `wandb` does that and W&B."""
+    """`csv` writes metrics.csv; `wandb` and `tensorboard` do that and more."""
 
     name: str = "wandb"
     project: str = "dbb"
@@ -176,23 +183,29 @@ class Settings:
         if "int8" in self.export and self.data.name == "none":
             raise ValueError("export=[int8] needs training images to calibrate with, which data=none has not")
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
-        _one_of("logger.name", self.logger.name, ["csv", "wandb"])
+        _one_of("logger.name", self.logger.name, ["csv", "wandb", "tensorboard"])
+        if self.logger.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise ValueError("logger=tensorboard needs tensorboard, which is not installed: pip install tensorboard")
         _one_of("optim.name", self.optim.name, timm.optim.list_optimizers())
-        unused = ["color_jitter", "lighting"] if self.data.name in TENSOR_SETS else ["crop_padding"]
+        unused = ["color_jitter", "lighting", "trivial_augment"] if self.data.name in TENSOR_SETS else ["crop_padding", "on_device"]
         for knob in unused:
             if getattr(self.data, knob):
-                raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such augmentation")
+                raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such thing")
         if self.data.image_size is None and self.data.name in FILE_SETS:
             raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
         for knob, value, least in (
                 ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size or 1, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
-                ("data.crop_padding", self.data.crop_padding, 0), ("block.copies", self.block.copies, 1),
+                ("data.max_images", self.data.max_images or 1, 1),
+                ("data.crop_padding", self.data.crop_padding, 0), ("data.mixup", self.data.mixup, 0), ("data.cutmix", self.data.cutmix, 0),
+                ("optim.lr_batch_size", self.optim.lr_batch_size or 1, 1), ("block.copies", self.block.copies, 1),
                 ("block.positions", self.block.positions, 4),
                 ("block.kernel_sizes", min(self.block.kernel_sizes, default=1), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
                 ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
             if value < least:
                 raise ValueError(f"{knob}={value} must be at least {least}")
+        if self.data.on_device and self.data.num_workers:
+            raise ValueError(f"data.num_workers={self.data.num_workers} must be 0 with data.on_device=true: nothing is left to load")
         if not 0 <= self.optim.label_smoothing < 1:
             raise ValueError(f"optim.label_smoothing={self.optim.label_smoothing} must lie between 0 and 1")
         if self.trainer.limit_train_batches <= 0:
@@ -227,6 +240,8 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
     try:
         if _list_changed(overrides):
             cfg.block.name = "custom"
+        if "block=none" in overrides:  # the plain twin of a sweep, whatever else is said of blocks
+            cfg.block = OmegaConf.structured(BlockConf)
         if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, overrides)
         cfg = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(cfg, resolve=True))

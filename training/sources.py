@@ -136,6 +136,7 @@ class FileImages(Dataset):
             steps += [v2.RandomHorizontalFlip()] if conf.flip else []
             if conf.color_jitter:  # on Pillow's images, twice as fast as on tensors
                 steps += [v2.ToPILImage(), v2.ColorJitter(brightness=0.4, saturation=0.4, hue=0.4), v2.PILToTensor()]
+            steps += [v2.TrivialAugmentWide()] if conf.trivial_augment else []
         self.transform = v2.Compose(steps)
 
     def __len__(self) -> int:
