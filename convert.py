@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from dbb import branch_shares, branchwise, compare_logits, fold_norms, restore_norms
 from export import graph, int8
-from export.files import KINDS, WRITTEN, load_network, require, save_hub, save_network, sha256, staged
+from export.files import KINDS, WRITTEN, load_network, require, require_places, save_hub, save_network, sha256, staged
 from export.report import draw_graphs, draw_report, file_rows, markdown, rows
 from models import build_model, of_timm, recipe
 from training.callbacks import wandb_logger
@@ -43,7 +43,11 @@ def convert(settings: Settings, out: Path) -> dict:
             within `tolerance`; report-failed.json then has the figures, and the files of an earlier conversion stay.
     """
     require(settings.export)
+    require_places(out)
     net, data, about = load_run(settings, train=True)
+    if data.image_size != about["image_size"]:
+        raise ValueError(f"data.image_size={data.image_size}: this network was trained on images of {about['image_size']} pixels, and its "
+                         "files are for those; leave it out (eval.py tests other sizes)")
     if settings.hub and of_timm(about["model"], data.image_size) is None:
         raise ValueError(f"hub=true: timm does not build {about['model']} for {data.image_size} pixels as it is here (it has another stem, "
                          "or none), so that there is no folder for it to load; report.md has the lines that rebuild the network")
@@ -98,6 +102,7 @@ def convert(settings: Settings, out: Path) -> dict:
         draw_report(report, part / "report.png")
         (part / "report.md").write_text(markdown(report, recipe(about["model"], len(about["classes"]), data.image_size)))
         (part / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "report-failed.json").unlink(missing_ok=True)  # of an earlier conversion
     return report
 
 

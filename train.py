@@ -75,7 +75,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     data = ImageData(settings.data, settings.seed, first_epoch=done)
     data.load(train=True)
     if checkpoint is not None:
-        data.check_classes(len(checkpoint["dbb"]["classes"]))
+        data.check_classes(checkpoint["dbb"]["classes"])
     model = Classifier(settings, data.classes, data.image_size)
     if checkpoint is not None:
         restore(model.net, checkpoint)  # says what does not fit, before Lightning would

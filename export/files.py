@@ -38,15 +38,29 @@ def require(kinds: Sequence[str]) -> None:
                 raise ValueError(f"{knob} needs {package}, which is not installed: pip install -e '.[train,export]'")
 
 
+def require_places(out: Path) -> None:
+    """Check, before any work, that only files of an earlier conversion will be replaced.
+
+    Raises:
+        ValueError: if something else stands in a file's place.
+    """
+    for name in WRITTEN:
+        if (out / name).is_dir() or (out / name).parent.is_file():
+            raise ValueError(f"{out / name} is to be written, but something else stands there: choose another folder with out=DIR")
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A folder to write into, whose files take the place of an earlier conversion's in `out` when all are written."""
+    umask = os.umask(0)
+    os.umask(umask)
     converted_before = (out / "report.json").is_file()
     with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as part:
         yield Path(part)
         for name in WRITTEN:
             if (Path(part) / name).exists():
                 (out / name).parent.mkdir(exist_ok=True)
+                (Path(part) / name).chmod(0o666 & ~umask)  # safetensors writes for its owner only
                 os.replace(Path(part) / name, out / name)
             elif converted_before:
                 (out / name).unlink(missing_ok=True)
@@ -85,8 +99,8 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
 def save_hub(net: nn.Module, about: dict, folder: Path) -> None:
     """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; `net` as timm builds it."""
     size = about["image_size"]
-    data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"], "crop_pct": size / about["resize"],
-            "interpolation": "bilinear"}
+    data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"], "interpolation": "bilinear",
+            "crop_pct": size / (about["resize"] + 0.5)}  # timm rounds size / crop_pct down
     timm.models.save_for_hf(net.cpu(), folder, model_config={"label_names": about["classes"]}, safe_serialization=True, data_config=data)
 
 
@@ -105,5 +119,6 @@ def parse_about(text: str | None, path: Path) -> dict:
     except (TypeError, KeyError, ValueError):
         good = False
     if not good:
-        raise ValueError(f"{path} was not written by convert.py: its header does not say which network, classes and normalisation it has")
+        raise ValueError(f"{path} has no header of convert.py that says which network, classes and normalisation it has (of a "
+                         "folder hub/, take the file beside it)")
     return about

@@ -52,6 +52,7 @@ def test_the_folder(converted):
     folder, printed = converted
     models = ["model.safetensors", "model.onnx", "model-training.onnx", "model.pt2", "model-int8.onnx"]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*models, "report.md", "report.json", "report.png", "graphs.png"])
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all as readable as any new file"
     report = json.loads((folder / "report.json").read_text())
     assert list(report["files"]) == models
     for name, entry in report["files"].items():
@@ -97,12 +98,12 @@ def test_header_says_what_the_network_is(trained, converted):
     assert about["top1"] == json.loads((converted[0] / "report.json").read_text())["before"]["top1"]
 
 
-@pytest.mark.parametrize("size", [32, 96])
-@pytest.mark.parametrize("name", [*BACKBONES, "regnetx_002"])
+@pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in BACKBONES if name != "alexnet"), ("alexnet", 224), ("resnet18", 96),
+                                            ("mobilenet_v1", 96), ("regnetx_002", 96)])
 def test_recipe_rebuilds_the_network_without_this_repository(name, size, monkeypatch):
     ours = randomize(build_model(name, 5, image_size=size)).eval()
     monkeypatch.setattr(sys, "path", [str(Path(ROOT, "models")), *(p for p in sys.path if p not in ("", ROOT))])
-    for module in [key for key in sys.modules if key in ("cifar_resnet", "vgg")]:
+    for module in [key for key in sys.modules if key in {path.stem for path in Path(ROOT, "models").glob("*.py")}]:
         monkeypatch.delitem(sys.modules, module)
     namespace = {}
     exec(recipe(name, 5, size), namespace)
@@ -238,6 +239,9 @@ def photographs(tmp_path_factory):
     Image.fromarray(pixels).convert("RGBA").save(folder / "rgba.png")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
     Image.fromarray(pixels[..., 0]).save(folder / "shallow.png")
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(folder / "wide.tif")
+    Image.fromarray(np.full((4, 4), 0.8, np.float32)).save(folder / "real.tif")
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     (folder / "cut.png").write_bytes((folder / "rgb.png").read_bytes()[:60])
     return folder
 
@@ -267,12 +271,13 @@ def test_predict(converted, photographs, model):
 
 
 def test_predict_from_the_command_line_names_what_it_cannot_read(converted, photographs):
-    done = run("predict.py", str(converted[0] / "model.onnx"), "rgb.png", "cut.png", "missing.png", cwd=photographs)
+    bad = ["cut.png", "missing.png", "wide.tif", "real.tif", "bomb.png"]
+    done = run("predict.py", str(converted[0] / "model.onnx"), "rgb.png", *bad, cwd=photographs)
     assert done.returncode == 1
     assert list(classes(done.stdout)) == ["rgb.png"]
-    assert "cut.png" in done.stderr
-    assert "missing.png" in done.stderr
-    assert "error: 2 of 3 images could not be read" in done.stderr
+    assert all(name in done.stderr for name in bad)
+    assert "error: 5 of 6 images could not be read" in done.stderr
+    assert "Traceback" not in done.stderr
     failed = run("predict.py", "nowhere.onnx", "rgb.png", cwd=photographs)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: nowhere.onnx: there is no such file")
@@ -302,9 +307,28 @@ def test_predict_refuses_what_convert_did_not_write(converted, tmp_path, capsys)
     weights, path = load_file(converted[0] / "model.safetensors"), tmp_path / "other.safetensors"
     path.write_bytes(b"")
     fails("cannot be read", path)
-    for metadata in (None, {"dbb": "no JSON"}, {"dbb": json.dumps({"model": ["os"], "classes": 3})}):
-        save_file(weights, path, metadata)
-        fails("was not written by convert.py", path)
+    _, about = files.load_network(converted[0] / "model.safetensors")
+    for header in (None, "no JSON", json.dumps({"model": ["os"], "classes": 3}), json.dumps(about | {"std": [1.0, 0.0, 1.0]})):
+        save_file(weights, path, header and {"dbb": header})
+        fails("no header of convert.py", path)
+
+
+def test_a_conversion_does_not_take_the_place_of_something_else(trained, make_settings, tmp_path):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(ValueError, match="something else stands there"):
+        convert_script.convert(make_settings(f"ckpt={trained}", config_name="convert"), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["report.md"]
+
+
+def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_settings, tmp_path):
+    def fails(message, *overrides):
+        with pytest.raises(ValueError, match=message):
+            convert_script.convert(make_settings(f"ckpt={trained}", *overrides, config_name="convert"), tmp_path / "convert")
+
+    fails("trained on images of 8 pixels", "data.image_size=16")
+    tree = write_tree(tmp_path / "tree", ("train", "val"), [f"class{i}" for i in range(10)], 1, (8, 8))
+    fails("other classes .* class0 where that has 0", "data=folder", f"data.root={tree}", "data.image_size=8", "data.batch_size=2")
+    assert not (tmp_path / "convert").exists()
 
 
 def test_folder_for_timm(tmp_path):
@@ -317,13 +341,21 @@ def test_folder_for_timm(tmp_path):
     folder = tmp_path / "run" / "convert"
     net = timm.create_model(f"local-dir:{folder}/hub", pretrained=True).eval()
     assert tuple(net.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
-    assert (net.pretrained_cfg["crop_pct"], tuple(net.pretrained_cfg["input_size"])) == (72 / 82, (3, 72, 72))
+    assert (int(72 / net.pretrained_cfg["crop_pct"]), tuple(net.pretrained_cfg["input_size"])) == (82, (3, 72, 72)), "as timm computes it"
+    assert net.pretrained_cfg["interpolation"] == "bilinear"
     assert tuple(net.pretrained_cfg["label_names"]) == ("ant", "bee")
     x = torch.randn(3, 3, 72, 72)
-    ours, _ = files.load_network(folder / "model.safetensors")
+    ours, about = files.load_network(folder / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(net(x), ours(x))
         assert relative_error(net(x), graph.OnnxNetwork(folder / "model.onnx")(x)) < 1e-5
+
+    photograph = next((tree / "val" / "ant").iterdir())
+    [(_, found)] = predict_script.predictions(ours, about, [str(photograph)])
+    pixels = TF.center_crop(TF.resize(TF.pil_to_tensor(Image.open(photograph)), [82], antialias=True), [72]) / 255
+    with torch.no_grad():
+        expected = ours(TF.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]).softmax(1)[0]
+    assert {name: pytest.approx(probability) for probability, name in found} == dict(zip(["ant", "bee"], expected.tolist(), strict=True))
 
 
 def test_folder_for_timm_of_a_resnet(tmp_path):

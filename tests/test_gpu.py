@@ -1,24 +1,22 @@
 """What only a GPU can check: `make gpu`. Skipped where there is none; not run yet."""
 
-from functools import partial
 
 import pytest
 import torch
 
-from dbb import BLOCKS, DiverseBranchBlock, branchwise, reparameterize
-from models import BACKBONES, build_model
+from dbb import branchwise, reparameterize
 from tests.conftest import randomize, relative_error
+from tests.test_models import EVERY, build, images
 from tests.test_scripts import TINY, run
 from training.evaluate import exact_arithmetic
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("block", [*BLOCKS, partial(DiverseBranchBlock, mode="online")], ids=[*BLOCKS, "online"])
+@EVERY
 def test_conversion_on_the_gpu(name, block):
-    net = randomize(build_model(name, 10, block, image_size=32)).cuda()
-    x = torch.randn(4, 3, 32, 32, device="cuda")
+    net = randomize(build(name, block)).cuda()
+    x = images(name, 4, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         net.train()(x).float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

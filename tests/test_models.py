@@ -1,6 +1,7 @@
 """Every backbone with every block: equivalence of whole networks, shapes, strides, and devices without a GPU."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import timm
@@ -13,16 +14,26 @@ from dbb import BLOCKS, DiverseBranchBlock, branchwise, reparameterize
 from models import BACKBONES, build_model
 from tests.conftest import randomize, relative_error
 
-EVERY = pytest.mark.parametrize("name", BACKBONES)
-BLOCK = pytest.mark.parametrize("block", BLOCKS)
+ONLINE = partial(DiverseBranchBlock, mode="online")
+# Every backbone with DBB, and every block in a dense and in a depthwise one.
+PAIRS = [*product(BACKBONES, ["dbb"]), *product(("resnet20", "mobilenet_v1"), [*(block for block in BLOCKS if block != "dbb"), ONLINE])]
+EVERY = pytest.mark.parametrize(("name", "block"), PAIRS, ids=[f"{name}-{'online' if block is ONLINE else block}" for name, block in PAIRS])
+SIZE = {"alexnet": 224}  # pixels; the others take 32
+
+
+def build(name, block=None):
+    return build_model(name, 10, block, SIZE.get(name, 32))
+
+
+def images(name, n=2, **kwargs):
+    return torch.randn(n, 3, SIZE.get(name, 32), SIZE.get(name, 32), **kwargs)
 
 
 @EVERY
-@BLOCK
 def test_converted_network_is_the_same_function(name, block):
     torch.manual_seed(0)
-    net = randomize(build_model(name, 10, block, image_size=32)).eval()
-    x, drawn = torch.randn(2, 3, 32, 32), {}
+    net = randomize(build(name, block)).eval()
+    x, drawn = images(name), {}
     with torch.no_grad():
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
             net = net.to(dtype)
@@ -35,14 +46,13 @@ def test_converted_network_is_the_same_function(name, block):
 
 @EVERY
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("block", [None, *BLOCKS, partial(DiverseBranchBlock, mode="online")], ids=["plain", *BLOCKS, "online"])
-def test_nothing_is_left_on_the_cpu(name, training, block):
+def test_nothing_is_left_on_the_cpu(name, block, training):
     """A forward pass on a fake GPU fails where a tensor was made on the CPU."""
-    net = build_model(name, 10, block, image_size=32).train(training)
+    net = build(name, block).train(training)
     with FakeTensorMode():
         state = {key: torch.empty(value.shape, dtype=value.dtype, device="cuda")
                  for key, value in [*net.named_parameters(), *net.named_buffers()]}
-        logits = torch.func.functional_call(net, state, (torch.empty(4, 3, 32, 32, device="cuda"),))
+        logits = torch.func.functional_call(net, state, (images(name, 4, device="cuda"),))
     assert logits.device.type == "cuda"
     assert logits.shape == (4, 10)
 
@@ -56,7 +66,7 @@ def test_the_fake_gpu_catches_a_misplaced_tensor():
 
 
 @pytest.mark.parametrize(("name", "small", "large"), [("resnet18", 8, 32), ("resnet50", 8, 32), ("mobilenet_v1", 8, 32),
-                                                      ("mobilenet_v2", 8, 32), ("resnet20", 4, 4), ("vgg16", 32, 32)])
+                                                      ("mobilenet_v2", 8, 32), ("resnet20", 4, 4), ("wrn16_8", 4, 4), ("vgg16", 32, 32)])
 def test_total_stride(name, small, large):
     assert build_model(name, 10, image_size=32).total_stride == small
     assert build_model(name, 10, image_size=128).total_stride == large

@@ -18,6 +18,9 @@ def plain_errors() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -85,14 +85,19 @@ class ImageData(pl.LightningDataModule):
         wanted = min(self.conf.max_images or len(indices), len(indices))
         return indices[torch.arange(wanted) * len(indices) // wanted]
 
-    def check_classes(self, trained: int) -> None:
-        """Compare with a network's number of classes.
+    def check_classes(self, trained: list[str]) -> None:
+        """Compare with the classes that a network was trained for.
 
         Raises:
-            ValueError: if the data has another.
+            ValueError: if the data has others.
         """
-        if self.classes is not None and len(self.classes) != trained:
-            raise ValueError(f"the checkpoint was trained for {trained} classes, but data={self.conf.name} has {len(self.classes)}")
+        if self.classes is None or self.classes == trained:
+            return
+        if len(self.classes) != len(trained):
+            raise ValueError(f"the checkpoint was trained for {len(trained)} classes, but data={self.conf.name} has {len(self.classes)}")
+        ours, theirs = next((a, b) for a, b in zip(self.classes, trained, strict=True) if a != b)
+        raise ValueError(f"data={self.conf.name} has other classes than the checkpoint was trained for: {ours} where that has {theirs}; "
+                         "name its folders as in the training")
 
     @property
     def image_size(self) -> int:

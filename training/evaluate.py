@@ -48,7 +48,7 @@ def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageD
         image_size = data.image_size
         net, count = load_published(settings, image_size)
         classes = data.classes if data.classes and len(data.classes) == count else [str(label) for label in range(count)]
-    data.check_classes(len(classes))
+    data.check_classes(classes)
     # Noise images say nothing of the normalisation: it is that of the training.
     shown = checkpoint["dbb"]["settings"]["data"] if checkpoint and data.classes is None else asdict(data_conf)
     resize = resized_side(image_size) if shown["name"] in FILE_SETS else image_size

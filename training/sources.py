@@ -242,7 +242,11 @@ def read_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+                if not 0 <= image.getextrema()[0] <= image.getextrema()[1] < 2**16:
+                    raise ValueError("more than 16 bits a pixel")
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("real numbers, of a range that it does not tell")
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
