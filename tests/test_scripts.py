@@ -4,11 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import wandb
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -19,7 +17,6 @@ import train as train_script
 from dbb import branches
 from models import build_model
 from tests.conftest import ROOT, randomize
-from training.callbacks import make_loggers
 from training.checkpoint import load_checkpoint
 from training.module import Classifier, warmup_cosine
 
@@ -202,27 +199,6 @@ def test_a_mode_is_a_choice_of_training_alone(make_settings, tmp_path, capsys):
         eval_script.evaluate(make_settings(ckpt, "block.mode=exact", config_name="eval"))
 
 
-def test_multirun(tmp_path):
-    done = run("train.py", "-m", "model=resnet20", *TINY, "trainer.limit_train_batches=1", "seed=0,1", "out=sweep", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("sweep/*/checkpoints/last.ckpt"))) == 2
-
-
-def test_two_processes(tmp_path):
-    """DDP on the CPU trains, counts every test image once, and its checkpoint converts."""
-    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp",
-               "out=ddp", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = (tmp_path / "ddp" / "metrics.csv").read_text().splitlines()
-    column = {name: [row.split(",")[i] for row in rows[1:]] for i, name in enumerate(rows[0].split(","))}
-    during, after = ([float(v) for v in column[key] if v] for key in ("test/top1", "final/top1"))
-    assert during == pytest.approx(after, abs=1e-6)
-    converted = run("convert.py", "ckpt=ddp/checkpoints/last.ckpt", cwd=tmp_path)
-    assert converted.returncode == 0, converted.stderr
-    assert "0 of 360 predictions changed" in converted.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["ddp"], "no further output folders"
-
-
 @pytest.mark.parametrize("extra", [
     ("block=acb", "optim.ema_decay=0.5"),
     ("trainer.precision=bf16-mixed", "model.channels_last=true", "trainer.gradient_clip_val=1.0"),
@@ -269,30 +245,3 @@ def test_schedule():
     assert factors[12] == pytest.approx(0.5)
     assert factors[20] == pytest.approx(0)
     assert warmup_cosine(0, 10, 0) == 1
-
-
-def test_convert_adds_to_the_wandb_run(make_settings, tmp_path, trained):
-    folder, _ = trained
-    ckpt = f"ckpt={folder}/checkpoints/last.ckpt"
-    settings = make_settings(ckpt, config_name="convert")
-    report = convert_script.convert(settings, tmp_path)
-    runs = len(list((folder / "wandb").glob("offline-run-*")))
-    convert_script.log(report, settings, tmp_path, folder)
-    wandb.teardown()  # as at the end of the process: the service has then written everything
-    logged = sorted((folder / "wandb").glob(f"offline-run-*-{settings.logger.id}"))
-    assert len(logged) == runs + 1
-    [sent_later] = logged[-1].glob("*.wandb")
-    content = sent_later.read_bytes()
-    for name in (f"converted-{settings.logger.id}", "model.safetensors", "model.onnx", "report.md", "report.png"):
-        assert name.encode() in content, name
-    assert "final/top1" in (folder / "metrics.csv").read_text(), "the metrics of the training are still there"
-
-
-def test_loggers(make_settings, tmp_path):
-    assert len(make_loggers(make_settings("data=digits", "logger=csv"), tmp_path)) == 1
-    assert len(make_loggers(make_settings("data=digits"), tmp_path)) == 2
-
-
-def test_every_experiment_runs(make_settings, tmp_path):
-    for path in Path(ROOT, "configs", "experiment").glob("*.yaml"):
-        train_script.train(make_settings(f"experiment={path.stem}", "debug=default", "logger=csv"), tmp_path / path.stem)

@@ -1,0 +1,73 @@
+"""What W&B, TensorBoard and the dashboard show of a run; read back from the files that an offline run leaves."""
+
+import sys
+
+import pandas as pd
+import pytest
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import convert as convert_script
+import dashboard
+import train as train_script
+from training.callbacks import make_loggers
+
+SMALL = ("model=resnet8_dbb", "data=digits", "data.max_images=64", "data.batch_size=32", "trainer.max_epochs=2",
+         "trainer.log_every_n_steps=1", "optim.lr=0.02", "seed=3")
+
+
+def content(folder) -> bytes:
+    """All that was written for the server, of all sessions of the run."""
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*.wandb")))
+
+
+def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path):
+    settings = make_settings(*SMALL, "logger.tags=[mine]")
+    result = train_script.train(settings, tmp_path)
+    wandb.finish()
+    settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", config_name="convert")
+    report = convert_script.convert(settings, tmp_path / "convert")
+    convert_script.log(report, settings, tmp_path / "convert", tmp_path)
+    wandb.teardown()  # as at the end of the process: the service has then written everything
+    assert len({path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}) == 1, "one run"
+    written = content(tmp_path / "wandb")
+    for name in ("resnet8_dbb_s3", "resnet8_digits", "mine", "exact", "test/top1", "train/loss", "lr-SGD", "convolutions",
+                 "share/blocks.0.conv1/1x1_kxk", "gamma/blocks.0.conv1/1x1_avg", "confusion_matrix", "wrongly_classified",
+                 "final/converted_top1", "max_epochs", "convert/report",
+                 "convert/after/top1", f"converted-{settings.logger.id}", "model.safetensors", "model.onnx"):
+        assert name.encode() in written, name
+    assert "gamma/" not in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert "final/top1" in (tmp_path / "metrics.csv").read_text(), "the metrics of the training are still there"
+    wrong = round((1 - result["top1"]) * 64)
+    assert len(list((tmp_path / "wandb").glob("*/files/media/images/wrongly_classified*"))) == min(wrong, 36)
+
+
+def test_tensorboard_shows_the_same_scalars(make_settings, tmp_path):
+    train_script.train(make_settings(*SMALL, "logger=tensorboard"), tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    metrics = pd.read_csv(tmp_path / "metrics.csv")
+    names = set(metrics.columns) - {"epoch", "step"}
+    assert names <= set(events.Tags()["scalars"])
+    assert "share/conv1/kxk" in events.Tags()["scalars"]
+    for name in ("train/loss_epoch", "test/top1", "final/converted_top1"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(metrics[name].dropna().tolist())
+
+
+def test_loggers(make_settings, tmp_path):
+    assert len(make_loggers(make_settings("data=digits", "logger=csv"), tmp_path)) == 1
+    assert len(make_loggers(make_settings("data=digits"), tmp_path)) == 2
+
+
+def test_the_dashboard_shows_what_runs_log(make_settings, tmp_path, monkeypatch):
+    definition = dashboard.make_workspace("someone", "dbb")._to_model().model_dump_json()
+    train_script.train(make_settings(*SMALL, "logger=csv"), tmp_path)
+    logged = set(pd.read_csv(tmp_path / "metrics.csv").columns)
+    shown = {name for name in logged if f'"{name}"' in definition}
+    assert shown == {"epoch", "test/top1", "test/loss", "train/loss_epoch", "lr-SGD", "final/top1", "final/converted_top1",
+                     "final/predictions_changed", "train/seconds_per_step", "train/peak_memory_mib", "final/activations_mib"}
+    for name in ("^share/", "^gamma/", "convert/report", "wrongly_classified"):
+        assert name in definition
+    monkeypatch.setattr(sys, "argv", ["dashboard.py", "--project", "dbb"])
+    monkeypatch.setattr(wandb, "Api", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("no key")))
+    with pytest.raises(SystemExit, match="error: W&B did not take the dashboard"):
+        dashboard.main()

@@ -1,0 +1,143 @@
+"""Sweeps that go on, jobs that are put back into the queue, and several processes: the same run, once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+import report as report_script
+import train as train_script
+from tests.conftest import ROOT, relative_error
+from tests.test_scripts import TINY, run
+from training.checkpoint import load_checkpoint
+from training.module import learning_rate
+
+FROZEN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from torch import nn
+from training.module import Classifier
+start = Classifier.on_train_epoch_start
+def frozen(self):
+    start(self)
+    for module in self.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+Classifier.on_train_epoch_start = frozen
+script = Path({root!r}, "train.py")
+exec(compile(script.read_text(), str(script), "exec"))  # under this file's name, by which the second process is started
+"""
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
+    """Two seeds; of the blocks one exists and one cannot be built on these images; then the same command again, and more."""
+    command = ["-m", "data=digits", "logger=csv", "trainer.max_epochs=1", "data.max_images=64", "data.batch_size=32", "out=sweep"]
+    done = run("train.py", *command, "model=resnet8,vgg16", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: 2 jobs failed" in done.stderr
+    assert "vgg16 cannot take images of 8 pixels" in done.stderr
+    assert "Traceback" not in done.stderr
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/*/result.json")}
+    assert len(results) == 2
+    done = run("train.py", *command, "model=resnet8", "block=none,dbb", "seed=1,0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("sweep/*/result.json"))) == 6, "block=none is said now: two jobs of their own"
+    assert all(path.stat().st_mtime_ns == when for path, when in results.items())
+    again = run("train.py", *command, "model=resnet8", "block=none,dbb", "seed=0", cwd=tmp_path)
+    assert again.stdout.count("is finished: test top1") == 2
+
+    twins = [str(path) for path in tmp_path.glob("sweep/*") if "block" in path.name]
+    sys.argv[:] = ["report.py", *twins, "--out", str(tmp_path / "report")]
+    report_script.main()
+    printed = capsys.readouterr().out
+    assert "| dbb | 2 | 1 |" in printed
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"arms.csv", "curves.png", "epochs.csv", "report.md", "runs.csv"}
+    arms = pd.read_csv(tmp_path / "report" / "arms.csv").set_index("arm")
+    one, two = (json.loads(next(tmp_path.glob(f"sweep/*block-dbb*seed-{seed}*/result.json")).read_text())["top1"] for seed in (0, 1))
+    assert arms.loc["dbb", "top1"] == pytest.approx(50 * (one + two))
+    assert arms.loc["dbb", "predictions_changed"] == 0
+    sys.argv[:] = ["report.py", str(tmp_path / "sweep"), "--out", str(tmp_path / "report")]
+    with pytest.raises(SystemExit, match="is there twice"):  # with block=none said and unsaid
+        report_script.main()
+
+
+def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
+    settings = ("model=resnet8", *TINY, "data.max_images=64", "data.batch_size=32")
+    first = train_script.train(make_settings(*settings), tmp_path)
+    assert train_script.train(make_settings(*settings, "logger.tags=[again]"), tmp_path) == first
+    with pytest.raises(ValueError, match="already holds a run with another optim.lr"):
+        train_script.train(make_settings(*settings, "optim.lr=0.3"), tmp_path)
+    (tmp_path / "result.json").unlink()  # stopped in its last evaluation
+    assert train_script.train(make_settings(*settings), tmp_path) == first
+
+
+def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
+    """SLURM's side is played by environment variables, a signal, and an scontrol that writes down what it was asked."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    env = os.environ | {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+                        "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
+                        "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.devices=1",
+               "trainer.max_epochs=12", "model=resnet8", "data=digits", "data.max_images=320", "data.batch_size=16", "optim.lr=0.01"]
+    folder = tmp_path / "outputs" / "slurm-4242"
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+        while not (folder / "checkpoints" / "last.ckpt").exists() and job.poll() is None:
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        while not (tmp_path / "asked").exists() and job.poll() is None:
+            time.sleep(0.1)
+        job.kill()
+        job.wait()
+    assert (tmp_path / "asked").read_text() == "requeue 4242\n", (tmp_path / "log").read_text()[-2000:]
+    assert not (folder / "result.json").exists()
+    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "epoch 1/12" not in again.stdout
+    assert "epoch 12/12" in again.stdout
+    assert (folder / "result.json").exists()
+    runs = {path.name.split("-")[-1] for path in (folder / "wandb").glob("offline-run-*")}
+    assert len(runs) == 1, "two sessions of one W&B run"
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["slurm-4242"]
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
+    """With SGD and frozen norms: the same weights; each test image counted once, one folder, one W&B run; it converts."""
+    script = tmp_path / "frozen.py"
+    script.write_text(FROZEN.format(root=ROOT))
+    options = ["model=resnet8_dbb", "data=digits", "optim.lr=0.002", "trainer.max_epochs=1", "trainer.limit_train_batches=6",
+               "trainer.accelerator=cpu"]
+    for name, extra in (("one", ["trainer.devices=1", "logger=csv"]), ("two", ["trainer.devices=2", "trainer.strategy=ddp"])):
+        done = run(script, *options, *extra, f"out={name}", cwd=tmp_path, env={"WANDB_MODE": "offline"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
+    for key in one:
+        assert relative_error(two[key], one[key]) < 1e-5, key
+
+    metrics = pd.read_csv(tmp_path / "two" / "metrics.csv")
+    assert metrics["test/top1"].dropna().tolist() == pytest.approx(metrics["final/top1"].dropna().tolist(), abs=1e-6)
+    assert len(list((tmp_path / "two" / "wandb").glob("offline-run-*"))) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen.py", "one", "two"]
+    converted = run("convert.py", "ckpt=two/checkpoints/last.ckpt", "logger=csv", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    assert "0 of 360 predictions changed" in converted.stdout
+
+
+def test_the_learning_rate_follows_the_batch(make_settings):
+    def rate(*overrides):
+        return learning_rate(make_settings(*overrides))
+    assert rate("optim.lr=0.3", "data.batch_size=512") == pytest.approx(0.3), "as it stands, unless a batch is named"
+    assert rate("experiment=dbb_imagenet_resnet18") == pytest.approx(0.1)
+    assert rate("experiment=dbb_imagenet_resnet18", "data.batch_size=1024") == pytest.approx(0.4)
+    assert rate("experiment=dbb_imagenet_resnet18", "trainer.accumulate_grad_batches=2") == pytest.approx(0.2)
+    assert rate("experiment=modern_imagenet", "data.batch_size=256") == pytest.approx(0.125)
+    assert rate("experiment=dbb_imagenet_resnet18", "trainer=ddp", "trainer.devices=8", "trainer.num_nodes=2") == pytest.approx(0.1)
