@@ -15,7 +15,6 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
-import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -26,7 +25,7 @@ from training.callbacks import log_convolutions, log_predictions, make_callbacks
 from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors
 from training.data import ImageData
-from training.evaluate import activation_bytes, pick_device, predict, scores, sentence
+from training.evaluate import activations_of_a_batch, pick_device, predict, scores, sentence
 from training.module import Classifier
 from training.runs import read_result, take_up
 from training.settings import Settings, resolve
@@ -45,8 +44,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
             this very run, training goes on where that stopped; if that is finished, its result is returned.
 
     Returns:
-        `top1`, `top5` (fractions) and `loss` of the checkpoint kept, branch by branch; `converted_top1`; `predictions_changed` by
-        conversion. Empty in all processes but the first.
+        `top1`, `top5` (fractions) and `loss` of the checkpoint kept, branch by branch; `val_top1`, where images are held out;
+        `converted_top1` and `predictions_changed` by conversion. Empty in all processes but the first.
 
     Raises:
         ValueError: if a setting or the data is wrong, or `run_dir` already holds another run.
@@ -77,6 +76,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if checkpoint is not None:
         data.check_classes(checkpoint["dbb"]["classes"])
     model = Classifier(settings, data.classes, data.image_size)
+    if checkpoint is None and settings.model.weights is None and hasattr(model.net, "whiten"):
+        model.net.whiten(next(data.calibration_images()))
     if checkpoint is not None:
         restore(model.net, checkpoint)  # says what does not fit, before Lightning would
 
@@ -89,8 +90,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
             (run_dir / name).unlink(missing_ok=True)
         OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
         trainer.loggers[-1].log_hyperparams(asdict(settings))
-        images = torch.zeros(min(settings.data.batch_size, 2**21 // data.image_size**2), 3, data.image_size, data.image_size)
-        activations = settings.data.batch_size / len(images) * activation_bytes(model.net, images) / 2**20
+        activations = activations_of_a_batch(model.net, settings.data.batch_size, data.image_size) / 2**20
         parameters = sum(p.numel() for p in model.net.parameters())
         print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
               f"at {data.image_size} pixels, {activations:.0f} MiB of activations a batch, on {trainer.strategy.root_device}",
@@ -105,7 +105,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     with branchwise(net):
         logits, targets = predict(net, data, device, "test")
     converted, _ = predict(reparameterize(net), data, device, "converted")
-    result = scores(logits, targets) | {"converted_top1": scores(converted, targets)["top1"],
+    held_out = {"val_top1": float(trainer.callback_metrics["val/top1"])} if "val/top1" in trainer.callback_metrics else {}
+    result = scores(logits, targets) | held_out | {"converted_top1": scores(converted, targets)["top1"],
                                         "predictions_changed": compare_logits([(logits, converted)]).predictions_changed,
                                         "parameters": parameters, "activations_mib": activations}
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -127,7 +128,7 @@ def main(cfg: DictConfig) -> float | None:
     run_dir = Path(hydra_cfg.runtime.output_dir)
     try:
         with plain_errors():
-            return train(resolve(cfg, hydra_cfg.overrides.task), run_dir).get("top1")
+            return train(resolve(cfg, hydra_cfg.overrides.task), run_dir).get("val_top1")  # what a sweeper may select by
     except SystemExit as stop:
         if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(stop.code, str):
             raise

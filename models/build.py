@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbb import Report, replace_convs
+from models.airbench import AirBench
 from models.alexnet import AlexNet
 from models.cifar_quick import CifarQuick
 from models.cifar_resnet import CifarResNet
@@ -47,6 +48,7 @@ UNTRAINED = {  # of our own, without weights to fetch: the class, and its argume
     "vgg16": (VGG16,),
     "cifar_quick": (CifarQuick,),
     "alexnet": (AlexNet,),
+    "airbench": (AirBench,),
 }
 OF_TIMM = {
     "resnet18": partial(_timm_resnet, "resnet18"),

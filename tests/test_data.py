@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from training.data import ImageData, KeySampler, crop_and_flip
+from training.module import Classifier
 from training.sources import lighting, read_image
 
 
@@ -57,7 +58,8 @@ def test_digits_are_split_once_and_for_all(make_settings):
 @pytest.mark.parametrize("source", ["digits", "cifar10", "imagenet"])
 def test_epoch_depends_on_seed_and_epoch_alone(make_settings, cifar, files, source):
     root = {"digits": [], "cifar10": [f"data.root={cifar}"],
-            "imagenet": [f"data.root={files}", "data.image_size=32", "data.color_jitter=true", "data.lighting=true"]}[source]
+            "imagenet": [f"data.root={files}", "data.image_size=32", "data.color_jitter=true", "data.lighting=true",
+                         "data.trivial_augment=true"]}[source]
 
     def images(workers, epoch, seed=0, batch_size=4):
         data = load(make_settings, f"data={source}", *root, f"data.batch_size={batch_size}", f"data.num_workers={workers}", seed=seed)
@@ -231,3 +233,34 @@ def test_official_archive(make_settings, tmp_path, monkeypatch):
     assert data.train_set.images.shape == (20, 3, 32, 32)
     raw = pickle.loads((folder / "test_batch").read_bytes())["data"][5].reshape(3, 32, 32)
     assert np.array_equal(data.test_set.images[5].numpy(), raw)
+
+
+def test_some_images_of_every_class(make_settings, files):
+    data = load(make_settings, "data=imagenet", f"data.root={files}", "data.image_size=32", "data.batch_size=2", "data.max_images=6",
+                "data.num_workers=0")
+    assert torch.bincount(torch.tensor(data.test_set.tree.targets)[data.test_indices]).tolist() == [2, 2, 2]
+    assert torch.bincount(torch.tensor(data.train_set.tree.targets)[data.train_indices]).tolist() == [2, 2, 2]
+    assert sum(len(targets) for _, targets in data.test_dataloader()) == 6
+    everything = load(make_settings, "data=digits", "data.max_images=5000")
+    assert len(everything.test_indices) == 360
+
+
+def test_mixed_batches(make_settings):
+    images, targets = torch.arange(8.0)[:, None, None, None].expand(-1, 3, 8, 8), torch.arange(8)
+    classes = [str(i) for i in range(8)]
+    assert Classifier(make_settings("model=resnet8", "data=digits"), classes, 8).mix is None
+    for knob in ("data.mixup=1.0", "data.cutmix=1.0"):
+        mixed, soft = Classifier(make_settings("model=resnet8", "data=digits", knob), classes, 8).mix(images, targets)
+        assert soft.sum(1).tolist() == pytest.approx([1.0] * 8)
+        assert torch.allclose(soft @ torch.arange(8.0), mixed.mean((1, 2, 3)), atol=1e-5), "as much of a target as of its image"
+        assert not torch.equal(mixed, images)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["data=digits", "data.mixup=-1"], "data.mixup=-1.0 must be at least 0"),
+    (["data=digits", "data.trivial_augment=true"], "no such thing"), (["data=imagenet", "data.on_device=true"], "no such thing"),
+    (["data=digits", "data.on_device=true", "data.num_workers=1"], "must be 0"), (["data.image_size=0"], "data.image_size=0 must be"),
+    (["data=digits", "data.max_images=0"], "data.max_images=0 must be"), (["optim.lr_batch_size=0"], "optim.lr_batch_size=0 must be")])
+def test_knobs_that_make_no_sense(make_settings, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_settings(*overrides)

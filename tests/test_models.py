@@ -88,6 +88,17 @@ def test_papers_variants():
     assert all((m.weight == 1).all() for m in build_model("resnet18", 10).modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def test_airbench_whitens_patches():
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 8, 8).cumsum(3).cumsum(1)  # neighbours and channels that are alike
+    net = build_model("airbench", 10, image_size=32)
+    net.whiten(images, eps=0.0)
+    y = torch.nn.functional.conv2d(images, net.whitening.weight).double().transpose(0, 1).flatten(1)
+    assert relative_error(y[:12] @ y[:12].T / y.shape[1], torch.eye(12)) < 1e-4
+    assert torch.equal(y[12:], -y[:12])
+    assert not net.whitening.weight.requires_grad
+
+
 def test_block_and_baseline_start_from_the_same_kernels():
     torch.manual_seed(0)
     plain = build_model("resnet20", 10)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import cloudpickle
 import pandas as pd
 import pytest
 
@@ -65,6 +66,15 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     sys.argv[:] = ["report.py", str(tmp_path / "sweep"), "--out", str(tmp_path / "report")]
     with pytest.raises(SystemExit, match="is there twice"):  # with block=none said and unsaid
         report_script.main()
+
+
+def test_a_sweep_can_be_sent_to_other_processes():
+    """The joblib and submitit launchers pickle the script's function; `data.classes` once took torch.classes along, which cannot be."""
+    cloudpickle.register_pickle_by_value(train_script)
+    try:
+        cloudpickle.dumps(train_script.main.__wrapped__)
+    finally:
+        cloudpickle.unregister_pickle_by_value(train_script)
 
 
 def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):

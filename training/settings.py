@@ -194,15 +194,15 @@ class Settings:
         if self.data.image_size is None and self.data.name in FILE_SETS:
             raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
         for knob, value, least in (
-                ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size or 1, 1),
+                ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
-                ("data.max_images", self.data.max_images or 1, 1),
+                ("data.max_images", self.data.max_images, 1),
                 ("data.crop_padding", self.data.crop_padding, 0), ("data.mixup", self.data.mixup, 0), ("data.cutmix", self.data.cutmix, 0),
-                ("optim.lr_batch_size", self.optim.lr_batch_size or 1, 1), ("block.copies", self.block.copies, 1),
+                ("optim.lr_batch_size", self.optim.lr_batch_size, 1), ("block.copies", self.block.copies, 1),
                 ("block.positions", self.block.positions, 4),
                 ("block.kernel_sizes", min(self.block.kernel_sizes, default=1), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
                 ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{knob}={value} must be at least {least}")
         if self.data.on_device and self.data.num_workers:
             raise ValueError(f"data.num_workers={self.data.num_workers} must be 0 with data.on_device=true: nothing is left to load")
