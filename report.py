@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from export.report import table
 from training.cli import output_folder, plain_errors
 from training.runs import OF_THE_COMMAND, flat, read_config, read_result
 
@@ -44,14 +45,14 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         settings = {key: _plain(value) for key, value in flat(config).items() if key.split(".")[0] not in OF_THE_COMMAND}
         run = {"folder": str(place), "seed": settings.pop("seed"), "settings": settings, "epochs": 0}
         if (place / "metrics.csv").exists():
-            table = pd.read_csv(place / "metrics.csv")
-            table = table[[name for name in ("epoch", "step", *METRICS) if name in table]].rename(columns=METRICS)
-            table = table.dropna(subset=[name for name in METRICS.values() if name in table], how="all").groupby("epoch").last()
-            epochs.append(table.assign(folder=str(place), epoch=table.index.astype(int) + 1))
-            run |= {"epochs": len(table)}
-            if result is not None and len(table):
-                run |= {"train_loss": table["train_loss"].iloc[-1], "seconds_per_step": table["seconds_per_step"].median()}
-                run |= {"seconds": (table["step"].iloc[-1] + 1) * run["seconds_per_step"]}
+            rows = pd.read_csv(place / "metrics.csv")
+            rows = rows[[name for name in ("epoch", "step", *METRICS) if name in rows]].rename(columns=METRICS)
+            rows = rows.dropna(subset=[name for name in METRICS.values() if name in rows], how="all").groupby("epoch").last()
+            epochs.append(rows.assign(folder=str(place), epoch=rows.index.astype(int) + 1))
+            run |= {"epochs": len(rows)}
+            if result is not None and len(rows):
+                run |= {"train_loss": rows["train_loss"].iloc[-1], "seconds_per_step": rows["seconds_per_step"].median()}
+                run |= {"seconds": (rows["step"].iloc[-1] + 1) * run["seconds_per_step"]}
         if result is None:
             why = error.read_text().strip() if error.exists() else "not finished"
             run["state"] = f"{why} ({run['epochs']} of {settings['trainer.max_epochs']} epochs)"
@@ -155,21 +156,17 @@ def markdown(runs: pd.DataFrame, arms: pd.DataFrame, folders: list[Path]) -> str
             equal.append([row["arm"], row["equal_compute"] if near else f"none yet: trainer.max_epochs={row['wanted_epochs']:.0f} would do",
                           f"{row['time_ratio']:.2f}" if near else "", *difference(row, "_equal_compute")])
     parts = [f"# {', '.join(folder.name for folder in folders)}", "![curves](curves.png)", "## At equal epochs",
-             _table(["arm", "n", "epochs", "final training loss", "test top-1, %", "difference to plain, points", "95% interval",
+             table(["arm", "n", "epochs", "final training loss", "test top-1, %", "difference to plain, points", "95% interval",
                      "converted top-1, % (predictions)", "ms a step", "activations a batch, MiB"], first),
              "± is the standard deviation over seeds. Differences are paired by seed; one whose interval holds 0 is not significant. Each "
              "interval is for one comparison: of twenty without any effect, one misses 0. Time is what the runs logged, on a machine that "
              "may have done other things; activations are what a forward pass in float32 leaves for backward."]
     if equal:
         head = ["arm", "plain network of equal training time", "time ratio", "difference, points", "95% interval"]
-        parts += ["## At equal compute", _table(head, equal)]
+        parts += ["## At equal compute", table(head, equal)]
     left = [f"- `{row.folder}`: {row.state}" for row in runs[runs["state"] != "finished"].itertuples()]
     parts.append("\n".join([f"## Not in the tables: {len(left)} of {len(runs)} runs\n", *left]) if left else "All runs are finished.")
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: list[str], body: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
 def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
@@ -180,7 +177,7 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
     for axis, (column, title, scale) in zip(figure.subplots(1, 2), shown, strict=True):
         for arm, group in epochs.groupby("arm", sort=False):
-            curve = scale * group.pivot_table(index="epoch", columns="folder", values=column)
+            curve = scale * group.pivottable(index="epoch", columns="folder", values=column)
             mean, std = curve.mean(axis=1), curve.std(axis=1).fillna(0)
             [line] = axis.plot(mean.index, mean, label=f"{arm} (n={curve.shape[1]})")
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)

@@ -31,24 +31,24 @@ def markdown(report: dict, recipe: str) -> str:
     labelled = "top1" in report["before"]
     parts = [f"# {about['model']}, {len(about['classes'])} classes, {about['image_size']} pixels: conversion",
              "![time and size before and after, and the share of every branch](report.png)",
-             _table(["", "before: branch by branch", "after: one convolution each"], rows(report)),
+             table(["", "before: branch by branch", "after: one convolution each"], rows(report)),
              f"Compared on {report['images']:,} images" + ("" if labelled else " of noise (`data=none`): no accuracy was measured")
              + ". Each file against the network branch by branch:",
-             _table(["file", "bytes", "top-1", "predictions changed", "ties", "largest relative logit error"], file_rows(report)),
+             table(["file", "bytes", "top-1", "predictions changed", "ties", "largest relative logit error"], file_rows(report)),
              "SHA-256:\n\n" + "\n".join(f"    {entry['sha256']}  {name}" for name, entry in report["files"].items())]
     if "graphs" in report:
         kinds = sorted({kind for graph in report["graphs"].values() for kind in graph["nodes"]})
-        table = [[kind, *(str(graph["nodes"].get(kind, 0)) for graph in report["graphs"].values())] for kind in kinds]
-        table += [["all nodes", *(str(sum(graph["nodes"].values())) for graph in report["graphs"].values())]]
-        table += [[name, *(form.format(graph[name]) for graph in report["graphs"].values())]
+        body = [[kind, *(str(graph["nodes"].get(kind, 0)) for graph in report["graphs"].values())] for kind in kinds]
+        body += [["all nodes", *(str(sum(graph["nodes"].values())) for graph in report["graphs"].values())]]
+        body += [[name, *(form.format(graph[name]) for graph in report["graphs"].values())]
                   for name, form in FORMATS.items() if name in ("parameters", "macs", "latency_ms")]
-        parts += ["## Graphs\n\n![both graphs](graphs.png)", _table(["", *report["graphs"]], table)]
+        parts += ["## Graphs\n\n![both graphs](graphs.png)", table(["", *report["graphs"]], body)]
     if "int8" in report:
         worst = [[row["layer"], f"{row['range']:.3g}", f"{row['spread']:.1f}", f"{row['weight_db']:.1f}",
                   "" if row["output_db"] is None else f"{row['output_db']:.1f}"] for row in report["int8"]]
         parts += ["## int8\n\nonnxruntime, static, a scale per output channel, calibrated on training images; the "
                   "classifier stays in float. Worst layers first.",
-                  _table(["layer", "largest weight", "widest / median channel", "weight, dB", "output, dB"], worst)]
+                  table(["layer", "largest weight", "widest / median channel", "weight, dB", "output, dB"], worst)]
     lines = f'{recipe}\nfrom safetensors.torch import load_file\nnet.load_state_dict(load_file("model.safetensors"))\nnet.eval()'
     parts += [f"## Load it without this repository\n\n```python\n{lines}\n```",
               f"Images: {about['image_size']}x{about['image_size']} (shorter side to {about['resize']}, centre crop), RGB in 0 .. 1, minus "
@@ -56,7 +56,8 @@ def markdown(report: dict, recipe: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: list[str], body: list[list[str]]) -> str:
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 

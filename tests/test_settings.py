@@ -52,7 +52,8 @@ def test_groups_compose(make_settings, data):
 
 
 @pytest.mark.parametrize(("block", "dense", "depthwise"), [
-    *((name, "kxk + 1x1 + 1x1_avg + 1x1_kxk", "kxk + avg + 1x1_kxk") for name in ("dbb", "dbb_online")), ("dbb_lite", "kxk + 1x1 + 1x1_avg", "kxk + avg"),
+    *((name, "kxk + 1x1 + 1x1_avg + 1x1_kxk", "kxk + avg + 1x1_kxk") for name in ("dbb", "dbb_online")),
+    ("dbb_lite", "kxk + 1x1 + 1x1_avg", "kxk + avg"),
     ("acb", "kxk + 1xk + kx1", "kxk + 1xk + kx1"), ("repvgg", "kxk + 1x1", "kxk + 1x1 + identity"),
     ("mobileone", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1 + identity"), ("none", None, None),
     ("orepa", "kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1", "kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1")])
