@@ -66,7 +66,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if settings.ckpt is not None:
         checkpoint = load_checkpoint(settings.ckpt)
         done, optimizer = checkpoint["epoch"] + 1, checkpoint["dbb"]["settings"]["optim"]["name"]
-        if done >= settings.trainer.max_epochs and result is not None:
+        evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
+        if done >= settings.trainer.max_epochs and evaluated:
             raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint has all of {done} epochs behind it; "
                              "ask for more")
         if optimizer != settings.optim.name:
@@ -101,14 +102,19 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
     if not trainer.is_global_zero:
         return {}
+    return final_scores(settings, data, trainer, run_dir, {"parameters": parameters, "activations_mib": activations})
+
+
+def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path, cost: dict[str, float]) -> dict[str, float]:
+    """Evaluate the checkpoint kept, branch by branch and converted; print, log and write result.json, whose content is returned."""
+    last = run_dir / "checkpoints" / "last.ckpt"
     net, device = load_network(load_checkpoint(last), settings), pick_device(settings.trainer.accelerator)
     with branchwise(net):
         logits, targets = predict(net, data, device, "test")
     converted, _ = predict(reparameterize(net), data, device, "converted")
     held_out = {"val_top1": float(trainer.callback_metrics["val/top1"])} if "val/top1" in trainer.callback_metrics else {}
     result = scores(logits, targets) | held_out | {"converted_top1": scores(converted, targets)["top1"],
-                                        "predictions_changed": compare_logits([(logits, converted)]).predictions_changed,
-                                        "parameters": parameters, "activations_mib": activations}
+                                        "predictions_changed": compare_logits([(logits, converted)]).predictions_changed} | cost
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
