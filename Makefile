@@ -15,7 +15,7 @@ demo: .venv/ready  ## train on real handwritten digits, convert, print the table
 	$(RUN) convert.py ckpt=outputs/demo/checkpoints/last.ckpt
 
 test: .venv/ready lint
-	$(RUN) -m pytest -n auto --dist loadgroup
+	$(RUN) -m pytest -n auto --dist loadfile
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -177,7 +177,7 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
     for axis, (column, title, scale) in zip(figure.subplots(1, 2), shown, strict=True):
         for arm, group in epochs.groupby("arm", sort=False):
-            curve = scale * group.pivottable(index="epoch", columns="folder", values=column)
+            curve = scale * group.pivot_table(index="epoch", columns="folder", values=column)
             mean, std = curve.mean(axis=1), curve.std(axis=1).fillna(0)
             [line] = axis.plot(mean.index, mean, label=f"{arm} (n={curve.shape[1]})")
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)

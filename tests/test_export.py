@@ -26,8 +26,6 @@ from tests.conftest import ROOT, randomize, relative_error
 from tests.test_data import write_tree
 from tests.test_scripts import TINY, run
 
-pytestmark = pytest.mark.xdist_group("export")  # one process makes the conversion that all look at
-
 EVERYTHING = "export=[onnx,training_onnx,pt2,int8]"
 
 
