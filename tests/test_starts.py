@@ -33,8 +33,8 @@ def test_a_published_file_converts_without_data(make_settings, tmp_path):
     for wrong, message in (("source=acnet", two_lists), ("block=acb", two_lists),
                            ("model=resnet20", "no layout for model.name=resnet20")):
         source = [] if wrong.startswith("source") else ["source=dbb"]
+        settings = make_settings(f"ckpt={tmp_path}/dbb.pth.tar", *command[1:], *source, wrong, config_name="convert")
         with pytest.raises(ValueError, match=message):
-            settings = make_settings(f"ckpt={tmp_path}/dbb.pth.tar", *command[1:], *source, wrong, config_name="convert")
             convert_script.convert(settings, tmp_path / "wrong")
 
 
