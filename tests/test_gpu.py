@@ -1,6 +1,5 @@
 """What only a GPU can check: `make gpu`. Skipped where there is none; not run yet."""
 
-
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ def test_conversion_on_the_gpu(name, block):
     x = images(name, 4, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         net.train()(x).float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
     net.eval()
     with torch.no_grad(), exact_arithmetic():
         with branchwise(net):
@@ -33,4 +32,10 @@ def test_conversion_on_the_gpu(name, block):
 def test_two_gpus_with_synchronised_norms(tmp_path):
     done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.devices=2", "trainer.strategy=ddp", "trainer.sync_batchnorm=true",
                "out=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_images_on_the_device(tmp_path):
+    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.devices=1", "data.on_device=true", "data.val_size=50",
+               "out=one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
