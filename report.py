@@ -8,6 +8,7 @@ settings, seed by seed. Writes report.md, arms.csv, runs.csv, epochs.csv and cur
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scipy import stats
 
 from export.report import table
 from training.cli import output_folder, plain_errors
-from training.runs import OF_THE_COMMAND, flat, read_config, read_result
+from training.runs import SAME_RUN, flat, read_config, read_result
 
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
@@ -42,7 +43,7 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             if error.exists():
                 runs.append({"folder": str(place), "settings": {}, "state": error.read_text().strip()})
             continue
-        settings = {key: _plain(value) for key, value in flat(config).items() if key.split(".")[0] not in OF_THE_COMMAND}
+        settings = {key: _plain(value) for key, value in flat(config).items() if key.split(".")[0] not in SAME_RUN}
         run = {"folder": str(place), "seed": settings.pop("seed"), "settings": settings, "epochs": 0}
         if (place / "metrics.csv").exists():
             rows = pd.read_csv(place / "metrics.csv")
@@ -87,8 +88,13 @@ def paired(runs: pd.DataFrame, arm: str, base: str) -> dict[str, Any]:
     """Difference in top-1 (points) of the seeds that two arms share, with the 95% confidence interval of Student's t."""
     both = runs[runs["arm"] == arm].set_index("seed")["top1"] - runs[runs["arm"] == base].set_index("seed")["top1"]
     both = 100 * both.dropna()
-    half = stats.sem(both) * stats.t.ppf(0.975, len(both) - 1) if len(both) > 1 else np.nan
-    return {"pairs": len(both), "difference": both.mean(), "low": both.mean() - half, "high": both.mean() + half}
+    mean, half = mean_and_half_width(both)
+    return {"pairs": len(both), "difference": mean, "low": mean - half, "high": mean + half}
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and how far its 95% confidence interval (Student's t) reaches to each side; NaN for a single value."""
+    return np.mean(values), stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else np.nan
 
 
 def compare_arms(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:

@@ -13,9 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scipy import stats
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from report import mean_and_half_width
+
 RESULTS = ROOT / "benchmarks" / "results" / "learning.csv"
 RECIPE = ["model=resnet8", "data=cifar10", "data.image_size=16", "data.crop_padding=2", "optim.lr=0.1", "optim.warmup_epochs=1",
           "logger=csv"]
@@ -74,8 +76,8 @@ def table(seeds: list[int]) -> None:
             row.append(f"{statistics.mean(v):.{digits}f} ± {statistics.stdev(v) if len(v) > 1 else 0:.{digits}f}")
         if base is not last[arm] and len(d := [100 * (float(last[arm][s]["test_top1"]) - float(base[s]["test_top1"]))
                                                for s in seeds if s in base]) > 1:
-            half = stats.t.ppf(0.975, len(d) - 1) * statistics.stdev(d) / len(d) ** 0.5
-            row += [f"{statistics.mean(d):+.2f}", f"{statistics.mean(d) - half:+.2f} to {statistics.mean(d) + half:+.2f}"]
+            mean, half = mean_and_half_width(d)
+            row += [f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
         print("|", " | ".join(row + [""] * (7 - len(row))), "|")
 
 

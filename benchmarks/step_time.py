@@ -151,7 +151,7 @@ def memory(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> tuple[in
         left = torch.cuda.memory_allocated() - before
         y.backward(cotangent)
         return left + x.nbytes - y.nbytes, torch.cuda.max_memory_allocated() - before
-    return activation_bytes(net, x.detach()), 0
+    return activation_bytes(net, x), 0
 
 
 class Bench:

@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-import timm
 import torch
-import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,10 +16,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import convert as convert_script
 import predict as predict_script
-from dbb import fold_norms
-from export import files, graph, int8
-from models import BACKBONES, build_model, recipe
-from tests.conftest import ROOT, randomize, relative_error
+from export import files, graph
+from tests.conftest import ROOT, relative_error
 from tests.test_data import write_tree
 from tests.test_scripts import TINY, run
 
@@ -96,22 +91,6 @@ def test_header_says_what_the_network_is(trained, converted):
     assert about["top1"] == json.loads((converted[0] / "report.json").read_text())["before"]["top1"]
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in BACKBONES if name != "alexnet"), ("alexnet", 224), ("resnet18", 96),
-                                            ("mobilenet_v1", 96), ("regnetx_002", 96)])
-def test_recipe_rebuilds_the_network_without_this_repository(name, size, monkeypatch):
-    ours = randomize(build_model(name, 5, image_size=size)).eval()
-    monkeypatch.setattr(sys, "path", [str(Path(ROOT, "models")), *(p for p in sys.path if p not in ("", ROOT))])
-    for module in [key for key in sys.modules if key in {path.stem for path in Path(ROOT, "models").glob("*.py")}]:
-        monkeypatch.delitem(sys.modules, module)
-    namespace = {}
-    exec(recipe(name, 5, size), namespace)
-    theirs = namespace["net"]
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        assert torch.equal(theirs.eval()(x), ours(x))
-
-
 def test_weights_load_into_a_stock_network_in_another_process(converted, tmp_path):
     code = (converted[0] / "report.md").read_text().split("```python\n")[1].split("```")[0]
     shutil.copy(Path(ROOT, "models", "cifar_resnet.py"), tmp_path)
@@ -126,39 +105,6 @@ def test_weights_load_into_a_stock_network_in_another_process(converted, tmp_pat
     assert relative_error(torch.load(tmp_path / "logits.pt", weights_only=True), onnx_logits) < 1e-5
 
 
-def test_torchvision_takes_the_keys_of_a_resnet():
-    ours, theirs = randomize(build_model("resnet18", 5, image_size=96)).eval(), torchvision.models.resnet18(num_classes=5)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = torch.randn(2, 3, 96, 96)
-    with torch.no_grad():
-        assert relative_error(theirs.eval()(x), ours(x)) < 1e-6
-
-
-def signature(path):
-    """Every node: its type, its attributes, and the shapes of its constants, in order; names left out."""
-    model = onnx.load(path)
-    shapes, made = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}, {}
-    nodes = []
-    for index, node in enumerate(model.graph.node):
-        inputs = [shapes.get(name, made.get(name, name)) for name in node.input]
-        nodes.append((node.op_type, inputs, sorted(str(attribute) for attribute in node.attribute)))
-        made |= {name: (index, i) for i, name in enumerate(node.output)}
-    return nodes, [str(opset) for opset in model.opset_import]
-
-
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("mobilenet_v2", 32), ("resnet8", 16), ("vgg16", 32)])
-def test_graph_is_that_of_the_fused_stock_network_node_for_node(name, size, tmp_path):
-    image, about = torch.zeros(2, 3, size, size), {}
-    for file, block in (("ours", "dbb"), ("stock", None)):
-        net = fold_norms(randomize(build_model(name, 5, block, size)).eval(), image)
-        graph.export_onnx(net, image, about, tmp_path / file)
-    ours, stock = signature(tmp_path / "ours"), signature(tmp_path / "stock")
-    assert ours == stock
-    kinds = {kind for kind, _, _ in ours[0]}
-    assert "BatchNormalization" not in kinds
-    assert "Conv" in kinds
-
-
 def test_onnx_and_pt2_take_any_batch(converted):
     network, program = graph.OnnxNetwork(converted[0] / "model.onnx"), torch.export.load(converted[0] / "model.pt2").module()
     training = graph.OnnxNetwork(converted[0] / "model-training.onnx")
@@ -167,19 +113,6 @@ def test_onnx_and_pt2_take_any_batch(converted):
         assert network(x).shape == (batch, 10)
         assert relative_error(program(x), network(x)) < 1e-5
         assert relative_error(training(x), network(x)) < 1e-5
-
-
-def test_int8_arithmetic_does_not_overflow(tmp_path):
-    """Without VNNI, onnxruntime adds pairs of 8-bit products in 16 bits: signed, these weights overflow."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                        nn.Linear(8, 5))
-    for parameter in net.parameters():
-        nn.init.uniform_(parameter, 0.8, 1)
-    images, shape = torch.rand(32, 3, 8, 8) * 0.2 + 0.8, {"image_size": 8, "resize": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
-    graph.export_onnx(net.eval(), images[:2], {"model": "x", "classes": ["a"]} | shape, tmp_path / "float.onnx")
-    int8.quantize(tmp_path / "float.onnx", tmp_path / "int8.onnx", images.split(8))
-    with torch.no_grad():
-        assert relative_error(graph.OnnxNetwork(tmp_path / "int8.onnx")(images), net(images)) < 0.02
 
 
 def test_int8_report_has_every_convolution_worst_first(converted):
@@ -329,37 +262,3 @@ def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_
     assert not (tmp_path / "convert").exists()
 
 
-def test_folder_for_timm(tmp_path):
-    tree = write_tree(tmp_path / "tree", ("train", "val"), ["ant", "bee"], 4, (80, 80))
-    train = run("train.py", "model=mobilenet_v1_dbb", "data=folder", f"data.root={tree}", "data.image_size=72", "data.batch_size=4",
-                "data.num_workers=0", "trainer.max_epochs=1", "optim.lr=0.001", "logger=csv", f"out={tmp_path}/run", cwd=tmp_path)
-    assert train.returncode == 0, train.stderr
-    done = run("convert.py", f"ckpt={tmp_path}/run/checkpoints/last.ckpt", "hub=true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "run" / "convert"
-    net = timm.create_model(f"local-dir:{folder}/hub", pretrained=True).eval()
-    assert tuple(net.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
-    assert (int(72 / net.pretrained_cfg["crop_pct"]), tuple(net.pretrained_cfg["input_size"])) == (82, (3, 72, 72)), "as timm computes it"
-    assert net.pretrained_cfg["interpolation"] == "bilinear"
-    assert tuple(net.pretrained_cfg["label_names"]) == ("ant", "bee")
-    x = torch.randn(3, 3, 72, 72)
-    ours, about = files.load_network(folder / "model.safetensors")
-    with torch.no_grad():
-        assert torch.equal(net(x), ours(x))
-        assert relative_error(net(x), graph.OnnxNetwork(folder / "model.onnx")(x)) < 1e-5
-
-    photograph = next((tree / "val" / "ant").iterdir())
-    [(_, found)] = predict_script.predictions(ours, about, [str(photograph)])
-    pixels = TF.center_crop(TF.resize(TF.pil_to_tensor(Image.open(photograph)), [82], antialias=True), [72]) / 255
-    with torch.no_grad():
-        expected = ours(TF.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]).softmax(1)[0]
-    assert {name: pytest.approx(probability) for probability, name in found} == dict(zip(["ant", "bee"], expected.tolist(), strict=True))
-
-
-def test_folder_for_timm_of_a_resnet(tmp_path):
-    net = randomize(build_model("resnet18", 3, image_size=96)).eval()
-    about = {"image_size": 96, "resize": 110, "mean": [0.5] * 3, "std": [0.2] * 3, "classes": ["a", "b", "c"]}
-    files.save_hub(net, about, tmp_path)
-    x = torch.randn(2, 3, 96, 96)
-    with torch.no_grad():
-        assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), net(x))

@@ -85,7 +85,7 @@ def make_callbacks(settings: Settings, run_dir: Path) -> list[Callback]:
         LearningRateMonitor(logging_interval="step"),
         ModelCheckpoint(run_dir / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]
-    if settings.block.branches or settings.block.layers:
+    if settings.logger.name != "csv" and (settings.block.branches or settings.block.layers):
         callbacks.append(Branches())
     if not shows_progress_bar(settings):
         callbacks.append(EpochLine())

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from training.settings import Settings
+from training.settings import OF_THE_COMMAND, Settings
 
-OF_THE_COMMAND = ("ckpt", "out", "source", "tolerance", "export", "hub", "logger")  # the same run with any of them
+SAME_RUN = (*OF_THE_COMMAND, "logger")  # with whatever values of these
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:
@@ -41,7 +41,7 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
     if stored is None:
         return settings
     different = [key for key, value in flat(asdict(settings)).items()
-                 if key.split(".")[0] not in OF_THE_COMMAND and flat(stored).get(key) != value]
+                 if key.split(".")[0] not in SAME_RUN and flat(stored).get(key) != value]
     if not different:
         identity = replace(settings.logger, id=stored["logger"]["id"])
         return replace(settings, ckpt=str(last) if last.exists() else None, logger=identity)

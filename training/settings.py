@@ -26,6 +26,7 @@ from training.published import SOURCES
 
 TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
 FILE_SETS = ("imagenet", "folder")  # read image by image
+OF_THE_COMMAND = ("ckpt", "out", "source", "tolerance", "export", "hub")  # not of the training
 
 
 @dataclass
@@ -263,7 +264,7 @@ def _list_changed(overrides: list[str]) -> bool:
 
 def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
-    own = {key: cfg[key] for key in ("ckpt", "out", "tolerance", "export", "hub") if key in cfg}  # of the command, not of the training
+    own = {key: cfg[key] for key in OF_THE_COMMAND if key in cfg}
     result = OmegaConf.merge(OmegaConf.structured(Settings), stored, own)
     for override in overrides:
         key, plus = override.split("=")[0].lstrip("+~"), override[0] in "+~"

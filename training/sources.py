@@ -242,7 +242,8 @@ def read_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-                if not 0 <= image.getextrema()[0] <= image.getextrema()[1] < 2**16:
+                darkest, brightest = image.getextrema()
+                if not 0 <= darkest <= brightest < 2**16:
                     raise ValueError("more than 16 bits a pixel")
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode == "F":
