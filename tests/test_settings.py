@@ -1,5 +1,6 @@
 """Every knob is checked; twins, groups and experiments compose."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hydra.errors import HydraException
 from dbb import ReparamConv2d
 from models import BACKBONES, build_model
 from tests.conftest import ROOT
+from training import settings as settings_module
 from training.checkpoint import build_network
 
 MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
@@ -106,3 +108,13 @@ def test_normalisation_of_the_digits_is_theirs(make_settings):
     pixels = data.train_set.images.double() / 255
     assert settings.data.mean[0] == pytest.approx(pixels.mean().item(), abs=5e-3)
     assert settings.data.std[0] == pytest.approx(pixels.std().item(), abs=5e-3)
+
+
+def test_a_job_of_a_sweep_has_its_settings_as_its_folder():
+    name = settings_module._job_name
+    assert name(["seed=0", "block=dbb", "data.root=a/b", "logger=csv", "out=c"]) == name(["block=dbb", "seed=0"]) == "block-dbb+seed-0"
+    odd = [["block.branches=[avg,kxk]"], ["block.branches=[avg_kxk]"], ["block.branches=[avg+kxk]"], ["optim.lr=1" + "0" * 200],
+           ["optim.lr=1" + "0" * 201]]
+    names = {name(overrides) for overrides in odd}
+    assert len(names) == len(odd)
+    assert all(re.fullmatch(r"[\w.+-]{1,150}", name) for name in names)

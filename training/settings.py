@@ -297,9 +297,9 @@ def _job_name(overrides: list[str]) -> str:
     """The folder of a sweep's job: its settings, whatever their order, so that a job keeps it when the sweep grows."""
     kept = sorted(override for override in overrides if override.split("=")[0].lstrip("+~") not in ("out", "data.root", "data.num_workers")
                   and not override.startswith("logger"))
-    # Only what Hydra takes unquoted in ckpt=PATH, and a file system as one name.
-    name = re.sub(r"[^\w.+-]", "_", "+".join(kept).replace("=", "-"))
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    wanted = "+".join(kept).replace("=", "-")
+    name = re.sub(r"[^\w.+-]", "_", wanted)[:150]  # only what Hydra takes unquoted in ckpt=PATH, and a file system as one name
+    return name if name == wanted else f"{name[:140]}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
 
 
 ConfigStore.instance().store(name="schema", node=Settings)
