@@ -21,13 +21,13 @@ def make_workspace(entity: str, project: str):
     def by_group(title, *metrics):
         return wr.LinePlot(title=title, x="epoch", y=list(metrics), groupby_aggfunc="mean", groupby_rangefunc="stddev")
 
-    def branches(title, pattern):
-        return wr.LinePlot(title=title, x="epoch", metric_regex=pattern, max_runs_to_show=1)
+    def by_step(title, pattern, **options):  # what is logged beside no epoch
+        return wr.LinePlot(title=title, x="trainer/global_step", metric_regex=pattern, **options)
 
     return ws.Workspace(entity=entity, project=project, name="Diverse Branch Block", auto_generate_panels=False, sections=[
         ws.Section("Learning", is_open=True, panels=[
             by_group("test top-1", "test/top1"), by_group("test loss", "test/loss"), by_group("training loss", "train/loss_epoch"),
-            by_group("learning rate", "lr-SGD")]),
+            by_step("learning rate", "^lr-")]),
         ws.Section("Before and after conversion", is_open=True, panels=[
             wr.BarPlot(title="top-1, branch by branch and converted", metrics=["final/top1", "final/converted_top1"]),
             wr.ScalarChart(title="predictions changed", metric="final/predictions_changed", groupby_aggfunc="max"),
@@ -37,7 +37,8 @@ def make_workspace(entity: str, project: str):
             by_group("seconds a step", "train/seconds_per_step"), by_group("peak memory, MiB", "train/peak_memory_mib"),
             wr.BarPlot(title="activations a batch, MiB", metrics=["final/activations_mib"])]),
         ws.Section("Branches", panels=[
-            branches("share in the merged kernel", "^share/"), branches("mean size of gamma", "^gamma/")]),
+            by_step("share in the merged kernel", "^share/", max_runs_to_show=1),
+            by_step("mean size of gamma", "^gamma/", max_runs_to_show=1)]),
         ws.Section("Mistakes", panels=[wr.MediaBrowser(media_keys=["wrongly_classified"])]),
     ], runset_settings=ws.RunsetSettings(groupby=[Config("model.name"), Config("data.name"), Config("block.name")]))
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from export.report import table
 from training.cli import output_folder, plain_errors
-from training.runs import SAME_RUN, flat, read_config, read_result
+from training.runs import LOCK, of_the_training, read_config, read_result
 
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
@@ -33,61 +33,80 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         what result.json holds, the final training loss and the seconds; and their epochs, a row each.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if none is finished.
     """
+    found = {path.parent.resolve(): path.parent for folder in folders for name in (LOCK, "config.yaml", "error.txt")
+             for path in sorted(folder.rglob(name))}
     runs, epochs = [], []
-    places = sorted({path.parent for folder in folders for name in ("config.yaml", "error.txt") for path in folder.rglob(name)})
-    for place in places:
-        config, result, error = read_config(place), read_result(place), place / "error.txt"
-        if config is None or "trainer" not in config:  # failed before it began
-            if error.exists():
-                runs.append({"folder": str(place), "settings": {}, "state": error.read_text().strip()})
+    for place in found.values():
+        error, run = place / "error.txt", {"folder": str(place), "settings": {}}
+        why = error.read_text().strip() if error.exists() else "stopped before it began"
+        try:
+            config, result = read_config(place), read_result(place)
+        except ValueError as damage:
+            runs.append(run | {"state": str(damage)})
             continue
-        settings = {key: _plain(value) for key, value in flat(config).items() if key.split(".")[0] not in SAME_RUN}
-        run = {"folder": str(place), "seed": settings.pop("seed"), "settings": settings, "epochs": 0}
-        if (place / "metrics.csv").exists():
-            rows = pd.read_csv(place / "metrics.csv")
-            rows = rows[[name for name in ("epoch", "step", *METRICS) if name in rows]].rename(columns=METRICS)
-            rows = rows.dropna(subset=[name for name in METRICS.values() if name in rows], how="all").groupby("epoch").last()
-            epochs.append(rows.assign(folder=str(place), epoch=rows.index.astype(int) + 1))
-            run |= {"epochs": len(rows)}
-            if result is not None and len(rows):
-                run |= {"train_loss": rows["train_loss"].iloc[-1], "seconds_per_step": rows["seconds_per_step"].median()}
-                run |= {"seconds": (rows["step"].iloc[-1] + 1) * run["seconds_per_step"]}
+        if config is None:
+            runs.append(run | {"state": why})
+            continue
+        settings = {key: str(value) if isinstance(value, list) else value for key, value in of_the_training(config).items()}
+        if "seed" not in settings or "trainer.max_epochs" not in settings:
+            continue  # a config.yaml of something else, as W&B writes one into its own folder
+        rows = read_epochs(place)
+        epochs.append(rows)
+        run |= {"seed": settings.pop("seed"), "settings": settings, "epochs": len(rows)}
         if result is None:
-            why = error.read_text().strip() if error.exists() else "not finished"
-            run["state"] = f"{why} ({run['epochs']} of {settings['trainer.max_epochs']} epochs)"
+            why = why if error.exists() else "not finished"
+            run["state"] = f"{why} ({len(rows)} of {settings['trainer.max_epochs']} epochs)"
         else:
-            run |= {"state": "finished"} | result
+            run |= {"state": "finished"} | dict.fromkeys(("train_loss", "seconds_per_step", "seconds"), np.nan) | result
+            if len(rows):
+                per_step = rows["seconds_per_step"].median()  # of a batch; the steps are the optimiser's
+                run |= {"train_loss": rows["train_loss"].iloc[-1], "seconds_per_step": per_step,
+                        "seconds": (rows["step"].iloc[-1] + 1) * settings["trainer.accumulate_grad_batches"] * per_step}
         runs.append(run)
     if not any(run["state"] == "finished" for run in runs):
         raise ValueError(f"no finished run below {', '.join(map(str, folders))}"
                          + "".join(f"\n  {run['folder']}: {run['state']}" for run in runs))
-    return pd.DataFrame(runs), pd.concat(epochs, ignore_index=True)
+    return pd.DataFrame(runs), pd.concat([rows for rows in epochs if len(rows)] or epochs, ignore_index=True)
 
 
-def _plain(value: Any) -> Any:
-    """A value that can be compared and be a key."""
-    return str(value) if isinstance(value, list) else value
+def read_epochs(place: Path) -> pd.DataFrame:
+    """A run's epochs by metrics.csv, a row each; of one that was run again after an interruption, the last."""
+    try:
+        rows = pd.read_csv(place / "metrics.csv")
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        rows = pd.DataFrame()
+    rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
+    rows = rows.dropna(subset=list(METRICS.values()), how="all").groupby("epoch").last()
+    return rows.assign(folder=str(place), epoch=rows.index.astype(int) + 1)
 
 
 def name_arms(runs: pd.DataFrame) -> pd.Series:
-    """By run, its arm: the settings in which the arms differ; the block alone, where it says all."""
-    arms = [dict(settings) for settings in {tuple(sorted(s.items(), key=str)) for s in runs["settings"]}]
-    differ = [key for key in {key for arm in arms for key in arm} if len({str(arm.get(key)) for arm in arms}) > 1]
-    names = sorted(key for key in differ if not key.startswith("block.") or key == "block.name")
-    rest = sorted(set(differ) - set(names))
-    for key in rest:  # a knob of the block counts where the name of the block does not tell two arms apart
-        if len({tuple(str(arm.get(name)) for name in names) for arm in arms}) < len(arms):
+    """By run, its arm: the settings in which the finished ones differ; of the block only what tells two apart."""
+    arms = [dict(settings) for settings in {tuple(sorted(s.items())) for s in runs[runs["state"] == "finished"]["settings"]}]
+    differ = sorted(key for key in {key for arm in arms for key in arm} if len({str(arm.get(key)) for arm in arms}) > 1)
+
+    def apart(keys):
+        return len({tuple(str(arm.get(key)) for key in keys) for arm in arms})
+    names = [key for key in differ if not key.startswith("block.") or key == "block.name"]
+    for key in differ:
+        if apart([*names, key]) > apart(names):
             names.append(key)
-    return runs["settings"].map(lambda settings: ", ".join(
-        str(settings.get(key)) if key == "block.name" else f"{key}={settings.get(key)}" for key in names) or "all runs")
+
+    def label(settings):
+        of_block = settings.get("block.name") != "none"  # the knobs of no block say nothing
+        return ", ".join(str(settings.get(key)) if key == "block.name" else f"{key}={settings.get(key)}"
+                         for key in names if key == "block.name" or of_block or not key.startswith("block."))
+    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings else "")
 
 
 def paired(runs: pd.DataFrame, arm: str, base: str) -> dict[str, Any]:
     """Difference in top-1 (points) of the seeds that two arms share, with the 95% confidence interval of Student's t."""
     both = runs[runs["arm"] == arm].set_index("seed")["top1"] - runs[runs["arm"] == base].set_index("seed")["top1"]
     both = 100 * both.dropna()
+    if both.empty:
+        return {"pairs": 0}
     mean, half = mean_and_half_width(both)
     return {"pairs": len(both), "difference": mean, "low": mean - half, "high": mean + half}
 
@@ -111,64 +130,74 @@ def compare_arms(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     if baseline is not None and baseline not in set(done["arm"]):
         raise ValueError(f"--baseline {baseline}: there is no such arm; the arms are {'; '.join(sorted(set(done['arm'])))}")
     first = done.drop_duplicates("arm").set_index("arm")["settings"]
+    lengths = {arm: sorted(set(group["epochs"].astype(int))) for arm, group in done.groupby("arm")}
 
-    def family(arm: str, *without: str) -> dict:
-        return {k: v for k, v in first[arm].items() if not k.startswith("block.") and k not in without}
+    def family(arm: str) -> dict:
+        return {k: v for k, v in first[arm].items() if not k.startswith("block.") and k != "trainer.max_epochs"}
+
+    def is_base(arm: str) -> bool:
+        if baseline is None:
+            return first[arm]["block.name"] == "none"
+        return first[arm] | {"trainer.max_epochs": 0} == first[baseline] | {"trainer.max_epochs": 0}
 
     rows = []
     for arm, group in done.groupby("arm", sort=False):
-        plain = [a for a in first.index if first[a]["block.name"] == "none"] if baseline is None else [baseline]
-        row = {"arm": arm, "n": len(group), "epochs": int(group["epochs"].max()), "train_loss": group["train_loss"].mean(),
-               "train_loss_std": group["train_loss"].std(), "top1": 100 * group["top1"].mean(), "top1_std": 100 * group["top1"].std(),
+        row = {"arm": arm, "n": len(group), "epochs": "-".join(map(str, lengths[arm][:1] + lengths[arm][1:][-1:])),
+               "train_loss": group["train_loss"].mean(skipna=False), "train_loss_std": group["train_loss"].std(skipna=False),
+               "top1": 100 * group["top1"].mean(), "top1_std": 100 * group["top1"].std(),
                "converted_top1": 100 * group["converted_top1"].mean(), "predictions_changed": int(group["predictions_changed"].sum()),
                "milliseconds_per_step": 1e3 * group["seconds_per_step"].median(), "activations_mib": group["activations_mib"].iloc[0],
                "seconds": group["seconds"].median()}
-        base = next((a for a in plain if a != arm and (baseline or family(a) == family(arm))), None)
+        bases = [a for a in first.index if a != arm and is_base(a) and (baseline is not None or family(a) == family(arm))]
+        base = next((a for a in bases if lengths[a] == lengths[arm]), None)
         if base is not None:
             row |= {"baseline": base} | paired(done, arm, base)
-        same = [a for a in plain if a != arm and family(a, "trainer.max_epochs") == family(arm, "trainer.max_epochs")]
-        times = {a: row["seconds"] / done[done["arm"] == a]["seconds"].median() for a in same}
-        if times and arm not in plain:
+        times = {a: row["seconds"] / done[done["arm"] == a]["seconds"].median() for a in bases}
+        times = {a: ratio for a, ratio in times.items() if np.isfinite(ratio)}
+        if times and not is_base(arm):
             nearest = min(times, key=lambda a: abs(np.log(times[a])))
-            row |= {"equal_compute": nearest, "time_ratio": times[nearest], "wanted_epochs": round(
-                times[nearest] * done[done["arm"] == nearest]["epochs"].max())}
+            row |= {"equal_compute": nearest, "time_ratio": times[nearest],
+                    "wanted_epochs": round(times[nearest] * lengths[nearest][-1])}
             if SAME_TIME[0] <= times[nearest] <= SAME_TIME[1]:
                 row |= {f"{key}_equal_compute": value for key, value in paired(done, arm, nearest).items()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def markdown(runs: pd.DataFrame, arms: pd.DataFrame, folders: list[Path]) -> str:
+def markdown(runs: pd.DataFrame, arms: pd.DataFrame, folders: list[Path], baseline: str | None = None) -> str:
     """The report, for people."""
     def cell(row, key, form):
         return form.format(row[key]) if key in row and pd.notna(row[key]) else ""
 
     def difference(row, suffix=""):
-        if not cell(row, "difference" + suffix, "{}"):
-            return ["", ""]
-        return [cell(row, "difference" + suffix, "{:+.2f}"),
+        pairs = cell(row, "pairs" + suffix, "{:.0f}")
+        if pairs in ("", "0"):
+            return ["no seed in common" if pairs else "", ""]
+        return [cell(row, "difference" + suffix, "{:+.2f}") + (f" ({pairs} pairs)" if pairs != str(row["n"]) else ""),
                 cell(row, "low" + suffix, "{:+.2f}") + cell(row, "high" + suffix, " to {:+.2f}") or "one pair only"]
 
+    plain = baseline or "plain"
     first, equal = [], []
     for _, row in arms.iterrows():
         base = arms[arms["arm"] == row.get("baseline")]
-        ratio = [f" ({row[key] / base[key].iloc[0]:.2f}x)" if len(base) else "" for key in ("milliseconds_per_step", "activations_mib")]
-        first.append([row["arm"], str(row["n"]), str(row["epochs"]), f"{row['train_loss']:.4f}" + cell(row, "train_loss_std", " ± {:.4f}"),
+        ratio = [f" ({row[key] / base[key].iloc[0]:.2f}x)" if len(base) and base[key].notna().all() else ""
+                 for key in ("milliseconds_per_step", "activations_mib")]
+        first.append([row["arm"], str(row["n"]), row["epochs"], f"{row['train_loss']:.4f}" + cell(row, "train_loss_std", " ± {:.4f}"),
                       f"{row['top1']:.2f}" + cell(row, "top1_std", " ± {:.2f}"), *difference(row),
                       f"{row['converted_top1']:.2f} ({row['predictions_changed']} changed)",
-                      f"{row['milliseconds_per_step']:.0f}{ratio[0]}", f"{row['activations_mib']:.1f}{ratio[1]}"])
+                      cell(row, "milliseconds_per_step", f"{{:.0f}}{ratio[0]}"), f"{row['activations_mib']:.1f}{ratio[1]}"])
         if cell(row, "equal_compute", "{}"):
-            near = "pairs_equal_compute" in row and pd.notna(row["pairs_equal_compute"])
+            near = cell(row, "pairs_equal_compute", "{}")
             equal.append([row["arm"], row["equal_compute"] if near else f"none yet: trainer.max_epochs={row['wanted_epochs']:.0f} would do",
                           f"{row['time_ratio']:.2f}" if near else "", *difference(row, "_equal_compute")])
     parts = [f"# {', '.join(folder.name for folder in folders)}", "![curves](curves.png)", "## At equal epochs",
-             table(["arm", "n", "epochs", "final training loss", "test top-1, %", "difference to plain, points", "95% interval",
+             table(["arm", "n", "epochs", "final training loss", "test top-1, %", f"difference to {plain}, points", "95% interval",
                      "converted top-1, % (predictions)", "ms a step", "activations a batch, MiB"], first),
              "± is the standard deviation over seeds. Differences are paired by seed; one whose interval holds 0 is not significant. Each "
              "interval is for one comparison: of twenty without any effect, one misses 0. Time is what the runs logged, on a machine that "
              "may have done other things; activations are what a forward pass in float32 leaves for backward."]
     if equal:
-        head = ["arm", "plain network of equal training time", "time ratio", "difference, points", "95% interval"]
+        head = ["arm", f"{plain}, of equal training time", "time ratio", "difference, points", "95% interval"]
         parts += ["## At equal compute", table(head, equal)]
     left = [f"- `{row.folder}`: {row.state}" for row in runs[runs["state"] != "finished"].itertuples()]
     parts.append("\n".join([f"## Not in the tables: {len(left)} of {len(runs)} runs\n", *left]) if left else "All runs are finished.")
@@ -185,11 +214,11 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
         for arm, group in epochs.groupby("arm", sort=False):
             curve = scale * group.pivot_table(index="epoch", columns="folder", values=column)
             mean, std = curve.mean(axis=1), curve.std(axis=1).fillna(0)
-            [line] = axis.plot(mean.index, mean, label=f"{arm} (n={curve.shape[1]})")
+            [line] = axis.plot(mean.index, mean, label=f"{arm} (n={group['folder'].nunique()})")
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
@@ -205,7 +234,7 @@ def main() -> None:
         arms = compare_arms(runs, options.baseline)
         epochs = epochs.merge(runs[["folder", "arm", "seed", "state"]], on="folder")
         out = output_folder(options.out or options.folders[0])
-        text = markdown(runs, arms, options.folders)
+        text = markdown(runs, arms, options.folders, options.baseline)
         (out / "report.md").write_text(text)
         draw_curves(epochs[epochs["state"] == "finished"], out / "curves.png")
         arms.to_csv(out / "arms.csv", index=False, float_format="%.6g")

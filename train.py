@@ -9,7 +9,9 @@
 import json
 import math
 import secrets
+import shutil
 import sys
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from dbb import branchwise, compare_logits, reparameterize
 from training.callbacks import log_convolutions, log_predictions, make_callbacks, make_loggers, shows_progress_bar
 from training.checkpoint import load_checkpoint, load_network, restore
-from training.cli import plain_errors
+from training.cli import plain_errors, write_text
 from training.data import ImageData
 from training.evaluate import activations_of_a_batch, pick_device, predict, scores, sentence
 from training.module import Classifier
-from training.runs import read_result, take_up
+from training.runs import LOCK, FolderTakenError, alone_in, read_result, take_up
 from training.settings import Settings, resolve
 
 # Training step of a network with blocks against the plain one's: time and activations, ResNet-18 (benchmarks/README.md).
@@ -89,7 +91,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         for name in ("result.json", "error.txt"):  # of an earlier session
             (run_dir / name).unlink(missing_ok=True)
-        OmegaConf.save(OmegaConf.create(asdict(settings)), run_dir / "config.yaml")
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
         trainer.loggers[-1].log_hyperparams(asdict(settings))
         activations = activations_of_a_batch(model.net, settings.data.batch_size, data.image_size) / 2**20
         parameters = sum(p.numel() for p in model.net.parameters())
@@ -115,7 +117,7 @@ def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_d
     held_out = {"val_top1": float(trainer.callback_metrics["val/top1"])} if "val/top1" in trainer.callback_metrics else {}
     result = scores(logits, targets) | held_out | {"converted_top1": scores(converted, targets)["top1"],
                                         "predictions_changed": compare_logits([(logits, converted)]).predictions_changed} | cost
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
@@ -133,19 +135,23 @@ def main(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     try:
-        with plain_errors():
+        with plain_errors(), alone_in(run_dir):
             return train(resolve(cfg, hydra_cfg.overrides.task), run_dir).get("val_top1")  # what a sweeper may select by
-    except SystemExit as stop:
-        if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(stop.code, str):
+    except (SystemExit, Exception) as stop:
+        why = stop.code if isinstance(stop, SystemExit) else f"error: {type(stop).__name__}: {stop}"
+        if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(why, str):  # a number: somebody stopped it
             raise
+        if not isinstance(stop, SystemExit):
+            traceback.print_exc()
+        if not isinstance(stop.__context__, FolderTakenError):
+            write_text(run_dir / "error.txt", f"{why}\n")
         FAILED.append(run_dir.name)  # the other jobs go on
-        (run_dir / "error.txt").write_text(f"{stop.code}\n")
-        print(f"{run_dir.name}: {stop.code}", file=sys.stderr)
+        print(f"{run_dir.name}: {why}", file=sys.stderr)
         return math.nan
     finally:
         wandb.finish()  # one run a job, also in a multirun
-        if cfg.ckpt is None and cfg.out is None and not any(run_dir.iterdir()):
-            run_dir.rmdir()  # ours, and stopped before it began
+        if cfg.ckpt is None and cfg.out is None and {path.name for path in run_dir.iterdir()} <= {LOCK}:
+            shutil.rmtree(run_dir)  # ours, and stopped before it began
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def markdown(report: dict, recipe: str) -> str:
 
 def table(head: list[str], body: list[list[str]]) -> str:
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
 def draw_report(report: dict, path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from training.data import ImageData, KeySampler, crop_and_flip
 from training.module import Classifier
@@ -170,7 +171,7 @@ def test_broken_input(make_settings, tmp_path, cifar, files):
     fails(r"no cifar10 at data\.root=.*data=digits", f"data.root={tmp_path}/nowhere", "data.download=false")
     fails(r"no images at data\.root", "data=imagenet", f"data.root={tmp_path}/nowhere")
     fails(r"batch_size=500 is larger than the 40", f"data.root={cifar}", "data.batch_size=500")
-    fails(r"val_size=39 held out", f"data.root={cifar}", "data.batch_size=8", "data.val_size=39")
+    fails(r"1 training images of data=cifar10 with data.val_size=39", f"data.root={cifar}", "data.batch_size=8", "data.val_size=39")
     fails("has 100 classes, but", "data=cifar100", f"data.root={cifar}")
 
     (files / "val" / "n99").mkdir()
@@ -241,6 +242,9 @@ def test_some_images_of_every_class(make_settings, files):
     assert torch.bincount(torch.tensor(data.test_set.tree.targets)[data.test_indices]).tolist() == [2, 2, 2]
     assert torch.bincount(torch.tensor(data.train_set.tree.targets)[data.train_indices]).tolist() == [2, 2, 2]
     assert sum(len(targets) for _, targets in data.test_dataloader()) == 6
+    for few in (("data.max_images=32",), ("data.val_size=5000",)):
+        with pytest.raises(ValueError, match=rf"data.batch_size=64 is larger than the \d+ training images of data=digits with {few[0]}"):
+            load(make_settings, "data=digits", "data.batch_size=64", *few)
     everything = load(make_settings, "data=digits", "data.max_images=5000")
     assert len(everything.test_indices) == 360
 
@@ -249,8 +253,12 @@ def test_mixed_batches(make_settings):
     images, targets = torch.arange(8.0)[:, None, None, None].expand(-1, 3, 8, 8), torch.arange(8)
     classes = [str(i) for i in range(8)]
     assert Classifier(make_settings("model=resnet8", "data=digits"), classes, 8).mix is None
-    for knob in ("data.mixup=1.0", "data.cutmix=1.0"):
-        mixed, soft = Classifier(make_settings("model=resnet8", "data=digits", knob), classes, 8).mix(images, targets)
+    torch.manual_seed(0)
+    for knob, alpha in (("data.mixup=0.4", v2.MixUp), ("data.cutmix=0.6", v2.CutMix)):
+        mix = Classifier(make_settings("model=resnet8", "data=digits", knob), classes, 8).mix
+        [only] = mix.transforms
+        assert (type(only), only.alpha) == (alpha, float(knob[-3:]))
+        mixed, soft = mix(images, targets)
         assert soft.sum(1).tolist() == pytest.approx([1.0] * 8)
         assert torch.allclose(soft @ torch.arange(8.0), mixed.mean((1, 2, 3)), atol=1e-5), "as much of a target as of its image"
         assert not torch.equal(mixed, images)
@@ -259,6 +267,8 @@ def test_mixed_batches(make_settings):
 @pytest.mark.parametrize(("overrides", "message"), [
     (["data=digits", "data.mixup=-1"], "data.mixup=-1.0 must be at least 0"),
     (["data=digits", "data.trivial_augment=true"], "no such thing"), (["data=imagenet", "data.on_device=true"], "no such thing"),
+    (["data.mixup=inf"], "data.mixup=inf must be a finite"), (["optim.lr=nan"], "optim.lr=nan must be a finite"),
+    (["optim.momentum=2"], "optim.momentum=2.0 must be"), (["trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 must be"),
     (["data=digits", "data.on_device=true", "data.num_workers=1"], "must be 0"), (["data.image_size=0"], "data.image_size=0 must be"),
     (["data=digits", "data.max_images=0"], "data.max_images=0 must be"), (["optim.lr_batch_size=0"], "optim.lr_batch_size=0 must be")])
 def test_knobs_that_make_no_sense(make_settings, overrides, message):

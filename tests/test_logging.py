@@ -1,16 +1,22 @@
 """What W&B, TensorBoard and the dashboard show of a run; read back from the files that an offline run leaves."""
 
+import re
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import wandb
+from pytorch_lightning.loggers import WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import convert as convert_script
 import dashboard
 import train as train_script
-from training.callbacks import make_loggers
+from training.callbacks import Speed, make_loggers, wandb_logger
+from training.checkpoint import load_checkpoint
+from training.data import ImageData
 
 SMALL = ("model=resnet8_dbb", "data=digits", "data.max_images=64", "data.batch_size=32", "trainer.max_epochs=2",
          "trainer.log_every_n_steps=1", "optim.lr=0.02", "seed=3")
@@ -21,9 +27,20 @@ def content(folder) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*.wandb")))
 
 
-def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path):
+def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkeypatch):
     settings = make_settings(*SMALL, "logger.tags=[mine]")
+    seen, image, matrix = [], WandbLogger.log_image, wandb.plot.confusion_matrix
+    monkeypatch.setattr(WandbLogger, "log_image", lambda *args, **kwargs: (seen.append(kwargs["caption"]), image(*args, **kwargs)))
+    monkeypatch.setattr(wandb.plot, "confusion_matrix", lambda **kwargs: (seen.append(kwargs), matrix(**kwargs))[1])
     result = train_script.train(settings, tmp_path)
+    counts, captions = seen
+    data = ImageData(settings.data, settings.seed)
+    data.load(train=False)
+    assert counts["y_true"] == data.test_set.targets[data.test_indices].tolist()
+    assert np.mean(np.array(counts["y_true"]) == counts["preds"]) == pytest.approx(result["top1"])
+    mistakes = [re.fullmatch(r"(\d), taken for (\d) \((0\.\d\d)\)", caption).groups() for caption in captions]
+    assert all(true != taken for true, taken, _ in mistakes)
+    assert sorted((sure for *_, sure in mistakes), reverse=True) == [sure for *_, sure in mistakes]
     wandb.finish()
     settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", config_name="convert")
     report = convert_script.convert(settings, tmp_path / "convert")
@@ -43,12 +60,15 @@ def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path):
 
 
 def test_tensorboard_shows_the_same_scalars(make_settings, tmp_path):
-    train_script.train(make_settings(*SMALL, "logger=tensorboard"), tmp_path)
+    train_script.train(make_settings(*SMALL, "logger=tensorboard", "block.init=single"), tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()
     metrics = pd.read_csv(tmp_path / "metrics.csv")
     names = set(metrics.columns) - {"epoch", "step"}
     assert names <= set(events.Tags()["scalars"])
     assert "share/conv1/kxk" in events.Tags()["scalars"]
+    gamma = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]["net.blocks.0.conv1.branches.1x1.bn.weight"]
+    assert events.Scalars("gamma/blocks.0.conv1/1x1")[-1].value == pytest.approx(gamma.abs().mean().item())
+    assert (gamma < 0).any()
     for name in ("train/loss_epoch", "test/top1", "final/converted_top1"):
         assert [event.value for event in events.Scalars(name)] == pytest.approx(metrics[name].dropna().tolist())
 
@@ -56,6 +76,24 @@ def test_tensorboard_shows_the_same_scalars(make_settings, tmp_path):
 def test_loggers(make_settings, tmp_path):
     assert len(make_loggers(make_settings("data=digits", "logger=csv"), tmp_path)) == 1
     assert len(make_loggers(make_settings("data=digits"), tmp_path)) == 2
+    one, two = (wandb_logger(make_settings("data=digits", *options), tmp_path)._wandb_init for options in (
+        ("model=resnet8_dbb", "block.mode=online", "logger.group=ours", "logger.tags=[mine]", "seed=3"), ("model=resnet8",)))
+    assert (one["name"], one["group"], one["tags"]) == ("resnet8_dbb_s3", "ours", ["resnet8", "digits", "dbb", "online", "mine"])
+    assert (two["name"], two["group"], two["tags"]) == ("resnet8_none_s0", "resnet8_digits", ["resnet8", "digits", "none"])
+
+
+def test_speed_leaves_out_the_first_step(make_settings, monkeypatch):
+    """Steps of an epoch that end at 10, 12, 13 and 17 seconds: three of 7/3 seconds."""
+    clock, logged = iter([10.0, 12.0, 13.0, 17.0]), {}
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    module = SimpleNamespace(log=logged.__setitem__, settings=make_settings("data=digits", "data.batch_size=21"))
+    speed = Speed()
+    speed.on_train_epoch_start(None, module)
+    for step in range(4):
+        speed.on_train_batch_end(None, module, None, None, step)
+    speed.on_train_epoch_end(None, module)
+    assert logged["train/seconds_per_step"] == pytest.approx(7 / 3)
+    assert logged["train/images_per_second"] == pytest.approx(9)
 
 
 def test_the_dashboard_shows_what_runs_log(make_settings, tmp_path, monkeypatch):
@@ -63,9 +101,9 @@ def test_the_dashboard_shows_what_runs_log(make_settings, tmp_path, monkeypatch)
     train_script.train(make_settings(*SMALL, "logger=csv"), tmp_path)
     logged = set(pd.read_csv(tmp_path / "metrics.csv").columns)
     shown = {name for name in logged if f'"{name}"' in definition}
-    assert shown == {"epoch", "test/top1", "test/loss", "train/loss_epoch", "lr-SGD", "final/top1", "final/converted_top1",
+    assert shown == {"epoch", "test/top1", "test/loss", "train/loss_epoch", "final/top1", "final/converted_top1",
                      "final/predictions_changed", "train/seconds_per_step", "train/peak_memory_mib", "final/activations_mib"}
-    for name in ("^share/", "^gamma/", "convert/report", "wrongly_classified"):
+    for name in ("^lr-", "^share/", "^gamma/", "convert/report", "wrongly_classified"):
         assert name in definition
     monkeypatch.setattr(sys, "argv", ["dashboard.py", "--project", "dbb"])
     monkeypatch.setattr(wandb, "Api", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("no key")))

@@ -13,10 +13,11 @@ PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
 DBB = {"name": "dbb", "branches": ["kxk", "1x1"], "mode": "exact", "init": None}
 
 
-def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, lr=0.1, loss=1.0):
+def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, lr=0.1, loss=1.0, accumulate=1, workers=0):
     """A run's folder as train.py leaves it; without `top1`, one that stopped after `done` epochs."""
     folder.mkdir(parents=True)
-    settings = {"model": {"name": "resnet8"}, "block": block, "optim": {"lr": lr}, "trainer": {"max_epochs": epochs}, "seed": seed,
+    settings = {"model": {"name": "resnet8"}, "block": block, "optim": {"lr": lr}, "seed": seed, "data": {"num_workers": workers},
+                "trainer": {"max_epochs": epochs, "accumulate_grad_batches": accumulate},
                 "ckpt": None, "out": None, "logger": {"id": f"{seed}", "name": "csv"}}
     OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
     with (folder / "metrics.csv").open("w", newline="") as file:
@@ -27,23 +28,23 @@ def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, 
             step = 10 * epoch + 9
             writer.writerow({"epoch": epoch, "step": step - 5, "train/loss_step": 3.0})
             writer.writerow({"epoch": epoch, "step": step, "test/top1": 0.1 * epoch, "test/loss": 2.0})
-            writer.writerow({"epoch": epoch, "step": step, "train/loss_epoch": loss, "train/seconds_per_step": seconds})
+            writer.writerow({"epoch": epoch, "step": step, "train/loss_epoch": loss + 5 - epoch, "train/seconds_per_step": seconds})
     if top1 is not None:
         (folder / "result.json").write_text(json.dumps({
-            "top1": top1, "converted_top1": top1, "predictions_changed": 0, "activations_mib": 2.0 if block is PLAIN else 5.0}))
+            "top1": top1, "converted_top1": top1 - 0.01, "predictions_changed": 2, "activations_mib": 2.0 if block is PLAIN else 5.0}))
 
 
 def study(folder, **kwargs):
     for seed, (plain, dbb) in enumerate([(0.70, 0.73), (0.72, 0.73), (0.71, 0.76)]):
         write_run(folder / f"plain{seed}", PLAIN, seed, plain)
-        write_run(folder / f"dbb{seed}", DBB, seed, dbb, seconds=0.3, **kwargs)
+        write_run(folder / f"dbb{seed}", DBB, seed, dbb, seconds=[0.3, 0.2, 0.9][seed], loss=[1.0, 1.3, 1.3][seed], **kwargs)
 
 
 def compare(folder, baseline=None):
     runs, epochs = report_script.read_runs([folder])
     runs["arm"] = report_script.name_arms(runs)
     arms = report_script.compare_arms(runs, baseline)
-    return runs, epochs, arms.set_index("arm"), report_script.markdown(runs, arms, [folder])
+    return runs, epochs, arms.set_index("arm"), report_script.markdown(runs, arms, [folder], baseline)
 
 
 def test_paired_difference_and_its_interval(tmp_path):
@@ -57,10 +58,13 @@ def test_paired_difference_and_its_interval(tmp_path):
     assert dbb[["difference", "low", "high"]].tolist() == pytest.approx([3, 3 - half, 3 + half])
     assert dbb["top1"] == pytest.approx(74)
     assert dbb["top1_std"] == pytest.approx(np.sqrt(3))
-    assert dbb["milliseconds_per_step"] == pytest.approx(300)
+    assert dbb["milliseconds_per_step"] == pytest.approx(300), "the median"
     assert dbb["seconds"] == pytest.approx(20 * 0.3)
-    assert "300 (3.00x) | 5.0 (2.50x)" in text
-    assert f"+3.00 | {3 - half:+.2f} to {3 + half:+.2f}" in text
+    assert dbb["train_loss"] == pytest.approx(4 + 1.2), "of the last epoch"
+    assert dbb["train_loss_std"] == pytest.approx(0.1 * np.sqrt(3))
+    assert (dbb["converted_top1"], dbb["predictions_changed"]) == (pytest.approx(73), 6)
+    assert "73.00 (6 changed) | 300 (3.00x) | 5.0 (2.50x)" in text
+    assert f"| +3.00 | {3 - half:+.2f} to {3 + half:+.2f}" in text
     assert "All runs are finished." in text
     assert len(epochs) == 12
     assert epochs["epoch"].max() == 2
@@ -72,12 +76,44 @@ def test_equal_compute_takes_the_plain_run_of_equal_time(tmp_path):
     assert "| dbb | none yet: trainer.max_epochs=6 would do |" in text
     for seed, top1 in enumerate([0.74, 0.75, 0.74]):
         write_run(tmp_path / f"long{seed}", PLAIN, seed, top1, epochs=6)
+        write_run(tmp_path / f"other{seed}", PLAIN, seed, 0.9, epochs=6, lr=0.2)
+    for baseline in (None, "none, optim.lr=0.1, trainer.max_epochs=6"):
+        _, _, arms, text = compare(tmp_path, baseline)
+        dbb = arms.loc["dbb, optim.lr=0.1, trainer.max_epochs=2"]
+        assert dbb["equal_compute"] == "none, optim.lr=0.1, trainer.max_epochs=6"
+        assert dbb["time_ratio"] == pytest.approx(1)
+        assert dbb["difference_equal_compute"] == pytest.approx(np.mean([-1, -2, 2]))
+        assert dbb["difference"] == pytest.approx(3), "equal epochs as before"
+        assert "| none, optim.lr=0.1, trainer.max_epochs=6 | 1.00 | -0.33 |" in text
+        assert arms["equal_compute"].notna().sum() == (1 if baseline is None else 2), "plain ones are compared only when asked for"
+
+
+@pytest.mark.parametrize(("seconds", "near"), [(0.15, False), (0.128, False), (0.12, True), (0.078, False), (0.083, True)])
+def test_what_equal_compute_is(tmp_path, seconds, near):
+    for seed in range(2):
+        write_run(tmp_path / f"plain{seed}", PLAIN, seed, 0.7, epochs=4)
+        write_run(tmp_path / f"dbb{seed}", DBB, seed, 0.7, epochs=4, seconds=seconds)
+    _, _, _, text = compare(tmp_path)
+    assert ("none yet: trainer.max_epochs=" not in text) == near
+
+
+def test_time_counts_batches_not_the_steps_of_the_optimiser(tmp_path):
+    write_run(tmp_path / "one", DBB, 0, 0.7, accumulate=4)
+    assert compare(tmp_path)[2].loc["all runs", "seconds"] == pytest.approx(20 * 4 * 0.1)
+
+
+def test_seeds_without_a_partner(tmp_path):
+    """Two arms whose seeds are partly the same, and one that shares none."""
+    study(tmp_path)
+    write_run(tmp_path / "more", DBB, 7, 0.99)
+    acb = DBB | {"name": "acb", "branches": ["kxk", "1xk"]}
+    write_run(tmp_path / "acb", acb, 8, 0.99)
     _, _, arms, text = compare(tmp_path)
-    dbb = arms.loc["dbb, trainer.max_epochs=2"]
-    assert dbb["equal_compute"] == "none, trainer.max_epochs=6"
-    assert dbb["time_ratio"] == pytest.approx(1)
-    assert dbb["difference_equal_compute"] == pytest.approx(np.mean([-1, -2, 2]))
-    assert dbb["difference"] == pytest.approx(3), "equal epochs as before"
+    assert arms.loc["dbb", ["n", "pairs", "difference"]].tolist() == [4, 3, pytest.approx(3)]
+    assert "+3.00 (3 pairs)" in text
+    assert "no seed in common" in text
+    write_run(tmp_path / "acb1", acb, 1, 0.82)
+    assert "+10.00 (1 pairs) | one pair only" in compare(tmp_path)[3]
 
 
 def test_unfinished_and_failed_runs_are_listed(tmp_path):
@@ -87,9 +123,20 @@ def test_unfinished_and_failed_runs_are_listed(tmp_path):
     (tmp_path / "failed" / "error.txt").write_text("error: out of memory\n")
     (tmp_path / "never").mkdir()
     (tmp_path / "never" / "error.txt").write_text("error: no such data\n")
-    runs, _, arms, text = compare(tmp_path)
-    assert arms["n"].tolist() == [3, 3]
-    assert "Not in the tables: 3 of 9 runs" in text
+    write_run(tmp_path / "killed", DBB, 5, 0.9)
+    (tmp_path / "killed" / "result.json").write_text('{"top1": 0.')
+    write_run(tmp_path / "begun", DBB, 6, lr=0.7)
+    (tmp_path / "begun" / "metrics.csv").write_text("")
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / ".lock").touch()
+    (tmp_path / "dbb0" / "wandb").mkdir()  # W&B's own file, of a run online
+    (tmp_path / "dbb0" / "wandb" / "config.yaml").write_text("trainer: {value: {max_epochs: 2}}\nseed: {value: 0}\n")
+    runs, epochs, arms, text = compare(tmp_path)
+    assert arms["n"].to_dict() == {"dbb": 3, "none": 3}, "and the names are of what is finished"
+    assert "Not in the tables: 6 of 12 runs" in text
+    assert f"`{tmp_path}/killed`: {tmp_path}/killed/result.json is damaged" in text
+    assert f"`{tmp_path}/begun`: not finished (0 of 2 epochs)" in text
+    assert f"`{tmp_path}/asked`: stopped before it began" in text
     assert f"`{tmp_path}/stopped`: not finished (1 of 2 epochs)" in text
     assert f"`{tmp_path}/failed`: error: out of memory (0 of 2 epochs)" in text
     assert f"`{tmp_path}/never`: error: no such data" in text
@@ -106,6 +153,8 @@ def test_arms_are_named_by_what_differs(tmp_path):
     assert arms.loc["block.init=third", "difference"] == pytest.approx(10)
     with pytest.raises(ValueError, match="--baseline plain: there is no such arm; the arms are block.init=ones; block.init=third"):
         compare(tmp_path, "plain")
+    write_run(tmp_path / "plain", PLAIN, 0, 0.5)
+    assert set(compare(tmp_path)[2].index) == {"none", "dbb, block.init=ones", "dbb, block.init=third"}
 
 
 def test_a_comparison_does_not_mix_what_else_differs(tmp_path):
@@ -115,6 +164,50 @@ def test_a_comparison_does_not_mix_what_else_differs(tmp_path):
     _, _, arms, _ = compare(tmp_path)
     assert np.isnan(arms.loc["dbb, optim.lr=0.2", "difference"]), "no plain network was trained with that lr"
     assert arms.loc["dbb, optim.lr=0.1", "difference"] == pytest.approx(3)
+
+
+def test_what_a_run_may_lack(tmp_path):
+    """Epochs of a single step have no time, evaluation may be rare, a metrics.csv may be gone, a loss may have diverged."""
+    study(tmp_path, workers=2)  # how images are fetched tells no arms apart
+    write_run(tmp_path / "again", DBB, 3, 0.75, loss=float("nan"))
+    path = tmp_path / "plain0" / "metrics.csv"
+    path.write_text(path.read_text() + "0,9,,7.0,,,\n")  # an epoch that was run again: its last loss counts
+    runs, epochs, arms, text = compare(tmp_path)
+    assert set(arms.index) == {"none", "dbb"}
+    assert "| dbb | 4 | 2 | nan |" in text
+    assert epochs[(epochs["folder"] == str(tmp_path / "plain0")) & (epochs["epoch"] == 1)]["train_loss"].tolist() == [7.0]
+    for name in ("plain0", "plain1", "plain2"):
+        (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss_epoch\n0,9,1.0\n1,19,0.5\n")
+    runs, epochs, arms, text = compare(tmp_path)
+    assert "| none | 3 | 2 | 0.5000 ± 0.0000 | 71.00 ± 1.00 |  |  | 70.00 (6 changed) |  | 2.0 |" in text
+    epochs = epochs.merge(runs[["folder", "arm", "seed", "state"]], on="folder")
+    report_script.draw_curves(epochs, tmp_path / "curves.png")
+    for path in tmp_path.glob("*/metrics.csv"):
+        path.unlink()
+    assert compare(tmp_path)[2]["n"].to_dict() == {"dbb": 4, "none": 3}
+
+
+def test_runs_cut_short_are_not_at_equal_epochs(tmp_path):
+    study(tmp_path)
+    write_run(tmp_path / "cut", DBB, 3, 0.75, done=1)  # by trainer.max_time
+    _, _, arms, text = compare(tmp_path)
+    assert "| dbb | 4 | 1-2 |" in text
+    assert np.isnan(arms.loc["dbb"].get("difference", np.nan))
+
+
+def test_curves_have_a_standard_deviation_to_each_side(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn = []
+    monkeypatch.setattr(Axes, "fill_between", lambda axis, x, low, high, **_: drawn.append((list(x), list(low), list(high))))
+    study(tmp_path)
+    write_run(tmp_path / "stopped", DBB, 3, done=1, loss=100)
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path), str(tmp_path)])
+    report_script.main()
+    std = 0.1 * np.sqrt(3)
+    losses = [band for band in drawn if max(band[2]) < 10]
+    assert any(x == [1, 2] and low == pytest.approx([6.2 - std, 5.2 - std]) and high == pytest.approx([6.2 + std, 5.2 + std])
+               for x, low, high in losses)
+    assert any(low == pytest.approx([0, 10]) for _, low, _ in drawn), "top-1 in percent"
 
 
 def test_what_cannot_be_compared(tmp_path):

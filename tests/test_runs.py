@@ -10,13 +10,16 @@ import time
 import cloudpickle
 import pandas as pd
 import pytest
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import report as report_script
 import train as train_script
 from tests.conftest import ROOT, relative_error
 from tests.test_scripts import TINY, run
 from training.checkpoint import load_checkpoint
+from training.cli import plain_errors
 from training.module import learning_rate
+from training.runs import FolderTakenError, alone_in
 
 FROZEN = """
 import sys
@@ -36,22 +39,52 @@ exec(compile(script.read_text(), str(script), "exec"))  # under this file's name
 """
 
 
+NO_MEMORY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import dbb
+import training.module
+start = training.module.start_network
+def full(settings, *rest):
+    if settings.seed == 1 and settings.model.name == "resnet8":
+        raise RuntimeError("out of memory")
+    return start(settings, *rest)
+training.module.start_network = full
+script = Path({root!r}, "train.py")
+exec(compile(script.read_text(), str(script), "exec"))
+"""
+
+
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
-    """Two seeds; of the blocks one exists and one cannot be built on these images; then the same command again, and more."""
+    """Of two networks one cannot take these images, and one seed meets a full memory; then the same command again, and more."""
+    (tmp_path / "full.py").write_text(NO_MEMORY.format(root=ROOT))
     command = ["-m", "data=digits", "logger=csv", "trainer.max_epochs=1", "data.max_images=64", "data.batch_size=32", "out=sweep"]
-    done = run("train.py", *command, "model=resnet8,vgg16", "seed=0,1", cwd=tmp_path)
+    done = run(tmp_path / "full.py", *command, "model=resnet8,vgg16", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 1
-    assert "error: 2 jobs failed" in done.stderr
+    assert "error: 3 jobs failed" in done.stderr
     assert "vgg16 cannot take images of 8 pixels" in done.stderr
-    assert "Traceback" not in done.stderr
+    errors = {path.parent.name: path.read_text() for path in tmp_path.glob("sweep/*/error.txt")}
+    names = [f"data.batch_size-32+data.max_images-64+data-digits+model-{job}+trainer.max_epochs-1"
+             for job in ("resnet8+seed-1", "vgg16+seed-0", "vgg16+seed-1")]
+    assert sorted(errors) == names, "settings, sorted; not those of the logger"
+    assert errors[names[0]] == "error: RuntimeError: out of memory\n"
+    sys.argv[:] = ["report.py", str(tmp_path / "sweep"), "--out", str(tmp_path / "report")]
+    report_script.main()
+    printed = capsys.readouterr().out
+    assert "| all runs | 1 | 1 |" in printed
+    assert "3 of 4 runs" in printed
+    assert f"{names[0]}`: error: RuntimeError: out of memory" in printed
     results = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/*/result.json")}
-    assert len(results) == 2
+    assert len(results) == 1
     done = run("train.py", *command, "model=resnet8", "block=none,dbb", "seed=1,0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("sweep/*/result.json"))) == 6, "block=none is said now: two jobs of their own"
+    assert "Traceback" not in done.stderr
+    assert len(list(tmp_path.glob("sweep/*/result.json"))) == 5, "block=none is said now: two jobs of their own"
     assert all(path.stat().st_mtime_ns == when for path, when in results.items())
-    again = run("train.py", *command, "model=resnet8", "block=none,dbb", "seed=0", cwd=tmp_path)
+    again = run("train.py", *command, "model=resnet8", "block=none,dbb", "seed=0", "data.num_workers=1", cwd=tmp_path)
     assert again.stdout.count("is finished: test top1") == 2
+    assert again.returncode == 0
 
     twins = [str(path) for path in tmp_path.glob("sweep/*") if "block" in path.name]
     sys.argv[:] = ["report.py", *twins, "--out", str(tmp_path / "report")]
@@ -83,8 +116,35 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
     assert train_script.train(make_settings(*settings, "logger.tags=[again]"), tmp_path) == first
     with pytest.raises(ValueError, match="already holds a run with another optim.lr"):
         train_script.train(make_settings(*settings, "optim.lr=0.3"), tmp_path)
+    with pytest.raises(ValueError, match="already holds a run with another seed"):
+        train_script.train(make_settings(*settings, "seed=1"), tmp_path)
     (tmp_path / "result.json").unlink()  # stopped in its last evaluation
+    (tmp_path / "error.txt").write_text("error: it was full\n")
     assert train_script.train(make_settings(*settings), tmp_path) == first
+    assert not (tmp_path / "error.txt").exists()
+
+    weights = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    for name, message in (("result.json", "result.json is damaged: remove it"), ("config.yaml", "config.yaml is damaged: remove it")):
+        (tmp_path / name).write_text((tmp_path / name).read_text()[:-40] + '"{')
+        with pytest.raises(ValueError, match=message):
+            train_script.train(make_settings(*settings), tmp_path)
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="go on with that run by ckpt="):
+        train_script.train(make_settings(*settings), tmp_path)
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == weights, "nothing is lost"
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    with alone_in(tmp_path), pytest.raises(FolderTakenError, match="another process is training in"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_run_that_is_told_to_stop_does_not_look_finished():
+    with pytest.raises(SystemExit) as stop, plain_errors():
+        raise SIGTERMException
+    assert stop.value.code == 143
 
 
 def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):

@@ -110,11 +110,21 @@ def test_normalisation_of_the_digits_is_theirs(make_settings):
     assert settings.data.std[0] == pytest.approx(pixels.std().item(), abs=5e-3)
 
 
+def test_slurm_is_asked_for_in_its_jobs_only(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(SystemExit, match="error: trainer=slurm: SLURM_JOB_ID"):
+        settings_module._slurm_job()
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert settings_module._slurm_job() == "42"
+
+
 def test_a_job_of_a_sweep_has_its_settings_as_its_folder():
     name = settings_module._job_name
     assert name(["seed=0", "block=dbb", "data.root=a/b", "logger=csv", "out=c"]) == name(["block=dbb", "seed=0"]) == "block-dbb+seed-0"
+    assert name(["block=none", "block.init=third", "seed=0"]) == name(["block=none", "seed=0"]) == "block-none+seed-0", "one plain twin"
+    assert name(["logger=csv"]) == "defaults"
     odd = [["block.branches=[avg,kxk]"], ["block.branches=[avg_kxk]"], ["block.branches=[avg+kxk]"], ["optim.lr=1" + "0" * 200],
-           ["optim.lr=1" + "0" * 201]]
+           ["optim.lr=1" + "0" * 201], ["model.weights=" + "\u00e9" * 140]]
     names = {name(overrides) for overrides in odd}
     assert len(names) == len(odd)
     assert all(re.fullmatch(r"[\w.+-]{1,150}", name) for name in names)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 
 @contextmanager
@@ -21,6 +21,8 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except SIGTERMException:  # which alone would exit with status 0
+        sys.exit(143)
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -41,4 +43,11 @@ def output_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return Path(path)
     except OSError as error:
-        raise ValueError(f"cannot write into {path} ({error.strerror}): choose another folder with out=DIR") from error
+        raise ValueError(f"out: cannot write into {path} ({error.strerror}): choose another folder") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a process that is killed leaves no half of one."""
+    part = path.with_name(f".{path.name}")
+    part.write_text(text)
+    part.replace(path)

@@ -73,12 +73,14 @@ class ImageData(pl.LightningDataModule):
         self.test_indices = self._some(torch.arange(len(self.test_set)))
         if train:
             self.train_set, _ = read(self.conf, self.seed, train=True)
-            n, held_out = len(self.train_set), self.conf.val_size
-            if n - held_out < self.conf.batch_size:
-                raise ValueError(f"data.batch_size={self.conf.batch_size} is larger than the {max(n - held_out, 0)} training images "
-                                 f"of data={self.conf.name}" + (f" (data.val_size={held_out} held out)" if held_out else ""))
-            order = torch.randperm(n, generator=generator(0))  # the same images are held out whatever the run's seed
-            self.val_indices, self.train_indices = order[:held_out], self._some(order[held_out:].sort().values)
+            order = torch.randperm(len(self.train_set), generator=generator(0))  # the same are held out whatever the run's seed
+            self.val_indices, rest = order.split([held := min(self.conf.val_size, len(order)), len(order) - held])
+            self.train_indices = self._some(rest.sort().values)
+            if len(self.train_indices) < self.conf.batch_size:
+                fewer = [f"{knob}={value}" for knob, value in (("data.val_size", self.conf.val_size),
+                                                               ("data.max_images", self.conf.max_images)) if value]
+                raise ValueError(f"data.batch_size={self.conf.batch_size} is larger than the {len(self.train_indices)} training images "
+                                 f"of data={self.conf.name}" + (f" with {', '.join(fewer)}" if fewer else ""))
 
     def _some(self, indices: Tensor) -> Tensor:
         """At most `max_images`, spread evenly: they come sorted by class."""

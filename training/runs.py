@@ -1,27 +1,74 @@
 """What a run's folder says of the run: whether it is this one, whether it is finished, and what came of it."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 
-from training.settings import OF_THE_COMMAND, Settings
+from training.settings import OF_THE_COMMAND, Settings, flat
 
-SAME_RUN = (*OF_THE_COMMAND, "logger")  # with whatever values of these
+SAME_RUN = (*OF_THE_COMMAND, "logger", "data.num_workers", "data.download")  # with whatever values of these
+LOCK = ".lock"
+
+
+class FolderTakenError(ValueError):
+    """The folder is another run's, or another process is at work in it."""
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder; the others of the same run wait for nothing.
+
+    Raises:
+        FolderTakenError: if one does.
+    """
+    if rank_zero_only.rank:
+        yield
+        return
+    lock = FileLock(run_dir / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        pass  # a file system without locks keeps nobody out
+    except Timeout as error:
+        raise FolderTakenError(f"another process is training in {run_dir}: let it finish, or choose another folder with out=DIR") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:
-    """The settings in a run's config.yaml, as plain values; None where there is none."""
-    path = run_dir / "config.yaml"
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
+    """The settings in a run's config.yaml, as plain values; None where there is none.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return _read(run_dir / "config.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text)))
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """What a finished run's result.json holds; None if it is not finished."""
-    path = run_dir / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What a finished run's result.json holds; None if it is not finished.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return _read(run_dir / "result.json", json.loads)
+
+
+def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return dict(parse(path.read_text()))
+    except Exception as error:  # of many kinds, as the text happens to be
+        raise ValueError(f"{path} is damaged: remove it, and go on with the run by ckpt={path.parent}/checkpoints/last.ckpt") from error
 
 
 def take_up(settings: Settings, run_dir: Path) -> Settings:
@@ -31,29 +78,25 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
         The settings, with the checkpoint and the W&B id of that run, where there are any.
 
     Raises:
-        ValueError: if the folder holds another run.
+        FolderTakenError: if the folder holds another run.
     """
-    stored, last = read_config(run_dir), run_dir / "checkpoints" / "last.ckpt"
+    last = run_dir / "checkpoints" / "last.ckpt"
     if settings.ckpt is not None:
         if last.exists() and Path(settings.ckpt).resolve() != last.resolve():
-            raise ValueError(f"{run_dir} already holds another run than ckpt={settings.ckpt}: choose another folder with out=DIR")
+            raise FolderTakenError(f"{run_dir} already holds another run than ckpt={settings.ckpt}: choose another folder with out=DIR")
         return settings
-    if stored is None:
-        return settings
-    different = [key for key, value in flat(asdict(settings)).items()
-                 if key.split(".")[0] not in SAME_RUN and flat(stored).get(key) != value]
-    if not different:
+    stored = read_config(run_dir)
+    old, new = of_the_training(stored or {}), of_the_training(asdict(settings))
+    different = [key for key, value in new.items() if old.get(key) != value]
+    if stored is not None and not different:
         identity = replace(settings.logger, id=stored["logger"]["id"])
         return replace(settings, ckpt=str(last) if last.exists() else None, logger=identity)
     if last.exists():
-        raise ValueError(f"{run_dir} already holds a run with another {', '.join(different[:4])}: choose another folder with out=DIR, or "
-                         f"go on with that run by ckpt={last}")
+        raise FolderTakenError(f"{run_dir} already holds a run with another {', '.join(different[:4])}: choose another folder with "
+                               f"out=DIR, or go on with that run by ckpt={last}")
     return settings
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under their names on the command line, e.g. `optim.lr`."""
-    result = {}
-    for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
+def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, flat, that make a run what it is: not the command's own, nor where it is logged, nor how its images are fetched."""
+    return {key: value for key, value in flat(settings).items() if not {key, key.split(".")[0]} & set(SAME_RUN)}

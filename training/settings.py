@@ -4,9 +4,10 @@ Every knob is a typed field, so that a misspelt name and a value of the wrong ty
 """
 
 import hashlib
+import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -194,6 +195,9 @@ class Settings:
                 raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such thing")
         if self.data.image_size is None and self.data.name in FILE_SETS:
             raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
+        for knob, value in flat(asdict(self)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{knob}={value} must be a finite number")
         for knob, value, least in (
                 ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
@@ -202,13 +206,16 @@ class Settings:
                 ("optim.lr_batch_size", self.optim.lr_batch_size, 1), ("block.copies", self.block.copies, 1),
                 ("block.positions", self.block.positions, 4),
                 ("block.kernel_sizes", min(self.block.kernel_sizes, default=1), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
-                ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0), ("seed", self.seed, 0)):
+                ("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1),
+                ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0),
+                ("optim.weight_decay", self.optim.weight_decay, 0), ("seed", self.seed, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{knob}={value} must be at least {least}")
         if self.data.on_device and self.data.num_workers:
             raise ValueError(f"data.num_workers={self.data.num_workers} must be 0 with data.on_device=true: nothing is left to load")
-        if not 0 <= self.optim.label_smoothing < 1:
-            raise ValueError(f"optim.label_smoothing={self.optim.label_smoothing} must lie between 0 and 1")
+        for knob, value in (("optim.label_smoothing", self.optim.label_smoothing), ("optim.momentum", self.optim.momentum)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{knob}={value} must be at least 0 and less than 1")
         if self.trainer.limit_train_batches <= 0:
             raise ValueError(f"trainer.limit_train_batches={self.trainer.limit_train_batches} leaves nothing to train on")
         if not (len(self.data.mean) == len(self.data.std) == 3 and min(self.data.std) > 0):
@@ -216,6 +223,14 @@ class Settings:
         if not (self.block.branches or self.block.layers) and self.block != BlockConf():
             raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: block=dbb takes the list of "
                              "configs/block/dbb.yaml, block.branches=[kxk,1x1] one of your own, block=none leaves plain convolutions")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under their names on the command line, e.g. `optim.lr`."""
+    result = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
 
 
 def _one_of(knob: str, value: str, known: list[str]) -> None:
@@ -295,14 +310,25 @@ def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, d
 
 def _job_name(overrides: list[str]) -> str:
     """The folder of a sweep's job: its settings, whatever their order, so that a job keeps it when the sweep grows."""
-    kept = sorted(override for override in overrides if override.split("=")[0].lstrip("+~") not in ("out", "data.root", "data.num_workers")
-                  and not override.startswith("logger"))
-    wanted = "+".join(kept).replace("=", "-")
-    name = re.sub(r"[^\w.+-]", "_", wanted)[:150]  # only what Hydra takes unquoted in ckpt=PATH, and a file system as one name
+    ignored = ("out", "data.root", "data.num_workers", "logger") + ("block",) * ("block=none" in overrides)  # see resolve()
+    kept = sorted(override for override in overrides if override == "block=none"
+                  or not {key := override.split("=")[0].lstrip("+~"), key.split(".")[0]} & set(ignored))
+    wanted = "+".join(kept).replace("=", "-") or "defaults"
+    # Only what Hydra takes unquoted in ckpt=PATH, and a file system as one name.
+    name = re.sub(r"[^\w.+-]", "_", wanted, flags=re.ASCII)[:150]
     return name if name == wanted else f"{name[:140]}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
+
+
+def _slurm_job() -> str:
+    with plain_errors():
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ValueError("trainer=slurm: SLURM_JOB_ID, which names the run's folder, is set in jobs of SLURM only: elsewhere take "
+                             "trainer=ddp, or out=DIR")
+    return os.environ["SLURM_JOB_ID"]
 
 
 ConfigStore.instance().store(name="schema", node=Settings)
 OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value))
 OmegaConf.register_new_resolver("run_dir", _run_dir, use_cache=True)
 OmegaConf.register_new_resolver("job_name", _job_name)
+OmegaConf.register_new_resolver("slurm_job", _slurm_job)
