@@ -12,19 +12,25 @@ import pandas as pd
 import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+import convert as convert_script
 import report as report_script
 import train as train_script
 from tests.conftest import ROOT, relative_error
 from tests.test_scripts import TINY, run
 from training.checkpoint import load_checkpoint
 from training.cli import plain_errors
-from training.module import learning_rate
+from training.module import Classifier, learning_rate
 from training.runs import FolderTakenError, alone_in
 
-FROZEN = """
+SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
+import {patch}
+script = Path({root!r}, "train.py")
+exec(compile(script.read_text(), str(script), "exec"))  # under this file's name, by which a second process is started
+"""
+FROZEN = """
 from torch import nn
 from training.module import Classifier
 start = Classifier.on_train_epoch_start
@@ -34,33 +40,24 @@ def frozen(self):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
 Classifier.on_train_epoch_start = frozen
-script = Path({root!r}, "train.py")
-exec(compile(script.read_text(), str(script), "exec"))  # under this file's name, by which the second process is started
 """
-
-
 NO_MEMORY = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import dbb
-import training.module
+import dbb, training.module
 start = training.module.start_network
 def full(settings, *rest):
     if settings.seed == 1 and settings.model.name == "resnet8":
         raise RuntimeError("out of memory")
     return start(settings, *rest)
 training.module.start_network = full
-script = Path({root!r}, "train.py")
-exec(compile(script.read_text(), str(script), "exec"))
 """
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     """Of two networks one cannot take these images, and one seed meets a full memory; then the same command again, and more."""
-    (tmp_path / "full.py").write_text(NO_MEMORY.format(root=ROOT))
+    (tmp_path / "full.py").write_text(NO_MEMORY)
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=ROOT, patch="full"))
     command = ["-m", "data=digits", "logger=csv", "trainer.max_epochs=1", "data.max_images=64", "data.batch_size=32", "out=sweep"]
-    done = run(tmp_path / "full.py", *command, "model=resnet8,vgg16", "seed=0,1", cwd=tmp_path)
+    done = run(tmp_path / "script.py", *command, "model=resnet8,vgg16", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: 3 jobs failed" in done.stderr
     assert "vgg16 cannot take images of 8 pixels" in done.stderr
@@ -180,15 +177,18 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["slurm-4242"]
 
 
-def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
+def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_path, monkeypatch):
     """With SGD and frozen norms: the same weights; each test image counted once, one folder, one W&B run; it converts."""
-    script = tmp_path / "frozen.py"
-    script.write_text(FROZEN.format(root=ROOT))
+    (tmp_path / "frozen.py").write_text(FROZEN)
     options = ["model=resnet8_dbb", "data=digits", "optim.lr=0.002", "trainer.max_epochs=1", "trainer.limit_train_batches=6",
                "trainer.accelerator=cpu"]
-    for name, extra in (("one", ["trainer.devices=1", "logger=csv"]), ("two", ["trainer.devices=2", "trainer.strategy=ddp"])):
-        done = run(script, *options, *extra, f"out={name}", cwd=tmp_path, env={"WANDB_MODE": "offline"})
-        assert done.returncode == 0, done.stderr[-3000:]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=ROOT, patch="frozen"))
+    done = run(script, *options, "trainer.devices=2", "trainer.strategy=ddp", "out=two", cwd=tmp_path, env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", Classifier.on_train_epoch_start)  # put back afterwards
+    exec(FROZEN, {})
+    train_script.train(make_settings(*options, "trainer.devices=1", "logger=csv"), tmp_path / "one")
     one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
     for key in one:
         assert relative_error(two[key], one[key]) < 1e-5, key
@@ -196,10 +196,9 @@ def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
     metrics = pd.read_csv(tmp_path / "two" / "metrics.csv")
     assert metrics["test/top1"].dropna().tolist() == pytest.approx(metrics["final/top1"].dropna().tolist(), abs=1e-6)
     assert len(list((tmp_path / "two" / "wandb").glob("offline-run-*"))) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen.py", "one", "two"]
-    converted = run("convert.py", "ckpt=two/checkpoints/last.ckpt", "logger=csv", "export=[]", cwd=tmp_path)
-    assert converted.returncode == 0, converted.stderr
-    assert "0 of 360 predictions changed" in converted.stdout
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".py" and path.name != "__pycache__") == ["one", "two"]
+    settings = make_settings(f"ckpt={tmp_path}/two/checkpoints/last.ckpt", "export=[]", config_name="convert")
+    assert convert_script.convert(settings, tmp_path / "converted")["predictions_changed"] == 0
 
 
 def test_the_learning_rate_follows_the_batch(make_settings):

@@ -165,20 +165,21 @@ def test_a_mistyped_checkpoint_takes_nothing_away(tmp_path):
     assert (tmp_path / "here").is_dir()
 
 
-def test_a_list_of_branches_from_the_command_line(make_settings, tmp_path):
+def test_a_list_of_branches_from_the_command_line(make_settings, tmp_path, capsys):
     done = run("train.py", "model=resnet20", *TINY, "trainer.limit_train_batches=2", "block.branches=[kxk,1x1,1xk,kx1]",
                "block.layers=[{modules:blocks.0.*,branches:[]}]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "17 3x3 became kxk + 1x1 + 1xk + kx1" in " ".join(done.stdout.split())
     [folder] = (tmp_path / "outputs" / "resnet20_custom_digits").iterdir()
-    converted = run("convert.py", f"ckpt={folder}/checkpoints/last.ckpt", "data=none", "export=[]", cwd=tmp_path)
-    assert converted.returncode == 0, converted.stderr
-    assert "0 of 64 predictions changed" in converted.stdout
-    assert "no accuracy was measured" in converted.stdout
-    assert "top1" not in converted.stdout
+    ckpt = f"ckpt={folder}/checkpoints/last.ckpt"
+    report = convert_script.convert(make_settings(ckpt, "data=none", "export=[]", config_name="convert"), folder / "convert")
+    assert (report["predictions_changed"], report["images"]) == (0, 64)
+    printed = capsys.readouterr().out
+    assert "no accuracy was measured" in printed
+    assert "top1" not in printed
     assert "top1" not in json.loads((folder / "convert" / "report.json").read_text())["before"]
     with pytest.raises(ValueError, match="data=none has no labels"):
-        eval_script.evaluate(make_settings(f"ckpt={folder}/checkpoints/last.ckpt", "data=none", config_name="eval"))
+        eval_script.evaluate(make_settings(ckpt, "data=none", config_name="eval"))
 
 
 def test_a_mode_is_a_choice_of_training_alone(make_settings, tmp_path, capsys):
