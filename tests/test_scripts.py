@@ -149,7 +149,7 @@ def test_a_second_run_does_not_overwrite_the_first(trained, make_settings):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["data=digits", "data.batch_size=5000"], "error: data.batch_size=5000 is larger"),
-    (["data=digits", "out=/proc/nothing/here"], "error: cannot write into /proc/nothing/here"),
+    (["data=digits", "out=/proc/nothing/here"], "error: out: cannot write into /proc/nothing/here"),
     (["model=timm"], "error: model.name"), (["model=resnet19"], "resnet18"), (["+trainer.max_epoch=3"], "max_epoch")])
 def test_errors_are_sentences(tmp_path, overrides, message):
     done = run("train.py", *overrides, cwd=tmp_path)
