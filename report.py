@@ -217,6 +217,7 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
             [line] = axis.plot(mean.index, mean, label=f"{arm} (n={group['folder'].nunique()})")
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)

@@ -42,6 +42,7 @@ class Classifier(pl.LightningModule):
         if settings.model.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         if settings.model.compile:
+            torch.compiler.reset()  # graphs of a sweep's earlier jobs count against the limit of recompilations, past which all is eager
             self.net.compile()  # in place: the keys of the state dict stay as they are
         self.metrics = nn.ModuleDict({split: MetricCollection({
             "top1": MulticlassAccuracy(len(classes), top_k=1, average="micro"),
