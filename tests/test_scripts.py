@@ -245,13 +245,12 @@ def test_compiled_network_keeps_its_keys(make_settings):
 
 def test_a_sweep_of_compiled_networks_stays_compiled(make_settings, monkeypatch):
     """torch.compile counts the graphs of a forward method, whatever network it is of, and past a limit leaves the rest uncompiled."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     compile_in_place = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda net: compile_in_place(net, backend="eager"))
-    for block in ("none", "acb"):
-        settings = make_settings("model=resnet8", f"block={block}", "data=digits", "model.compile=true")
-        assert Classifier(settings, list("0123456789"), 8)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for block in ("none", "acb"):
+            settings = make_settings("model=resnet8", f"block={block}", "data=digits", "model.compile=true")
+            assert Classifier(settings, list("0123456789"), 8)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
 def test_schedule():
