@@ -42,7 +42,7 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         error, run = place / "error.txt", {"folder": str(place), "settings": {}}
         why = error.read_text().strip() if error.exists() else "stopped before it began"
         try:
-            config, result = read_config(place), read_result(place)
+            config, result, rows = read_config(place), read_result(place), read_epochs(place)
         except ValueError as damage:
             runs.append(run | {"state": str(damage)})
             continue
@@ -52,10 +52,11 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         settings = {key: str(value) if isinstance(value, list) else value for key, value in of_the_training(config).items()}
         if "seed" not in settings or "trainer.max_epochs" not in settings:
             continue  # a config.yaml of something else, as W&B writes one into its own folder
-        rows = read_epochs(place)
         epochs.append(rows)
         run |= {"seed": settings.pop("seed"), "settings": settings, "epochs": len(rows)}
-        if result is None:
+        if changed := (result or {}).pop("changed", None):
+            run["state"] = f"went on with other settings ({'; '.join(changed)})"
+        elif result is None:
             why = why if error.exists() else "not finished"
             run["state"] = f"{why} ({len(rows)} of {settings['trainer.max_epochs']} epochs)"
         else:
@@ -72,18 +73,27 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def read_epochs(place: Path) -> pd.DataFrame:
-    """A run's epochs by metrics.csv, a row each; of one that was run again after an interruption, the last."""
+    """A run's epochs by metrics.csv, a row each; of one that was run again after an interruption, the last.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
     try:
         rows = pd.read_csv(place / "metrics.csv")
     except (FileNotFoundError, pd.errors.EmptyDataError):
         rows = pd.DataFrame()
-    rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
+    except ValueError as error:
+        raise ValueError(f"{place}/metrics.csv is damaged ({error})") from error
+    rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS).apply(pd.to_numeric, errors="coerce")
     rows = rows.dropna(subset=list(METRICS.values()), how="all").groupby("epoch").last()
     return rows.assign(folder=str(place), epoch=rows.index.astype(int) + 1)
 
 
 def name_arms(runs: pd.DataFrame) -> pd.Series:
-    """By run, its arm: the settings in which the finished ones differ; of the block only what tells two apart."""
+    """By run, its arm: the settings in which the finished ones differ; of the block only what tells two apart.
+
+    A run whose settings no finished one has is of no arm.
+    """
     arms = [dict(settings) for settings in {tuple(sorted(s.items())) for s in runs[runs["state"] == "finished"]["settings"]}]
     differ = sorted(key for key in {key for arm in arms for key in arm} if len({str(arm.get(key)) for arm in arms}) > 1)
 
@@ -98,7 +108,7 @@ def name_arms(runs: pd.DataFrame) -> pd.Series:
         of_block = settings.get("block.name") != "none"  # the knobs of no block say nothing
         return ", ".join(str(settings.get(key)) if key == "block.name" else f"{key}={settings.get(key)}"
                          for key in names if key == "block.name" or of_block or not key.startswith("block."))
-    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings else "")
+    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings in arms else "")
 
 
 def paired(runs: pd.DataFrame, arm: str, base: str) -> dict[str, Any]:
@@ -108,7 +118,8 @@ def paired(runs: pd.DataFrame, arm: str, base: str) -> dict[str, Any]:
     if both.empty:
         return {"pairs": 0}
     mean, half = mean_and_half_width(both)
-    return {"pairs": len(both), "difference": mean, "low": mean - half, "high": mean + half}
+    known = half > 1e-9  # else it is one pair, or all differ by the same, as on few test images: no estimate of a spread
+    return {"pairs": len(both), "difference": mean} | ({"low": mean - half, "high": mean + half} if known else {})
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
@@ -174,7 +185,8 @@ def markdown(runs: pd.DataFrame, arms: pd.DataFrame, folders: list[Path], baseli
         if pairs in ("", "0"):
             return ["no seed in common" if pairs else "", ""]
         return [cell(row, "difference" + suffix, "{:+.2f}") + (f" ({pairs} pairs)" if pairs != str(row["n"]) else ""),
-                cell(row, "low" + suffix, "{:+.2f}") + cell(row, "high" + suffix, " to {:+.2f}") or "one pair only"]
+                cell(row, "low" + suffix, "{:+.2f}") + cell(row, "high" + suffix, " to {:+.2f}")
+                or ("one pair only" if pairs == "1" else "no spread")]
 
     plain = baseline or "plain"
     first, equal = [], []
@@ -188,19 +200,27 @@ def markdown(runs: pd.DataFrame, arms: pd.DataFrame, folders: list[Path], baseli
                       cell(row, "milliseconds_per_step", f"{{:.0f}}{ratio[0]}"), f"{row['activations_mib']:.1f}{ratio[1]}"])
         if cell(row, "equal_compute", "{}"):
             near = cell(row, "pairs_equal_compute", "{}")
-            equal.append([row["arm"], row["equal_compute"] if near else f"none yet: trainer.max_epochs={row['wanted_epochs']:.0f} would do",
+            wanted = f"none yet: trainer.max_epochs={row['wanted_epochs']:.0f}, from the start, would do"
+            equal.append([row["arm"], row["equal_compute"] if near else wanted,
                           f"{row['time_ratio']:.2f}" if near else "", *difference(row, "_equal_compute")])
     parts = [f"# {', '.join(folder.name for folder in folders)}", "![curves](curves.png)", "## At equal epochs",
              table(["arm", "n", "epochs", "final training loss", "test top-1, %", f"difference to {plain}, points", "95% interval",
                      "converted top-1, % (predictions)", "ms a step", "activations a batch, MiB"], first),
              "± is the standard deviation over seeds. Differences are paired by seed; one whose interval holds 0 is not significant. Each "
-             "interval is for one comparison: of twenty without any effect, one misses 0. Time is what the runs logged, on a machine that "
+             "interval is for one comparison: of twenty without any effect, one misses 0. It is over seeds, for these test images: which "
+             "images they happen to be is not in it, and counts where they are few. Time is what the runs logged, on a machine that "
              "may have done other things; activations are what a forward pass in float32 leaves for backward."]
     if equal:
         head = ["arm", f"{plain}, of equal training time", "time ratio", "difference, points", "95% interval"]
         parts += ["## At equal compute", table(head, equal)]
     left = [f"- `{row.folder}`: {row.state}" for row in runs[runs["state"] != "finished"].itertuples()]
-    parts.append("\n".join([f"## Not in the tables: {len(left)} of {len(runs)} runs\n", *left]) if left else "All runs are finished.")
+    parts.append("\n".join([f"## Not in the tables: {len(left)} of {len(runs)} runs\n", *left]) if left else
+                 f"All {len(runs)} runs found are finished.")
+    seeds = {arm: set(group["seed"].astype(int)) for arm, group in runs[runs["state"] == "finished"].groupby("arm")}
+    lacking = {arm: sorted(set().union(*seeds.values()) - of) for arm, of in seeds.items()}
+    if any(lacking.values()):
+        parts.append("Seeds that others have: " + "; ".join(
+            f"{arm} lacks {', '.join(map(str, of))}" for arm, of in lacking.items() if of) + ".")
     return "\n\n".join(parts) + "\n"
 
 
@@ -212,8 +232,8 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
     for axis, (column, title, scale) in zip(figure.subplots(1, 2), shown, strict=True):
         for arm, group in epochs.groupby("arm", sort=False):
-            curve = scale * group.pivot_table(index="epoch", columns="folder", values=column)
-            mean, std = curve.mean(axis=1), curve.std(axis=1).fillna(0)
+            curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")
+            mean, std = curve.mean(axis=1, skipna=False), curve.std(axis=1).fillna(0)  # one that diverged ends the line
             [line] = axis.plot(mean.index, mean, label=f"{arm} (n={group['folder'].nunique()})")
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="epoch")
@@ -240,7 +260,7 @@ def main() -> None:
         draw_curves(epochs[epochs["state"] == "finished"], out / "curves.png")
         arms.to_csv(out / "arms.csv", index=False, float_format="%.6g")
         runs.drop(columns="settings").to_csv(out / "runs.csv", index=False, float_format="%.6g")
-        epochs.drop(columns=["folder", "state"]).to_csv(out / "epochs.csv", index=False, float_format="%.6g")
+        epochs.to_csv(out / "epochs.csv", index=False, float_format="%.6g")
         print(text, f"written to {out}: report.md, curves.png, arms.csv, runs.csv, epochs.csv", sep="\n")
 
 

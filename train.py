@@ -21,6 +21,7 @@ import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from dbb import branchwise, compare_logits, reparameterize
 from training.callbacks import log_convolutions, log_predictions, make_callbacks, make_loggers, shows_progress_bar
@@ -29,7 +30,7 @@ from training.cli import plain_errors, write_text
 from training.data import ImageData
 from training.evaluate import activations_of_a_batch, pick_device, predict, scores, sentence
 from training.module import Classifier
-from training.runs import LOCK, FolderTakenError, alone_in, read_result, take_up
+from training.runs import LOCK, FolderTakenError, alone_in, changes, read_result, take_up
 from training.settings import Settings, resolve
 
 # Training step of a network with blocks against the plain one's: time and activations, ResNet-18 (benchmarks/README.md).
@@ -50,24 +51,25 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         `converted_top1` and `predictions_changed` by conversion. Empty in all processes but the first.
 
     Raises:
-        ValueError: if a setting or the data is wrong, or `run_dir` already holds another run.
+        ValueError: if a setting or the data is wrong, `run_dir` already holds another run, or a job of a sweep would start processes.
     """
     last, wanted = run_dir / "checkpoints" / "last.ckpt", settings.ckpt
     settings, result = take_up(settings, run_dir), read_result(run_dir)
-    if wanted is None and settings.ckpt is not None and result is not None:
+    if wanted is None and result is not None:
         print(f"{run_dir} is finished: {sentence(result, last)}")
         return result
     if settings.source is not None:
         raise ValueError(f"source={settings.source}: train.py goes on with its own checkpoints only; model.weights=FILE starts from "
                          "a plain network's weights, convert.py reads published files")
-    if settings.logger.id is None:
+    if settings.logger.id is None or (wanted is not None and not last.exists()):  # a checkpoint's id is that of its own folder's run
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    checkpoint, done = None, 0  # epochs
+    checkpoint, done, changed = None, 0, []  # done: epochs
     if settings.ckpt is not None:
         checkpoint = load_checkpoint(settings.ckpt)
         done, optimizer = checkpoint["epoch"] + 1, checkpoint["dbb"]["settings"]["optim"]["name"]
+        changed = [*checkpoint["dbb"].get("changed", []), *changes(checkpoint["dbb"]["settings"], settings, done)]
         evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
         if done >= settings.trainer.max_epochs and evaluated:
             raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint has all of {done} epochs behind it; "
@@ -78,7 +80,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     data.load(train=True)
     if checkpoint is not None:
         data.check_classes(checkpoint["dbb"]["classes"])
-    model = Classifier(settings, data.classes, data.image_size)
+    model = Classifier(settings, data.classes, data.image_size, changed)
     if checkpoint is None and settings.model.weights is None and hasattr(model.net, "whiten"):
         model.net.whiten(next(data.calibration_images()))
     if checkpoint is not None:
@@ -88,9 +90,14 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
                          logger=make_loggers(settings, run_dir), enable_model_summary=False,
                          use_distributed_sampler=False, num_sanity_val_steps=0)
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and HydraConfig.initialized() \
+            and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise ValueError(f"trainer.devices={settings.trainer.devices}: each of the {trainer.world_size} processes of this job would start "
+                         "the whole sweep again: say trainer.devices=1, or start every job by itself, without -m")
     if trainer.is_global_zero:
-        for name in ("result.json", "error.txt"):  # of an earlier session
-            (run_dir / name).unlink(missing_ok=True)
+        # Of an earlier session. Lightning's own of SLURM stop in the middle of an epoch, whose order could not be gone on with.
+        for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
+            path.unlink(missing_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
         trainer.loggers[-1].log_hyperparams(asdict(settings))
         activations = activations_of_a_batch(model.net, settings.data.batch_size, data.image_size) / 2**20
@@ -113,11 +120,13 @@ def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_d
     net, device = load_network(load_checkpoint(last), settings), pick_device(settings.trainer.accelerator)
     with branchwise(net):
         logits, targets = predict(net, data, device, "test")
+        held_out = {"val_top1": scores(*predict(net, data, device, "val", data.held_out_dataloader()))["top1"]} \
+            if settings.data.val_size else {}
     converted, _ = predict(reparameterize(net), data, device, "converted")
-    held_out = {"val_top1": float(trainer.callback_metrics["val/top1"])} if "val/top1" in trainer.callback_metrics else {}
     result = scores(logits, targets) | held_out | {"converted_top1": scores(converted, targets)["top1"],
                                         "predictions_changed": compare_logits([(logits, converted)]).predictions_changed} | cost
-    write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+    changed = trainer.lightning_module.changed
+    write_text(run_dir / "result.json", json.dumps(result | ({"changed": changed} if changed else {}), indent=2) + "\n")
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()

@@ -65,7 +65,8 @@ def test_paired_difference_and_its_interval(tmp_path):
     assert (dbb["converted_top1"], dbb["predictions_changed"]) == (pytest.approx(73), 6)
     assert "73.00 (6 changed) | 300 (3.00x) | 5.0 (2.50x)" in text
     assert f"| +3.00 | {3 - half:+.2f} to {3 + half:+.2f}" in text
-    assert "All runs are finished." in text
+    assert "All 6 runs found are finished." in text
+    assert "lacks" not in text
     assert len(epochs) == 12
     assert epochs["epoch"].max() == 2
 
@@ -73,7 +74,7 @@ def test_paired_difference_and_its_interval(tmp_path):
 def test_equal_compute_takes_the_plain_run_of_equal_time(tmp_path):
     study(tmp_path)
     _, _, arms, text = compare(tmp_path)
-    assert "| dbb | none yet: trainer.max_epochs=6 would do |" in text
+    assert "| dbb | none yet: trainer.max_epochs=6, from the start, would do |" in text
     for seed, top1 in enumerate([0.74, 0.75, 0.74]):
         write_run(tmp_path / f"long{seed}", PLAIN, seed, top1, epochs=6)
         write_run(tmp_path / f"other{seed}", PLAIN, seed, 0.9, epochs=6, lr=0.2)
@@ -111,6 +112,7 @@ def test_seeds_without_a_partner(tmp_path):
     _, _, arms, text = compare(tmp_path)
     assert arms.loc["dbb", ["n", "pairs", "difference"]].tolist() == [4, 3, pytest.approx(3)]
     assert "+3.00 (3 pairs)" in text
+    assert "Seeds that others have: acb lacks 0, 1, 2, 7; dbb lacks 8; none lacks 7, 8." in text
     assert "no seed in common" in text
     write_run(tmp_path / "acb1", acb, 1, 0.82)
     assert "+10.00 (1 pairs) | one pair only" in compare(tmp_path)[3]
@@ -140,6 +142,29 @@ def test_unfinished_and_failed_runs_are_listed(tmp_path):
     assert f"`{tmp_path}/stopped`: not finished (1 of 2 epochs)" in text
     assert f"`{tmp_path}/failed`: error: out of memory (0 of 2 epochs)" in text
     assert f"`{tmp_path}/never`: error: no such data" in text
+    assert runs.set_index("folder").loc[str(tmp_path / "begun"), "arm"] == "", "it has an lr that no finished run has"
+    assert runs.set_index("folder").loc[str(tmp_path / "stopped"), "arm"] == "dbb"
+
+
+def test_a_run_that_went_on_with_other_settings_is_no_arm(tmp_path):
+    study(tmp_path)
+    for seed in range(3):
+        write_run(tmp_path / f"stretched{seed}", PLAIN, seed, 0.9, epochs=6)
+        path = tmp_path / f"stretched{seed}" / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"changed": ["trainer.max_epochs: 2 until epoch 2, then 6"]}))
+    _, _, arms, text = compare(tmp_path)
+    assert set(arms.index) == {"none", "dbb"}
+    assert "3 of 9 runs" in text
+    assert f"`{tmp_path}/stretched2`: went on with other settings (trainer.max_epochs: 2 until epoch 2, then 6)" in text
+
+
+def test_pairs_that_all_differ_by_the_same_have_no_interval(tmp_path):
+    for seed, top1 in enumerate([0.70, 0.72]):
+        write_run(tmp_path / f"plain{seed}", PLAIN, seed, top1)
+        write_run(tmp_path / f"dbb{seed}", DBB, seed, top1 + 0.0028)
+    _, _, arms, text = compare(tmp_path)
+    assert "| +0.28 | no spread |" in text
+    assert "low" not in arms or np.isnan(arms.loc["dbb", "low"])
 
 
 def test_arms_are_named_by_what_differs(tmp_path):
@@ -182,6 +207,10 @@ def test_what_a_run_may_lack(tmp_path):
     assert "| none | 3 | 2 | 0.5000 ± 0.0000 | 71.00 ± 1.00 |  |  | 70.00 (6 changed) |  | 2.0 |" in text
     epochs = epochs.merge(runs[["folder", "arm", "seed", "state"]], on="folder")
     report_script.draw_curves(epochs, tmp_path / "curves.png")
+    path.write_text(path.read_text() + "2,0,1.0" + path.read_text())  # one line torn, the next glued to it
+    runs, _, arms, text = compare(tmp_path)
+    assert arms.loc["none", "n"] == 2
+    assert f"{tmp_path}/plain0/metrics.csv is damaged" in text
     for path in tmp_path.glob("*/metrics.csv"):
         path.unlink()
     assert compare(tmp_path)[2]["n"].to_dict() == {"dbb": 4, "none": 3}
@@ -208,6 +237,11 @@ def test_curves_have_a_standard_deviation_to_each_side(tmp_path, monkeypatch):
     assert any(x == [1, 2] and low == pytest.approx([6.2 - std, 5.2 - std]) and high == pytest.approx([6.2 + std, 5.2 + std])
                for x, low, high in losses)
     assert any(low == pytest.approx([0, 10]) for _, low, _ in drawn), "top-1 in percent"
+
+    drawn.clear()
+    write_run(tmp_path / "diverged", DBB, 4, 0.1, loss=float("nan"))
+    report_script.main()
+    assert sum(np.isnan(low).all() for _, low, _ in drawn) == 1, "no mean without it"
 
 
 def test_what_cannot_be_compared(tmp_path):

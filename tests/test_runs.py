@@ -6,10 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import cloudpickle
 import pandas as pd
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import convert as convert_script
@@ -20,7 +25,7 @@ from tests.test_scripts import TINY, run
 from training.checkpoint import load_checkpoint
 from training.cli import plain_errors
 from training.module import Classifier, learning_rate
-from training.runs import FolderTakenError, alone_in
+from training.runs import FolderTakenError, alone_in, of_the_training
 
 SCRIPT = """
 import sys
@@ -115,6 +120,11 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
         train_script.train(make_settings(*settings, "optim.lr=0.3"), tmp_path)
     with pytest.raises(ValueError, match="already holds a run with another seed"):
         train_script.train(make_settings(*settings, "seed=1"), tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "away")  # for want of space
+    assert train_script.train(make_settings(*settings), tmp_path) == first
+    with pytest.raises(ValueError, match="another optim.lr: choose another folder with out=DIR$"):
+        train_script.train(make_settings(*settings, "optim.lr=0.3"), tmp_path)
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
     (tmp_path / "result.json").unlink()  # stopped in its last evaluation
     (tmp_path / "error.txt").write_text("error: it was full\n")
     assert train_script.train(make_settings(*settings), tmp_path) == first
@@ -129,6 +139,47 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
     with pytest.raises(ValueError, match="go on with that run by ckpt="):
         train_script.train(make_settings(*settings), tmp_path)
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == weights, "nothing is lost"
+
+
+def test_a_checkpoint_gone_on_with_elsewhere_is_another_run(make_settings, tmp_path):
+    settings = ("model=resnet8", *TINY, "data.max_images=64", "data.batch_size=32")
+    train_script.train(make_settings(*settings), tmp_path / "one")
+    more = (f"ckpt={tmp_path}/one/checkpoints/last.ckpt", "optim.lr=0.01", "trainer.max_epochs=2")
+    train_script.train(make_settings(*more), tmp_path / "two")
+    ids = {OmegaConf.load(tmp_path / name / "config.yaml").logger.id for name in ("one", "two")}
+    assert len(ids) == 2, "each its own run of W&B"
+    changed = ["optim.lr: 0.02 until epoch 1, then 0.01", "trainer.max_epochs: 1 until epoch 1, then 2"]
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["changed"] == changed
+    (tmp_path / "two" / "result.json").unlink()
+    train_script.train(make_settings(f"ckpt={tmp_path}/two/checkpoints/last.ckpt"), tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["changed"] == changed, "once more, nothing new"
+    assert "changed" not in json.loads((tmp_path / "one" / "result.json").read_text())
+
+
+def test_a_job_of_a_sweep_starts_no_processes(make_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
+    with pytest.raises(ValueError, match="trainer.devices=2: each of the 2 processes of this job would start the whole sweep again"):
+        train_script.train(make_settings("model=resnet8", *TINY, "trainer.accelerator=cpu", "trainer.devices=2"), tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_the_place_of_known_images_is_not_of_the_training(make_settings):
+    one, two = (of_the_training(asdict(make_settings("data=cifar10", f"data.root=/{name}"))) for name in ("a", "b"))
+    assert one == two
+    one, two = (of_the_training(asdict(make_settings("data=folder", f"data.root=/{name}"))) for name in ("a", "b"))
+    assert one != two
+
+
+def test_what_a_sweeper_gets_is_of_the_checkpoint(make_settings, tmp_path):
+    """Held-out accuracy of the last epoch, also where that epoch was not validated."""
+    settings = make_settings("model=resnet8_dbb", *TINY, "data.max_images=64", "data.batch_size=32", "data.val_size=40",
+                             "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2")
+    result = train_script.train(settings, tmp_path / "one")
+    metrics = pd.read_csv(tmp_path / "one" / "metrics.csv")
+    assert metrics["val/top1"].dropna().tolist() == pytest.approx([result["val_top1"]])
+    settings.trainer.check_val_every_n_epoch = 3
+    assert train_script.train(settings, tmp_path / "two")["val_top1"] == result["val_top1"]
 
 
 def test_one_process_trains_in_a_folder(tmp_path):
@@ -156,6 +207,8 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
     command = [sys.executable, os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.devices=1",
                "trainer.max_epochs=12", "model=resnet8", "data=digits", "data.max_images=320", "data.batch_size=16", "optim.lr=0.01"]
     folder = tmp_path / "outputs" / "slurm-4242"
+    folder.mkdir(parents=True)
+    (folder / "hpc_ckpt_1.ckpt").write_text("of a job that was stopped within its first epoch")
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
         while not (folder / "checkpoints" / "last.ckpt").exists() and job.poll() is None:
@@ -172,6 +225,7 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
     assert "epoch 1/12" not in again.stdout
     assert "epoch 12/12" in again.stdout
     assert (folder / "result.json").exists()
+    assert not list(folder.glob("hpc_ckpt_*"))
     runs = {path.name.split("-")[-1] for path in (folder / "wandb").glob("offline-run-*")}
     assert len(runs) == 1, "two sessions of one W&B run"
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["slurm-4242"]

@@ -121,6 +121,10 @@ class ImageData(pl.LightningDataModule):
         """The whole test split, in whatever process: the final evaluation runs in one."""
         return self._loader(self.test_set, self.test_indices, shuffle=False, whole=True)
 
+    def held_out_dataloader(self) -> DataLoader:
+        """All of the held-out training images, likewise."""
+        return self._loader(self.train_set.without_augmentation(), self.val_indices, shuffle=False, whole=True)
+
     def calibration_images(self, count: int = 1024) -> Iterator[Tensor]:
         """Normalised training images `[N, 3, H, W]` without augmentation, always the same; of `data=none`, its noise images."""
         dataset, indices = self.test_set, self.test_indices

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
@@ -78,7 +79,8 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 @torch.no_grad()
-def predict(net: nn.Module, data: ImageData, device: torch.device, text: str) -> tuple[Tensor, Tensor]:
+def predict(net: nn.Module, data: ImageData, device: torch.device, text: str,
+            loader: DataLoader | None = None) -> tuple[Tensor, Tensor]:
     """Logits `[N, classes]` and targets `[N]` of the whole test set, on the CPU.
 
     Args:
@@ -86,10 +88,11 @@ def predict(net: nn.Module, data: ImageData, device: torch.device, text: str) ->
         data: loaded.
         device: where to run.
         text: shown before the progress bar.
+        loader: of other images of `data`.
     """
     net, logits, targets = net.to(device), [], []
     with exact_arithmetic():
-        for batch in tqdm(data.test_dataloader(), text, disable=None, leave=False):
+        for batch in tqdm(data.test_dataloader() if loader is None else loader, text, disable=None, leave=False):
             images, target = data.on_after_batch_transfer([part.to(device) for part in batch])
             logits.append(net(images).cpu())
             targets.append(target.cpu())

@@ -1,6 +1,7 @@
 """The Lightning module: a classifier, its loss, its metrics, its optimiser."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,11 +30,12 @@ class Classifier(pl.LightningModule):
         settings: of the run; they go into the checkpoint as plain values.
         classes: names of the classes, in the order of the logits.
         image_size: side of the images in pixels.
+        changed: settings that did not stand from the first epoch on, a sentence each; kept in the checkpoint.
     """
 
-    def __init__(self, settings: Settings, classes: list[str], image_size: int):
+    def __init__(self, settings: Settings, classes: list[str], image_size: int, changed: Sequence[str] = ()):
         super().__init__()
-        self.settings, self.classes, self.image_size = settings, classes, image_size
+        self.settings, self.classes, self.image_size, self.changed = settings, classes, image_size, list(changed)
         build = start_network if settings.ckpt is None else build_network
         self.net = build(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
@@ -103,7 +105,8 @@ class Classifier(pl.LightningModule):
             group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes, "image_size": self.image_size}
+        checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes, "image_size": self.image_size,
+                             "changed": self.changed}
 
 
 def learning_rate(settings: Settings) -> float:

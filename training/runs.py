@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
-from training.settings import OF_THE_COMMAND, Settings, flat
+from training.settings import OF_THE_COMMAND, TENSOR_SETS, Settings, flat
 
 SAME_RUN = (*OF_THE_COMMAND, "logger", "data.num_workers", "data.download")  # with whatever values of these
 LOCK = ".lock"
@@ -91,12 +91,20 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
     if stored is not None and not different:
         identity = replace(settings.logger, id=stored["logger"]["id"])
         return replace(settings, ckpt=str(last) if last.exists() else None, logger=identity)
-    if last.exists():
+    if last.exists() or (run_dir / "result.json").exists():
         raise FolderTakenError(f"{run_dir} already holds a run with another {', '.join(different[:4])}: choose another folder with "
-                               f"out=DIR, or go on with that run by ckpt={last}")
+                               "out=DIR" + f", or go on with that run by ckpt={last}" * last.exists())
     return settings
 
 
 def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, flat, that make a run what it is: not the command's own, nor where it is logged, nor how its images are fetched."""
-    return {key: value for key, value in flat(settings).items() if not {key, key.split(".")[0]} & set(SAME_RUN)}
+    known = flat(settings)
+    ignored = {*SAME_RUN, *["data.root"] * (known.get("data.name") in TENSOR_SETS)}  # these are the same images in every place
+    return {key: value for key, value in known.items() if not {key, key.split(".")[0]} & ignored}
+
+
+def changes(stored: dict[str, Any], settings: Settings, done: int) -> list[str]:
+    """What of the training was set otherwise in a checkpoint's settings, of `done` epochs: a run that is no plain run of either."""
+    old, new = of_the_training(stored), of_the_training(asdict(settings))
+    return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items() if key in old and old[key] != value]
