@@ -29,7 +29,7 @@ from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors, write_text
 from training.data import ImageData
 from training.evaluate import activations_of_a_batch, pick_device, predict, scores, sentence
-from training.module import Classifier
+from training.module import Classifier, rough_start
 from training.runs import LOCK, FolderTakenError, alone_in, changes, read_result, take_up
 from training.settings import Settings, resolve
 
@@ -105,7 +105,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
               f"at {data.image_size} pixels, {activations:.0f} MiB of activations a batch, on {trainer.strategy.root_device}",
               *[f"block.mode={settings.block.mode}: expect a training step of {COST[settings.block.mode]} of the plain network's "
-                f"(measured on ResNet-18)", model.net.report] * bool(model.net.report), f"run folder: {run_dir}", sep="\n")
+                f"(measured on ResNet-18)", model.net.report] * bool(model.net.report), *rough_start(settings) * (checkpoint is None),
+              f"run folder: {run_dir}", sep="\n")
         log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
 
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)

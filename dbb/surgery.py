@@ -16,7 +16,7 @@ from dbb.block import BLOCKS, ReparamConv2d
 from dbb.flow import Flow, after_norm, partner
 from dbb.subclass import inner_convolution, without_weight
 
-INITS = {"ones": 1.0, "third": 1 / 3, "single": 0.0}  # factor of the old norm's gamma in a block's branches; see replace_convs
+INITS = ("balanced", "ones", "third", "single")  # see replace_convs
 Block = str | Sequence[str] | Callable[..., ReparamConv2d] | None
 
 
@@ -57,7 +57,7 @@ class NothingSwappedError(ValueError):
 
 def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", include: Sequence[str] | None = None,
                   exclude: Sequence[str] | None = None, example_input: Tensor | Sequence[Tensor] | None = None,
-                  kernel_sizes: Container[int] = range(2, 7), init: str = "ones") -> tuple[nn.Module, Report]:
+                  kernel_sizes: Container[int] = range(2, 7), init: str = "balanced") -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
     Pairs are found by where tensors flow, in one forward pass in eval on `example_input`, not by names: what a network does
@@ -75,9 +75,10 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         exclude: glob patterns; convolutions whose module name matches one stay.
         example_input: `[N, C, H, W]`, or several inputs; by default one black image of 224x224.
         kernel_sizes: lengths of a kernel's longer side that are swapped.
-        init: the branches' gamma: "ones", the norm's (DBB, all ones in a new network); "third", a third of it (ACNet on
-            CIFAR); "single", the norm's in the first `kxk` branch and 0 in the others. With "single" the new network
-            computes what `model` does, in eval and in training: the warm start from trained weights.
+        init: the branches' gamma: "balanced", so much of the norm's that the sum varies as the norm's output does
+            (`ReparamConv2d.balance`; 1/2 with four branches); "ones", the norm's (DBB, all ones in a new network); "third",
+            a third of it (ACNet on CIFAR); "single", the norm's in the first `kxk` branch and 0 in the others. With
+            "single" the new network computes what `model` does, in eval and in training: the warm start from trained weights.
 
     Returns:
         A new model, and a report with a row per convolution.
@@ -183,7 +184,7 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
             outer.weight.copy_(norm.weight)
     with torch.no_grad():
         for gamma in block.gammas().values():
-            gamma *= INITS[init]
+            gamma *= {"third": 1 / 3, "single": 0.0}.get(init, 1.0)
         if init == "single":
             block.gammas()["kxk"].copy_(norm.weight if block.bn is None else torch.ones_like(norm.weight))
     for branch in block.branches.values():
@@ -194,6 +195,8 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
         heir = heir or block.branches["kxk"].bn
         with torch.no_grad():
             block.branches["kxk"].weight.copy_(conv.weight)
+    if init == "balanced":
+        block.balance()
     if heir is not None:
         with torch.no_grad():
             own = heir.state_dict()  # a subclass holds more, as the parameters of its activation

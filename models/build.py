@@ -14,7 +14,7 @@ from models.airbench import AirBench
 from models.alexnet import AlexNet
 from models.cifar_quick import CifarQuick
 from models.cifar_resnet import CifarResNet
-from models.vgg import VGG16
+from models.vgg import VGG16, NarrowVGG16
 from models.weights import load_plain
 from models.wide_resnet import WideResNet
 
@@ -46,6 +46,7 @@ UNTRAINED = {  # of our own, without weights to fetch: the class, and its argume
     "resnet56": (CifarResNet, 56),
     "wrn16_8": (WideResNet, 16, 8),
     "vgg16": (VGG16,),
+    "vgg16_narrow": (NarrowVGG16,),
     "cifar_quick": (CifarQuick,),
     "alexnet": (AlexNet,),
     "airbench": (AirBench,),
@@ -62,7 +63,7 @@ BACKBONES = UNTRAINED | OF_TIMM
 
 
 def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224, pretrained: bool = False,
-                weights: Mapping[str, Tensor] | None = None, init: str | None = None, **surgery) -> nn.Module:
+                weights: Mapping[str, Tensor] | None = None, init: str | None = "auto", **surgery) -> nn.Module:
     """Build a classifier `[N, 3, H, W]` to `[N, num_classes]`.
 
     Args:
@@ -72,8 +73,8 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         image_size: side of the images in pixels; decides the stem (up to 64 pixels: that of CIFAR networks).
         pretrained: start from timm's weights, which are fetched.
         weights: start from these, of the plain network in timm's or torchvision's layout.
-        init: see `dbb.replace_convs`; by default "ones", with trained weights "single": the blocks compute what the plain
-            network did.
+        init: see `dbb.replace_convs`; "auto" is "balanced", with trained weights "single": the blocks compute what the plain
+            network did. None, in old files, is what "auto" was: "ones", with trained weights "single".
         **surgery: further arguments of `dbb.replace_convs`.
 
     Returns:
@@ -85,7 +86,9 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
             weights are another network's or cannot be had, or `init` would change what trained weights compute.
     """
     trained = pretrained or weights is not None
-    if trained and block is not None and init not in (None, "single"):
+    if init in ("auto", None):
+        init = "single" if trained else {"auto": "balanced", None: "ones"}[init]
+    elif trained and block is not None and init != "single":
         raise ValueError(f"block.init={init} would change what the trained weights compute: leave it out, or take single")
     if pretrained and name in UNTRAINED:
         raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts from your own")
@@ -114,6 +117,6 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot take images of {image_size} pixels (data.image_size sets it): {error}") from error
     if block is not None:
-        net, report = replace_convs(net, block, example_input=example, init=init or ("single" if trained else "ones"), **surgery)
+        net, report = replace_convs(net, block, example_input=example, init=init, **surgery)
     net.report, net.total_stride = report, round(image_size / features.shape[-1]) if features.ndim == 4 else None
     return net.train(training)

@@ -1,19 +1,95 @@
-"""Networks that start from weights: published files, plain checkpoints, and choices that cannot be."""
+"""How networks start: fresh, or from weights (published files, plain checkpoints); and choices that cannot be."""
 
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch import nn
 
 import convert as convert_script
 import eval as eval_script
 import train as train_script
+from dbb import replace_convs
 from models import build_model
-from tests.conftest import randomize, relative_error
+from tests.conftest import ROOT, randomize, relative_error
 from tests.published_networks import image, published_model
 from tests.test_scripts import TINY, run
-from training.module import Classifier
+from training.checkpoint import blocks_of, load_checkpoint
+from training.module import Classifier, rough_start
+from training.settings import BlockConf
+
+BLOCKS = sorted({path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} - {"none"})
+
+
+@pytest.mark.parametrize(("channels", "options"), [((16, 32), {}), ((16, 16), {}), ((16, 32), {"stride": 2}), ((32, 32), {"groups": 4}),
+                                                   ((64, 64), {"groups": 64}), ((64, 64), {"groups": 64, "stride": 2})],
+                         ids=["wider", "dense", "strided", "grouped", "depthwise", "depthwise strided"])
+@pytest.mark.parametrize("block", [*BLOCKS, "dbb mode=online", "['kxk', 'identity', 'identity', 'avg']"])
+def test_a_new_block_varies_as_the_plain_norm_does(make_settings, block, channels, options):
+    """The variance of what reaches the next layer is the plain network's: with gamma 1 in each of n branches it would be n times that."""
+    name, _, mode = block.partition(" ")
+    overrides = [f"block={name}", *[f"block.{mode}"] * bool(mode)] if "[" not in block else ["block=dbb", f"block.branches={block}"]
+    conf = make_settings(*overrides).block
+    assert conf.init == "auto"
+    torch.manual_seed(0)
+    pair = nn.Sequential(nn.Conv2d(*channels, 3, padding=1, **options), nn.BatchNorm2d(channels[1])).double()
+    x = torch.randn(64, channels[0], 16, 16, dtype=torch.float64)
+    new, _ = replace_convs(pair, blocks_of(conf), example_input=x[:1])
+    assert (new(x).var() / pair(x).var()).item() == pytest.approx(1, abs=1 / 3)
+    rough, _ = replace_convs(pair, blocks_of(conf), example_input=x[:1], init="ones")
+    if conf.mode != "linear" and len(rough[0].branches) > 1:
+        assert (rough(x).var() / pair(x).var()).item() > 1.7, "what it is held against"
+
+
+def test_a_run_keeps_its_start(make_settings, tmp_path):
+    """By name; a file from before the name was stored means gamma 1."""
+    command = ["model=resnet8_dbb", *TINY]
+    train_script.train(make_settings(*command), tmp_path / "new")
+    assert load_checkpoint(tmp_path / "new" / "checkpoints" / "last.ckpt")["dbb"]["settings"]["block"]["init"] == "balanced"
+    old = asdict(make_settings(*command))
+    old["block"]["init"] = None
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(old)))  # a job that stopped in its first epoch
+    started = []
+
+    class Watched(Classifier):
+        def on_train_start(self):
+            super().on_train_start()
+            started.append([float(gamma.mean()) for gamma in self.net.conv1.gammas().values()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_script, "Classifier", Watched)
+        train_script.train(make_settings(*command), tmp_path / "old")
+    assert started == [[1, 1, 1, 1]]
+    stored = load_checkpoint(tmp_path / "old" / "checkpoints" / "last.ckpt")["dbb"]["settings"]
+    assert stored["block"]["init"] is None
+    with pytest.raises(ValueError, match="already holds a run with another block.init"):
+        train_script.train(make_settings(*command, "block.init=balanced"), tmp_path / "old")
+    online = make_settings(f"ckpt={tmp_path}/new/checkpoints/last.ckpt", "block=dbb_online")
+    assert (online.block.mode, online.block.init) == ("online", "balanced"), "another mode is no other start"
+
+
+@pytest.mark.parametrize(("overrides", "rough"), [
+    (["block.init=ones"], True), ([], False), (["block.init=third"], False), (["block.init=ones", "optim.lr=0.02"], False),
+    (["block.init=ones", "optim.warmup_epochs=1"], False), (["block=none"], False), (["block=orepa", "block.init=ones"], False)])
+def test_what_is_a_rough_start(make_settings, overrides, rough):
+    assert bool(rough_start(make_settings("model=resnet8_dbb", "optim.lr=0.1", *overrides))) == rough
+
+
+def test_a_rough_start_is_named(make_settings, tmp_path, capsys):
+    train_script.train(make_settings("model=resnet8_dbb", *TINY, "optim.lr=0.1", "block.init=ones"), tmp_path)
+    assert "block.init=ones with a learning rate of 0.1 and no warm-up starts roughly" in capsys.readouterr().out
+
+
+def test_old_settings_mean_the_old_start():
+    assert BlockConf(init=None) != BlockConf()
+    fresh = build_model("resnet8", 10, ["kxk", "1x1"], image_size=8, init=None)
+    assert {float(gamma.mean()) for gamma in fresh.conv1.gammas().values()} == {1}
+    warm = build_model("resnet8", 10, ["kxk", "1x1"], image_size=8, init=None, weights=build_model("resnet8", 10, image_size=8).state_dict())
+    assert [float(gamma.mean()) for gamma in warm.conv1.gammas().values()] == [1, 0]
 
 
 def test_a_published_file_converts_without_data(make_settings, tmp_path):

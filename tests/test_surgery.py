@@ -80,7 +80,7 @@ def test_block_takes_over_convolution_and_norm():
     torch.manual_seed(0)
     net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8, eps=1e-2, momentum=0.03))).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    new, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 9, 8, dtype=torch.float64))
+    new, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 9, 8, dtype=torch.float64), init="ones")
     block = new[0]
     assert not new.training
     assert block.branches["kxk"].weight.dtype == torch.float64
@@ -242,7 +242,7 @@ def test_different_blocks_for_different_layers():
     (dict(include=["layer9.*"]), "include: the pattern 'layer9.*' matches no convolution; there are layer"),
     (dict(exclude=["stem.*"]), "exclude: the pattern 'stem.*' matches no convolution"),
     (dict(block={"laier1.*": "acb"}), "block: the pattern 'laier1.*' matches no convolution; there are layer"),
-    (dict(init="half"), "init='half' is unknown; known are ones, third, single"),
+    (dict(init="half"), "init='half' is unknown; known are balanced, ones, third, single"),
     (dict(example_input=torch.zeros(1, 4, 64, 64)), r"cannot run on example_input of shape \[1, 4, 64, 64\]")])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

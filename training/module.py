@@ -21,6 +21,7 @@ from training.random import seed_of
 from training.settings import Settings
 
 SPLITS = ("test", "val")  # in the order of `ImageData.val_dataloader`
+ROUGH_RATE = 0.05  # see rough_start
 
 
 class Classifier(pl.LightningModule):
@@ -113,6 +114,16 @@ def learning_rate(settings: Settings) -> float:
     """`optim.lr`, scaled linearly from `optim.lr_batch_size` to the images of an optimiser step (Goyal et al. 2017, section 2.1)."""
     images = settings.data.batch_size * settings.trainer.accumulate_grad_batches
     return settings.optim.lr * images / (settings.optim.lr_batch_size or images)
+
+
+def rough_start(settings: Settings) -> list[str]:
+    """A sentence where blocks are known to lose the first epochs (benchmarks/README.md, "The first steps")."""
+    block, rate = settings.block, learning_rate(settings)
+    with_norms = (block.branches or block.layers) and block.mode != "linear"
+    if not with_norms or block.init not in ("ones", None) or settings.optim.warmup_epochs or rate < ROUGH_RATE:
+        return []
+    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up starts roughly: expect a test accuracy near "
+            "chance for the first epochs. optim.warmup_epochs=5 or block.init=balanced avoids it"]
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:

@@ -86,6 +86,9 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
             raise FolderTakenError(f"{run_dir} already holds another run than ckpt={settings.ckpt}: choose another folder with out=DIR")
         return settings
     stored = read_config(run_dir)
+    if settings.block.init == "auto" and stored is not None:  # a run keeps its start, whatever a new one's would be
+        settings = replace(settings, block=replace(settings.block, init=stored.get("block", {}).get("init")))
+    settings = with_start(settings)
     old, new = of_the_training(stored or {}), of_the_training(asdict(settings))
     different = [key for key, value in new.items() if old.get(key) != value]
     if stored is not None and not different:
@@ -95,6 +98,14 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
         raise FolderTakenError(f"{run_dir} already holds a run with another {', '.join(different[:4])}: choose another folder with "
                                "out=DIR" + f", or go on with that run by ckpt={last}" * last.exists())
     return settings
+
+
+def with_start(settings: Settings) -> Settings:
+    """Say by name how blocks start, where the settings say `auto`."""
+    if settings.block.init != "auto":
+        return settings
+    warm = settings.model.pretrained or settings.model.weights is not None
+    return replace(settings, block=replace(settings.block, init="single" if warm else "balanced"))
 
 
 def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -59,7 +59,7 @@ class BlockConf:
     copies: int = 1
     mode: str = "exact"
     positions: int = POSITIONS
-    init: str | None = None
+    init: str | None = "auto"  # stored by name; None, in old files, is what "auto" was: "ones", with trained weights "single"
     kernel_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
     include: list[str] | None = None
     exclude: list[str] | None = None
@@ -175,7 +175,7 @@ class Settings:
             raise ValueError("block.kernel_sizes=[] would swap nothing: name one size or more, or choose block=none")
         _one_of("block.mode", self.block.mode, list(MODES))
         if self.block.init is not None:
-            _one_of("block.init", self.block.init, list(INITS))
+            _one_of("block.init", self.block.init, ["auto", *INITS])
         if self.model.pretrained and self.model.weights is not None:
             raise ValueError(f"model.pretrained=true and model.weights={self.model.weights}: a network starts from one of them")
         if self.source is not None:
@@ -220,7 +220,7 @@ class Settings:
             raise ValueError(f"trainer.limit_train_batches={self.trainer.limit_train_batches} leaves nothing to train on")
         if not (len(self.data.mean) == len(self.data.std) == 3 and min(self.data.std) > 0):
             raise ValueError("data.mean and data.std need three numbers each, one a channel, and no deviation of zero")
-        if not (self.block.branches or self.block.layers) and self.block != BlockConf():
+        if not (self.block.branches or self.block.layers) and replace(self.block, init="auto") != BlockConf():
             raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: block=dbb takes the list of "
                              "configs/block/dbb.yaml, block.branches=[kxk,1x1] one of your own, block=none leaves plain convolutions")
 
@@ -293,6 +293,8 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             if before != after:
                 print(f"changed beside the checkpoint: {changed}: {before} -> {after}")
             OmegaConf.update(result, changed, after, merge=False)
+    if result.block.init == "auto":  # another mode of the same blocks, which have started
+        result.block.init = stored.get("block", {}).get("init")
     return result
 
 
