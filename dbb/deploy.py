@@ -41,7 +41,7 @@ def fold_norms(model: nn.Module, example_input: Tensor) -> nn.Module:
     """
     merged = reparameterize(model)
     try:  # a convolution and its norm are a block of one branch
-        blocks, _ = replace_convs(merged, ["kxk"], example_input=example_input, kernel_sizes=range(1, 2**31))
+        blocks, _ = replace_convs(merged, ["kxk"], example_input=example_input, kernel_sizes=range(1, 2**31), init="single")
     except NothingSwappedError:
         return merged
     return reparameterize(blocks)

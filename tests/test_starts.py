@@ -88,7 +88,8 @@ def test_old_settings_mean_the_old_start():
     assert BlockConf(init=None) != BlockConf()
     fresh = build_model("resnet8", 10, ["kxk", "1x1"], image_size=8, init=None)
     assert {float(gamma.mean()) for gamma in fresh.conv1.gammas().values()} == {1}
-    warm = build_model("resnet8", 10, ["kxk", "1x1"], image_size=8, init=None, weights=build_model("resnet8", 10, image_size=8).state_dict())
+    trained = build_model("resnet8", 10, image_size=8).state_dict()
+    warm = build_model("resnet8", 10, ["kxk", "1x1"], image_size=8, init=None, weights=trained)
     assert [float(gamma.mean()) for gamma in warm.conv1.gammas().values()] == [1, 0]
 
 

@@ -122,8 +122,8 @@ def rough_start(settings: Settings) -> list[str]:
     with_norms = (block.branches or block.layers) and block.mode != "linear"
     if not with_norms or block.init not in ("ones", None) or settings.optim.warmup_epochs or rate < ROUGH_RATE:
         return []
-    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up starts roughly: expect a test accuracy near "
-            "chance for the first epochs. optim.warmup_epochs=5 or block.init=balanced avoids it"]
+    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up starts roughly: expect a test "
+            "accuracy near chance for the first epochs. optim.warmup_epochs=5 or block.init=balanced avoids it"]
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
