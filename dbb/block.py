@@ -13,8 +13,8 @@ from dbb.branches import BRANCHES
 from dbb.geometry import Geometry
 from dbb.modes import MODES
 from dbb.norms import uses_batch_statistics
-from dbb.subclass import Intercept, with_weight
-from dbb.transforms import add_branches, fuse_conv_norm
+from dbb.subclass import Intercept, lend_weight, with_weight
+from dbb.transforms import add_branches, fill, fuse_conv_norm
 
 POSITIONS = 256  # see benchmarks/README.md
 
@@ -103,6 +103,7 @@ class ReparamConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.outer is None:
             return self.nonlinear(self._sum(x))
+        lend_weight(self.outer, x.device, next(self.parameters()).dtype)
         with Intercept(self._inside):
             return self.nonlinear(self.outer(x))
 
@@ -117,12 +118,19 @@ class ReparamConv2d(nn.Module):
         x_padded = self.geometry.pad(x)
         if self.reparam is not None:
             return self.geometry.conv(x_padded, self.reparam.weight, self.reparam.bias)
-        if self._uses_batch_statistics():
+        by_batch = self._uses_batch_statistics()
+        if not by_batch and not self.branchwise:
+            return self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
+        self._run_hooks()
+        if by_batch and x.numel():
             return MODES[self.mode](self, x, x_padded)
-        if self.branchwise:
-            total = sum(branch.normed(branch.drawn(x_padded)) for branch in self.branches.values())
-            return total if self.bn is None else self.bn(total)
-        return self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
+        # An empty batch, too, goes through the norms themselves: it has no statistics.
+        total = sum(branch.normed(branch.drawn(x_padded)) for branch in self.branches.values())
+        return total if self.bn is None else self.bn(total)
+
+    def _run_hooks(self) -> None:
+        for branch in self.branches.values():
+            branch()
 
     def norms(self) -> list[nn.BatchNorm2d]:
         """The outer norm of every branch, or the one norm of a linear block."""
@@ -142,6 +150,7 @@ class ReparamConv2d(nn.Module):
         """
         if self.reparam is not None:
             return self.reparam.weight, self.reparam.bias
+        self._run_hooks()
         if self.bn is None:
             return self.summed()
         bn = self.bn
@@ -155,7 +164,7 @@ class ReparamConv2d(nn.Module):
             replaced); with `nonlinear`, a `nn.Sequential` of the two.
 
         Raises:
-            ValueError: in training mode, where a block has no fixed function yet.
+            ValueError: in training mode, where a block has no fixed function yet; or if the block's type cannot hold a value.
         """
         conv = self._merge() if self.reparam is None else self.reparam
         if self.outer is not None:
@@ -168,9 +177,8 @@ class ReparamConv2d(nn.Module):
         weight = self.norms()[0].weight
         conv = self._plain_conv(weight.device, weight.dtype)
         kernel, bias = copy.deepcopy(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
-        with torch.no_grad():
-            conv.weight.copy_(kernel)
-            conv.bias.copy_(bias)
+        fill(conv.weight, kernel, "the merged kernel")
+        fill(conv.bias, bias, "the merged bias")
         if any(p.ndim == 4 and not p.is_contiguous() for p in self.parameters()):
             conv = conv.to(memory_format=torch.channels_last)
         return conv.train(self.training)
@@ -226,7 +234,7 @@ class ReparamConv2d(nn.Module):
     def _plain_conv(self, device, dtype) -> nn.Conv2d:
         g = self.geometry
         return nn.utils.skip_init(nn.Conv2d, g.in_channels, g.out_channels, g.kernel_size, g.stride, g.padding, g.dilation,
-                                  g.groups, padding_mode=g.padding_mode, device=device or "cpu", dtype=dtype)
+                                  g.groups, padding_mode=g.padding_mode, device=device or torch.get_default_device(), dtype=dtype)
 
     def extra_repr(self) -> str:
         g = self.geometry

@@ -62,6 +62,9 @@ class Branch(nn.Module):
         """Height and width of the kernel in a block of KH x KW."""
         return kh, kw
 
+    def forward(self) -> None:
+        """Nothing: a block asks for kernels. It calls this for its hooks, in which pruning and the old weight norm set a weight."""
+
     def kernel(self, moments: Moments | Sample | None = None) -> Tensor:
         """Compute the kernel `[O, I/G, h, w]`, differentiable; its centre tap lies on the block's.
 
@@ -263,14 +266,31 @@ class PointwisePrior(Branch, name="1x1_prior"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        out, (kh, kw) = geometry.out_channels, geometry.kernel_size
+        out = geometry.out_channels
         self.first = conv_weight(out, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
-        channel = torch.arange(1, out + 1, dtype=torch.float64)[:, None, None]
-        row, column = torch.arange(kh).double()[:, None] + 0.5, torch.arange(kw).double() + 0.5
-        vertical, horizontal = (math.pi * row * channel / kh).cos(), (math.pi * column * (channel - out / 2) / kw).cos()
-        prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None]  # [O, 1, KH, KW]
-        prior[prior.abs() < 1e-12] = 0  # cos(pi / 2) is not quite
-        self.register_buffer("prior", prior.to(self.first.device, self.first.dtype), persistent=False)
+        self.register_buffer("prior", self._frequencies(), persistent=False)
+
+    def _frequencies(self) -> Tensor:
+        """The fixed kernels `[O, 1, KH, KW]`, on the parameters' device."""
+        out, (kh, kw), device = len(self.first), self.geometry.kernel_size, self.first.device
+        channel = torch.arange(1, out + 1, dtype=torch.float64, device=device)[:, None, None]
+        row = torch.arange(kh, dtype=torch.float64, device=device)[:, None] + 0.5
+        column = torch.arange(kw, dtype=torch.float64, device=device) + 0.5
+        vertical = (math.pi * row * channel / kh).cos()
+        horizontal = (math.pi * column * (channel - out / 2) / kw).cos()
+        prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None]
+        return prior.masked_fill(prior.abs() < 1e-12, 0).to(self.first.dtype)  # cos(pi / 2) is not quite
+
+    # The file does not hold it. So it is made anew where parameters get another device or type, as from meta to memory
+    # that holds anything (`to_empty`), and where a file's tensors take their place (`load_state_dict(assign=True)`).
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.prior = self._frequencies()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prior = self._frequencies()
 
     def kernel(self, moments=None):
         return self.first * self.prior

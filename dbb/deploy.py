@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dbb.block import ReparamConv2d
-from dbb.surgery import NothingSwappedError, Report, replace_convs
+from dbb.surgery import NothingSwappedError, Report, copied, replace_convs
+from dbb.transforms import fill
 
 
 def reparameterize(model: nn.Module) -> nn.Module:
@@ -16,9 +17,9 @@ def reparameterize(model: nn.Module) -> nn.Module:
     Module names, dtype, device and memory format are kept; `model` is left as it was. Harmless the second time.
 
     Raises:
-        ValueError: if a block is in training mode.
+        ValueError: if a block is in training mode, or the network cannot be copied.
     """
-    model, fused = copy.deepcopy(model), {}
+    model, fused = copied(model), {}
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):  # the inner before the outer
         if isinstance(module, ReparamConv2d):
             if module not in fused:
@@ -41,7 +42,8 @@ def fold_norms(model: nn.Module, example_input: Tensor) -> nn.Module:
     """
     merged = reparameterize(model)
     try:  # a convolution and its norm are a block of one branch
-        blocks, _ = replace_convs(merged, ["kxk"], example_input=example_input, kernel_sizes=range(1, 2**31), init="single")
+        blocks, _ = replace_convs(merged, ["kxk"], include=["*"], example_input=example_input,
+                                  kernel_sizes=range(1, 2**31), init="single")
     except NothingSwappedError:
         return merged
     return reparameterize(blocks)
@@ -77,8 +79,9 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
             conv.weight.copy_(source.weight)
             if conv.bias is not None:
                 conv.bias.copy_(source.bias)
-            norm.running_mean.copy_(mean if conv.bias is not None else mean - source.bias.cpu())
-            norm.running_var.copy_(variance)
+            shift = mean if conv.bias is not None else mean - source.bias.cpu()
+            fill(norm.running_mean, shift, f"{row.norm}: the mean")
+            fill(norm.running_var, variance, f"{row.norm}: the variance")
             norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
             norm.bias.copy_(mean)
             for theirs, ours in zip(norm.children(), merged.get_submodule(row.norm).children(), strict=True):

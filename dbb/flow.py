@@ -2,14 +2,17 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from dbb.norms import PassedNorm
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -81,18 +84,26 @@ class Flow(TorchDispatchMode):
             if id(tensor) in self.owner and self.owner[id(tensor)] is not self.working:
                 self.odd.add(self.owner[id(tensor)])
 
-    def run(self, model: nn.Module, inputs: Sequence[Tensor]):
-        """One forward pass in eval, without gradients; the model is as before but for its mode."""
+    def run(self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]):
+        """One forward pass in eval, without gradients; the model is as before but for its mode.
+
+        Args:
+            model: the network.
+            inputs: its arguments, in order or by name.
+        """
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         with ExitStack() as stack:
             for handle in self.handles:
                 stack.callback(handle.remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(self)
             try:
-                output = model.eval()(*inputs)
+                output = model.eval()(*args, **kwargs)
             except Exception as error:  # whatever a network raises
-                shapes = ", ".join(str(list(x.shape)) for x in inputs)
-                raise ValueError(f"the network cannot run on example_input of shape {shapes} ({error}); pass one that it takes") from error
+                shapes = [f"shape {list(x.shape)}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+                shapes = ", ".join(shapes) or "no tensor"
+                raise ValueError(f"the network cannot run on example_input of {shapes} ({type(error).__name__}: {error}); "
+                                 "pass one that it takes") from error
         self.note(output, "the network's output")
         return self
 
@@ -125,9 +136,9 @@ def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module | None:
     A subclass is taken for "normalise, then my children in order" (timm's `BatchNormAct2d`: drop, act), and then asked.
     """
     if type(norm) in NORMS:
-        return nn.Identity()
+        return PassedNorm(norm)
     asked = copy.deepcopy(norm)  # in training it moves its statistics
-    rest, probe = nn.Sequential(*asked.children()), torch.linspace(-3, 3, 6 * norm.num_features).to(norm.weight).reshape(1, -1, 2, 3)
+    rest, probe = PassedNorm(asked), torch.linspace(-3, 3, 6 * norm.num_features).to(norm.weight).reshape(1, -1, 2, 3)
     # SyncBatchNorm cannot be asked in training mode on a CPU.
     for training in [False] if isinstance(norm, nn.SyncBatchNorm) else [False, True]:
         statistics = [None, None] if training else [norm.running_mean, norm.running_var]
@@ -138,4 +149,4 @@ def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module | None:
                     return None
         except Exception:  # whatever somebody else's norm raises
             return None
-    return nn.Sequential(*norm.children()).eval()
+    return PassedNorm(norm).eval()

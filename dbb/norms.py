@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dbb.moments import ONE_VALUE, Statistics
 
 
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """Whether a norm would normalise with the statistics of the batch, by BatchNorm's own rule."""
-    return norm.training or norm.running_mean is None
+def uses_batch_statistics(norm: nn.Module) -> bool:
+    """Whether a norm would normalise with the statistics of the batch, by BatchNorm's own rule.
+
+    What libraries freeze norms into (timm's and torchvision's `FrozenBatchNorm2d`) is no BatchNorm, and never would.
+    """
+    return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
 
 
 def track(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
@@ -38,6 +42,35 @@ def _unbiased(statistics: Statistics) -> Tensor:
 
 def _average(running: Tensor, value: Tensor, momentum: Tensor | float) -> None:
     running.copy_((1 - momentum) * running + momentum * value)
+
+
+class PassedNorm(nn.Sequential):
+    """What stays where a block took in a norm: what that did besides, which is mostly nothing.
+
+    To code that folds a norm into the convolution before it (Ultralytics' `fuse`) it looks like a norm that changes nothing.
+
+    Args:
+        norm: the old one; its children are kept.
+    """
+
+    eps = 0.0
+
+    def __init__(self, norm: nn.Module):
+        super().__init__(*norm.children())
+        self.num_features = norm.num_features
+        self.register_buffer("where", norm.weight.new_empty(0), persistent=False)  # keeps device and type
+
+    @property
+    def weight(self) -> Tensor:
+        """One, `[C]`; likewise `running_var`."""
+        return self.where.new_ones(self.num_features)
+
+    @property
+    def bias(self) -> Tensor:
+        """Zero, `[C]`; likewise `running_mean`."""
+        return self.where.new_zeros(self.num_features)
+
+    running_var, running_mean = weight, bias
 
 
 class Scale(nn.Module):

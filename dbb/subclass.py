@@ -62,18 +62,26 @@ def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any] | str:
 
 
 def without_weight(conv: nn.Conv2d) -> nn.Conv2d:
-    """A copy that holds no parameters, only an empty weight of the old shape, for code that asks for that."""
+    """A copy that holds no parameters; see `lend_weight`."""
     conv = copy.deepcopy(conv)
-    empty = conv.weight.new_zeros(()).expand_as(conv.weight)
+    like = conv.weight
     del conv.weight
     conv.bias = None
-    conv.register_buffer("weight", empty, persistent=False)
+    lend_weight(conv, like.device, like.dtype)
     return conv
+
+
+def lend_weight(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a subclass from `without_weight` something that has its weight's shape, for code that asks for that.
+
+    It is one number, seen as many, and so neither a parameter nor a buffer: DDP and averaging write into those. So
+    nothing moves it along with the module, and a block makes it anew for each image.
+    """
+    conv.weight = torch.zeros((), device=device, dtype=dtype).expand(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
 
 
 def with_weight(conv: nn.Conv2d, plain: nn.Conv2d) -> nn.Conv2d:
     """A copy of a subclass from `without_weight`, with the weight and the bias of a plain convolution."""
     conv = copy.deepcopy(conv)
-    del conv.weight
     conv.weight, conv.bias = plain.weight, plain.bias
     return conv.train(plain.training)

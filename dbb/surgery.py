@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from inspect import getmembers, isfunction, signature
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from dbb.block import BLOCKS, ReparamConv2d
 from dbb.flow import Flow, after_norm, partner
 from dbb.subclass import inner_convolution, without_weight
+from dbb.transforms import fill
 
 INITS = ("balanced", "ones", "third", "single")  # see replace_convs
 Block = str | Sequence[str] | Callable[..., ReparamConv2d] | None
@@ -56,7 +58,7 @@ class NothingSwappedError(ValueError):
 
 
 def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", include: Sequence[str] | None = None,
-                  exclude: Sequence[str] | None = None, example_input: Tensor | Sequence[Tensor] | None = None,
+                  exclude: Sequence[str] | None = None, example_input: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
                   kernel_sizes: Container[int] = range(2, 7), init: str = "balanced") -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
@@ -71,9 +73,11 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         block: a name from `BLOCKS`; or a list of branches; or a callable with the signature of `DiverseBranchBlock`; or
             several of them for different layers: a dict from glob patterns on module names, of which the last that
             matches counts, and None leaves a convolution.
-        include: glob patterns; only convolutions whose module name matches one are swapped.
+        include: glob patterns; only convolutions whose module name matches one are swapped. Those inside a module that
+            merges its own branches (RepVGG's unit in timm) are swapped if they are included here: that module's own fuse
+            step fails then, and `reparameterize` is the one to call.
         exclude: glob patterns; convolutions whose module name matches one stay.
-        example_input: `[N, C, H, W]`, or several inputs; by default one black image of 224x224.
+        example_input: `[N, C, H, W]`; or several inputs, in order or by name; by default one black image of 224x224.
         kernel_sizes: lengths of a kernel's longer side that are swapped.
         init: the branches' gamma: "balanced", so much of the norm's that the sum varies as the norm's output does
             (`ReparamConv2d.balance`; 1/2 with four branches); "ones", the norm's (DBB, all ones in a new network); "third",
@@ -90,10 +94,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
     makers = {pattern: _maker(choice) for pattern, choice in (block if isinstance(block, Mapping) else {"*": block}).items()}
-    try:
-        result, traced = copy.deepcopy(model), copy.deepcopy(model)  # what a forward pass may change stays in `traced`
-    except RuntimeError as error:  # torch.nn.utils.prune and the old weight_norm keep a computed weight
-        raise ValueError(f"the network cannot be copied ({error}): make pruning or weight norms permanent first") from error
+    result, traced = copied(model), copied(model)  # what a forward pass may change stays in `traced`
     names = {module: name for name, module in traced.named_modules()}
     kept = {part for module in names if isinstance(module, ReparamConv2d) for part in (module.outer, module.reparam)}
     convs = {name: module for module, name in names.items() if isinstance(module, _ConvNd) and module not in kept}
@@ -121,6 +122,9 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
             return f"{type(conv).__name__} is no Conv2d"
         if max(conv.kernel_size) not in kernel_sizes:
             return f"only kernel sizes {', '.join(map(str, kernel_sizes))} are swapped"
+        host = merges_itself(result, name) if include is None else None
+        if host is not None:
+            return host
         norm = partner(conv, flow, names)
         if isinstance(norm, str):
             return norm
@@ -158,6 +162,37 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
     return result, report
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a network.
+
+    Raises:
+        ValueError: if it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # torch.nn.utils.prune and the old weight_norm keep a computed weight
+        raise ValueError(f"the network cannot be copied ({error}): make pruning or weight norms permanent first") from error
+
+
+def merges_itself(model: nn.Module, name: str) -> str | None:
+    """The reason why a convolution stays that lies inside a module with a fuse step of its own; None if it does not.
+
+    Such a step (timm's `fuse` and `reparameterize`, `switch_to_deploy` of many) takes no argument, and reads the pairs of
+    convolution and norm that it knows. The network itself may have one: what it calls is judged by itself.
+    """
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        kind = type(model.get_submodule(".".join(parts[:depth])))
+        for method, function in getmembers(kind, isfunction):
+            if not method.startswith("_") and any(word in method for word in ("fuse", "reparam", "deploy")):
+                try:
+                    signature(function).bind(None)  # self alone
+                except TypeError:
+                    continue
+                return f"it is part of a {kind.__name__}, which merges its branches itself ({method}); include takes it"
+    return None
+
+
 def _maker(block: Block) -> Callable[..., ReparamConv2d] | None:
     """What makes a block."""
     if isinstance(block, str):
@@ -180,8 +215,7 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
     for outer in block.norms():
         outer.eps, outer.momentum = norm.eps, norm.momentum
         nn.init.zeros_(outer.bias)
-        with torch.no_grad():
-            outer.weight.copy_(norm.weight)
+        fill(outer.weight, norm.weight, f"{name}: the norm's weight")
     with torch.no_grad():
         for gamma in block.gammas().values():
             gamma *= {"third": 1 / 3, "single": 0.0}.get(init, 1.0)
@@ -198,11 +232,10 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
     if init == "balanced":
         block.balance()
     if heir is not None:
-        with torch.no_grad():
-            own = heir.state_dict()  # a subclass holds more, as the parameters of its activation
-            heir.load_state_dict({key: value for key, value in norm.state_dict().items() if key in own} | {"weight": heir.weight})
-            if conv.bias is not None:
-                heir.running_mean -= conv.bias  # the norm subtracts it again
+        mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias  # the norm subtracts it again
+        for key, value in (("bias", norm.bias), ("running_mean", mean), ("running_var", norm.running_var)):
+            fill(getattr(heir, key), value, f"{name}: the norm's {key}")
+        heir.num_batches_tracked.copy_(norm.num_batches_tracked)
     if type(conv) is not nn.Conv2d:
         block.outer = without_weight(conv)
     if isinstance(norm, nn.SyncBatchNorm):

@@ -12,6 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor, name: str) -> None:
+    """Copy values into a tensor, perhaps of a narrower type.
+
+    Raises:
+        ValueError: with the name, if a finite value is infinite in that type.
+    """
+    target.copy_(value)
+    if torch.finfo(target.dtype).max < torch.finfo(value.dtype).max:
+        lost = value.isfinite() & ~target.isfinite()
+        if lost.any():
+            raise ValueError(f"{name} has the value {value[lost][0].item():.6g}, which {target.dtype} cannot hold: "
+                             "convert the network to float32 first")
+
+
 def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tensor, weight: Tensor, beta: Tensor,
                    eps: float) -> tuple[Tensor, Tensor]:
     """Transform I: a convolution followed by a BatchNorm with fixed statistics is a convolution.

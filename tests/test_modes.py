@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -182,14 +181,11 @@ def test_compiles_once_without_a_break(mode, channels):
 
 @EVERY
 def test_unusual_tensors(mode, channels):
-    """Each was once a crash or a NaN: float64 under autocast, one output channel in channels_last, no image, half precision."""
+    """Each was once a crash or a NaN: float64 under autocast, one output channel in channels_last, half precision."""
     block, x = make(mode, channels, branches=("kxk", "1x1", "1x1_avg", "1x1_kxk"))
     expected = copy.deepcopy(block)(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(copy.deepcopy(block)(x), expected) < (1e-12 if mode != "linear" else 1e-2)
-    with nullcontext() if mode == "linear" else pytest.raises((ValueError, RuntimeError), match="value|element"):
-        block(x[:0])  # BatchNorm itself takes it, and leaves its statistics alone
-    assert all(value.isfinite().all() for value in block.state_dict().values())
     one, _ = make(mode, (3, 1, 1), branches=("kxk", "1x1_kxk"))
     one(x[:, :3].contiguous(memory_format=torch.channels_last)).sum().backward()
     one.zero_grad()

@@ -1,0 +1,305 @@
+"""Cases from public bug reports about neighbouring software: where a plain convolution and its norm work, a block does."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import ConvNormAct
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
+
+from dbb import (
+    AsymmetricConvBlock,
+    DiverseBranchBlock,
+    NothingSwappedError,
+    OnlineReparamBlock,
+    ReparamConv2d,
+    fold_norms,
+    reparameterize,
+    replace_convs,
+)
+from tests.conftest import randomize, relative_error
+
+EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "identity", "avg", "1xk", "kx1")
+
+
+class Same(nn.Conv2d):
+    """Prepares its input as timm's Conv2dSame does."""
+
+    def forward(self, x):
+        assert self.weight.shape == (self.out_channels, 3, 3, 3)
+        assert self.weight.device == x.device
+        return F.conv2d(F.pad(x, [1] * 4), self.weight, self.bias)
+
+
+def pair(channels: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+
+def with_same() -> nn.Module:
+    net = nn.Sequential(Same(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    return replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 8, 8))[0]
+
+
+@pytest.mark.parametrize("mode", ["exact", "online", "linear"])
+def test_no_tensor_shares_memory_with_itself(mode):
+    """DDP broadcasts into buffers, and averaging writes into them."""
+    blocks = [with_same(), ReparamConv2d(8, 8, 3, padding=1, branches=EVERY_BRANCH, mode=mode),
+              ReparamConv2d(8, 8, 3, padding=1, groups=8, branches=EVERY_BRANCH, mode=mode)]
+    for block in blocks:
+        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            assert tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size(), name
+            assert tensor.is_contiguous(), name
+
+
+def test_averaging_a_subclass_of_conv2d():
+    net = with_same()
+    average = AveragedModel(net, use_buffers=True)
+    for _ in range(2):
+        net(torch.randn(2, 3, 8, 8))
+        average.update_parameters(net)
+    assert average.eval()(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
+def test_ddp_of_a_subclass_of_conv2d(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert DistributedDataParallel(with_same())(torch.randn(2, 3, 8, 8)).shape == (2, 8, 8, 8)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _eval_and_freeze(net):
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+    return net
+
+
+def _torchvisions(net):
+    """As a user puts in torchvision's own frozen norm, which knows nothing of timm's."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.weight.dtype)
+            frozen.load_state_dict({key: module.state_dict()[key] for key in frozen.state_dict()})
+            net.set_submodule(name, frozen)
+    return net
+
+
+def _timms(net):
+    timm.utils.freeze(net, [name for name, _ in net.named_children()])
+    return net
+
+
+@pytest.mark.parametrize("block", ["dbb", "acb", "orepa", "online"])
+@pytest.mark.parametrize("freeze", [timm.layers.freeze_batch_norm_2d, _timms, _torchvisions, _eval_and_freeze])
+def test_frozen_norms_of_any_class_mean_running_statistics(block, freeze):
+    """In training, a block whose norms are frozen computes what it does in eval, and moves no statistic."""
+    torch.manual_seed(0)
+    online = {"mode": "online", "positions": 4}
+    for groups in (1, 8):
+        if block == "online":
+            net = nn.Sequential(nn.Sequential(DiverseBranchBlock(8, 8, 3, padding=1, groups=groups, **online)))
+        else:
+            kind = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock, "orepa": OnlineReparamBlock}[block]
+            net = nn.Sequential(nn.Sequential(kind(8, 8, 3, padding=1, groups=groups)))
+        randomize(net.double())
+        x = torch.randn(4, 8, 9, 9, dtype=torch.float64)
+        expected = net.eval()(x)
+        frozen = freeze(net.train()) if freeze is _eval_and_freeze else freeze(net).train()
+        before = copy.deepcopy(frozen.state_dict())
+        assert relative_error(frozen(x), expected) < 1e-12
+        assert all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
+        assert relative_error(reparameterize(frozen.eval())(x), expected) < 1e-12
+        kernels = [p for p in frozen.parameters() if p.ndim == 4]
+        if freeze is not _timms:  # which freezes the kernels too
+            frozen.train()(x).square().sum().backward()
+            assert all(p.grad is not None for p in kernels)
+
+
+@pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_no_file_holds_is_made_anew(kind, assign):
+    """Built on meta, as large networks are, and filled from a file."""
+    torch.manual_seed(0)
+    full = kind(8, 8, 3, padding=1).eval()
+    full.init_gamma(1.0)
+    with torch.device("meta"):
+        empty = kind(8, 8, 3, padding=1)
+        deployed = kind(8, 8, 3, padding=1, deploy=True)
+    assert {tensor.device.type for part in (empty, deployed) for tensor in part.state_dict().values()} == {"meta"}
+    if not assign:
+        empty = empty.to_empty(device="cpu")
+        for tensor in tree_leaves(list(empty.buffers())):
+            assert tensor.device.type == "cpu"
+    empty.load_state_dict(full.state_dict(), assign=assign)
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(empty.eval()(x), full(x))
+    half = copy.deepcopy(full).half().float()
+    assert relative_error(half(x), full(x)) < 1e-2
+
+
+def _ultralytics_fuse(net: nn.Module) -> nn.Module:
+    """What Ultralytics' `fuse` does with each of its units: the bias of the convolution counts, the norm is folded in."""
+    for unit in net.modules():
+        if isinstance(unit, ConvNormAct):
+            conv, norm = unit.conv, unit.bn
+            fused = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                              conv.groups, bias=True).to(conv.weight)
+            scale = norm.weight.div(torch.sqrt(norm.eps + norm.running_var))
+            kernel = torch.mm(torch.diag(scale), conv.weight.view(conv.out_channels, -1))
+            bias = torch.zeros(len(scale)).to(scale) if conv.bias is None else conv.bias
+            bias = torch.mm(torch.diag(scale), bias.reshape(-1, 1)).reshape(-1) + norm.bias - scale * norm.running_mean
+            fused.weight.data.copy_(kernel.view(fused.weight.shape))
+            fused.bias.data.copy_(bias)
+            unit.conv = fused
+            unit.bn = copy.deepcopy(norm) if isinstance(norm, nn.Sequential) else nn.Identity()
+    return net
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_host_that_folds_norms_itself(before):
+    torch.manual_seed(0)
+    net = nn.Sequential(ConvNormAct(3, 8, 3), ConvNormAct(8, 8, 3, stride=2))
+    new, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 12, 12))
+    assert all(row.block for row in report)
+    randomize(new.double()).eval()
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    expected = new(x)
+    with torch.no_grad():
+        fused = _ultralytics_fuse(copy.deepcopy(new) if before else reparameterize(new))
+    assert relative_error(fused(x), expected) < 1e-12
+    assert not any(isinstance(module, ReparamConv2d) for module in fused.modules())
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "repghostnet_050", "levit_conv_128s"])
+def test_families_that_merge_their_own_branches(name):
+    """What another library's unit merges itself stays plain, with the reason; its own conversion then works."""
+    net, size = timm.create_model(name, num_classes=3).eval(), 224 if name.startswith("levit") else 64
+    x = torch.randn(1, 3, size, size)
+    try:
+        net, report = replace_convs(net, "acb", example_input=x)
+    except NothingSwappedError as error:
+        report = error.report
+    assert any("which merges its branches itself" in row.reason for row in report if row.block is None)
+    with torch.no_grad():
+        assert relative_error(timm.utils.reparameterize_model(net)(x), net(x)) < 1e-4
+    included, report = replace_convs(net, "acb", include=["*"], example_input=x)
+    assert any(row.block for row in report)
+    with torch.no_grad():
+        assert relative_error(reparameterize(included)(x), included(x)) < 1e-4
+        assert relative_error(fold_norms(included, x)(x), included(x)) < 1e-4
+
+
+def test_a_network_with_a_fuse_of_its_own_is_swapped():
+    class Root(nn.Sequential):
+        def fuse(self):
+            raise AssertionError
+
+    class Neck(nn.Sequential):
+        def fuse(self, x, y):
+            """Joins two maps: no step of a conversion."""
+
+    _, report = replace_convs(Root(Neck(*pair())), "dbb", example_input=torch.zeros(1, 8, 9, 9))
+    assert report[0].block
+
+
+@pytest.mark.parametrize("mode", ["exact", "online", "linear"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_an_empty_batch_is_what_it_is_to_a_norm(mode, groups):
+    """Detection heads see them: no statistic moves but the count of batches, and every gradient is zero."""
+    block = ReparamConv2d(8, 8, 3, 2, 1, groups=groups, branches=EVERY_BRANCH[:4], mode=mode)
+    before = copy.deepcopy(block.state_dict())
+    y = block(torch.zeros(0, 8, 10, 10))
+    assert y.shape == (0, 8, 5, 5)
+    y.sum().backward()
+    assert all(float(p.grad.abs().sum()) == 0 for p in block.parameters())
+    for key, value in block.state_dict().items():
+        assert torch.equal(value, before[key] + 1 if key.endswith("num_batches_tracked") else before[key]), key
+    assert block.eval()(torch.zeros(0, 8, 10, 10)).shape == (0, 8, 5, 5)
+
+
+def _old_weight_norm(branch):
+    with pytest.warns(FutureWarning):
+        weight_norm(branch, "weight")
+
+
+def _prune(branch):
+    prune.l1_unstructured(branch, "weight", 0.5)
+
+
+@pytest.mark.parametrize("hang", [_prune, _old_weight_norm, parametrizations.weight_norm])
+@pytest.mark.parametrize("mode", ["exact", "online", "linear"])
+def test_a_branch_whose_weight_is_computed(mode, hang: Callable):
+    """Pruning and both weight norms, over steps of training: the block follows the parameters behind the weight."""
+    torch.manual_seed(0)
+    block = DiverseBranchBlock(8, 8, 3, padding=1, mode=mode, positions=16)
+    branch = block.branches["kxk"]
+    hang(branch)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    x = torch.randn(4, 8, 10, 10)
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(x).square().mean().backward()
+        optimizer.step()
+    behind = [p for key, p in branch.named_parameters() if "bn" not in key and p.ndim == 4]
+    assert behind
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in behind)
+    merged = block.eval()(x)  # after a step, and without another forward in training
+    with torch.no_grad():
+        for p in behind:
+            p.add_(1)
+    assert relative_error(block(x), merged) > 1e-3
+
+
+def test_inputs_by_name_and_their_errors():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = pair()
+
+        def forward(self, pixel_values=None, scale=None):
+            return self.net(pixel_values) * scale["by"]
+
+    x = torch.zeros(1, 8, 9, 9)
+    _, report = replace_convs(ByName(), "dbb", example_input={"pixel_values": x, "scale": {"by": 2}})
+    assert report[0].block
+    folded = fold_norms(ByName().eval(), {"pixel_values": x, "scale": {"by": 2}})
+    assert isinstance(folded.net[0].bias, nn.Parameter)
+    with pytest.raises(ValueError, match=r"example_input of shape \[1, 8, 9, 9\].*TypeError: .*NoneType"):
+        replace_convs(ByName(), "dbb", example_input={"pixel_values": x})
+    with pytest.raises(ValueError, match="example_input of no tensor.*unexpected keyword argument 'image'"):
+        replace_convs(ByName(), "dbb", example_input={"image": "a.jpg"})
+
+
+@pytest.mark.parametrize("key", ["weight", "bias", "running_mean", "running_var"])
+def test_a_value_that_half_precision_cannot_hold_is_named(key):
+    net = pair()
+    with torch.no_grad():
+        net[1].state_dict(keep_vars=True)[key][3] = 1e5
+    net[0].half()
+    with pytest.raises(ValueError, match=f"0: the norm's {key} has the value 100000, which torch.float16 cannot hold"):
+        replace_convs(net, "dbb", example_input=torch.zeros(1, 8, 9, 9).half())
+
+
+def test_a_merged_value_that_half_precision_cannot_hold_is_named():
+    block = DiverseBranchBlock(8, 8, 3, padding=1).half().eval()
+    block.init_gamma(6e4)
+    with torch.no_grad():
+        block.branches["kxk"].weight.fill_(2)
+    with pytest.raises(ValueError, match="the merged kernel has the value .*, which torch.float16 cannot hold"):
+        block.fuse()
+
+
+def test_torchvisions_frozen_backbones_say_why():
+    net = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
+    with pytest.raises(NothingSwappedError, match="no BatchNorm2d follows"):
+        replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 64, 64))
