@@ -36,7 +36,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             tensor.copy_(torch.rand(tensor.shape, generator=draw, dtype=torch.float64) * (high - low) + low)
 
     for module in model.modules():
-        if getattr(module, "running_var", None) is not None:
+        if "running_var" in dict(module.named_buffers(recurse=False)):
             uniform_(module.running_var, 0.5, 2)
             uniform_(module.weight, 0.5, 1.5)
         if isinstance(module, nn.BatchNorm2d):

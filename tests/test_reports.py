@@ -180,11 +180,10 @@ def test_a_host_that_folds_norms_itself(before):
     assert not any(isinstance(module, ReparamConv2d) for module in fused.modules())
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "repghostnet_050", "levit_conv_128s"])
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "repghostnet_050"])
 def test_families_that_merge_their_own_branches(name):
     """What another library's unit merges itself stays plain, with the reason; its own conversion then works."""
-    net, size = timm.create_model(name, num_classes=3).eval(), 224 if name.startswith("levit") else 64
-    x = torch.randn(1, 3, size, size)
+    net, x = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
     try:
         net, report = replace_convs(net, "acb", example_input=x)
     except NothingSwappedError as error:
@@ -192,11 +191,20 @@ def test_families_that_merge_their_own_branches(name):
     assert any("which merges its branches itself" in row.reason for row in report if row.block is None)
     with torch.no_grad():
         assert relative_error(timm.utils.reparameterize_model(net)(x), net(x)) < 1e-4
-    included, report = replace_convs(net, "acb", include=["*"], example_input=x)
-    assert any(row.block for row in report)
+
+
+def test_what_merges_itself_can_be_included():
+    net, x = timm.create_model("repghostnet_050", num_classes=3).eval(), torch.randn(1, 3, 64, 64)
+    _, report = replace_convs(net, "acb", example_input=x)
+    included, all_of_it = replace_convs(net, "acb", include=["*"], example_input=x)
+    assert sum(row.block is not None for row in report) == 10
+    assert sum(row.block is not None for row in all_of_it) == 42
     with torch.no_grad():
         assert relative_error(reparameterize(included)(x), included(x)) < 1e-4
-        assert relative_error(fold_norms(included, x)(x), included(x)) < 1e-4
+        folded = fold_norms(included, x)
+        assert relative_error(folded(x), included(x)) < 1e-4
+    left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(".fusion_bn." in name for name in left), "folded inside such modules too, but for norms without a convolution"
 
 
 def test_a_network_with_a_fuse_of_its_own_is_swapped():
