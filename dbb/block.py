@@ -203,23 +203,6 @@ class ReparamConv2d(nn.Module):
         for gamma in self.gammas().values():
             nn.init.constant_(gamma, value)
 
-    def balance(self) -> None:
-        """Make the branches' gammas smaller, all in the same ratio, until the sum varies as one branch does.
-
-        Norms make the branches' maps equally large, so that the variance of their sum is gamma^2 times the sum of their
-        correlations, and the speed at which it learns goes likewise: for branches that are independent at first, as random
-        kernels are, by the number n of branches, which calls for gamma / sqrt(n). Kernels tell correlations: those of
-        uncorrelated pixels are the cosines between kernels. A linear block has one norm behind the sum, and stays as it is.
-        """
-        if self.bn is not None or not self.branches:
-            return
-        with torch.no_grad():
-            kernels = [branch.kernel() for branch in self.branches.values()]
-            directions = [kernel / kernel.square().sum((1, 2, 3), keepdim=True).sqrt() for kernel in kernels]
-            total, _ = add_branches(directions, [0.0] * len(kernels), self.kernel_size)
-            for gamma in self.gammas().values():
-                gamma *= total.square().sum((1, 2, 3)).mean().rsqrt()
-
     def single_init(self) -> None:
         """Start as the plain convolution: gamma 1 in the first `kxk` branch, 0 in all others.
 

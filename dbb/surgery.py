@@ -18,7 +18,7 @@ from dbb.flow import Flow, after_norm, partner
 from dbb.subclass import inner_convolution, without_weight
 from dbb.transforms import fill
 
-INITS = ("balanced", "ones", "third", "single")  # see replace_convs
+INITS = ("mean", "ones", "third", "single")  # see replace_convs
 Block = str | Sequence[str] | Callable[..., ReparamConv2d] | None
 
 
@@ -59,7 +59,7 @@ class NothingSwappedError(ValueError):
 
 def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", include: Sequence[str] | None = None,
                   exclude: Sequence[str] | None = None, example_input: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
-                  kernel_sizes: Container[int] = range(2, 7), init: str = "balanced") -> tuple[nn.Module, Report]:
+                  kernel_sizes: Container[int] = range(2, 7), init: str = "mean") -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
     Pairs are found by where tensors flow, in one forward pass in eval on `example_input`, not by names: what a network does
@@ -79,10 +79,12 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         exclude: glob patterns; convolutions whose module name matches one stay.
         example_input: `[N, C, H, W]`; or several inputs, in order or by name; by default one black image of 224x224.
         kernel_sizes: lengths of a kernel's longer side that are swapped.
-        init: the branches' gamma: "balanced", so much of the norm's that the sum varies as the norm's output does
-            (`ReparamConv2d.balance`; 1/2 with four branches); "ones", the norm's (DBB, all ones in a new network); "third",
-            a third of it (ACNet on CIFAR); "single", the norm's in the first `kxk` branch and 0 in the others. With
-            "single" the new network computes what `model` does, in eval and in training: the warm start from trained weights.
+        init: the branches' gamma: "mean", the norm's divided by the number of branches, so that their sum starts as the mean
+            of them: it never varies more than the norm's output does, however alike the branches are; "ones", the norm's
+            (DBB, all ones in a new network), with which n independent branches vary n times as much; "third", a third of it
+            (ACNet on CIFAR); "single", the norm's in the first `kxk` branch and 0 in the others. With "single" the new network
+            computes what `model` does, in eval and in training: the warm start from trained weights. A block in mode "linear"
+            has one norm behind the sum, and starts as OREPA's with "mean".
 
     Returns:
         A new model, and a report with a row per convolution.
@@ -216,9 +218,11 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
         outer.eps, outer.momentum = norm.eps, norm.momentum
         nn.init.zeros_(outer.bias)
         fill(outer.weight, norm.weight, f"{name}: the norm's weight")
+    in_sum = 1 if block.bn is not None else len(block.branches)  # a norm behind the sum makes up for any size
+    factor = {"mean": 1 / in_sum, "ones": 1.0, "third": 1 / 3, "single": 0.0}[init]
     with torch.no_grad():
         for gamma in block.gammas().values():
-            gamma *= {"third": 1 / 3, "single": 0.0}.get(init, 1.0)
+            gamma *= factor
         if init == "single":
             block.gammas()["kxk"].copy_(norm.weight if block.bn is None else torch.ones_like(norm.weight))
     for branch in block.branches.values():
@@ -229,8 +233,6 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
         heir = heir or block.branches["kxk"].bn
         with torch.no_grad():
             block.branches["kxk"].weight.copy_(conv.weight)
-    if init == "balanced":
-        block.balance()
     if heir is not None:
         mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias  # the norm subtracts it again
         for key, value in (("bias", norm.bias), ("running_mean", mean), ("running_var", norm.running_var)):

@@ -73,7 +73,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         image_size: side of the images in pixels; decides the stem (up to 64 pixels: that of CIFAR networks).
         pretrained: start from timm's weights, which are fetched.
         weights: start from these, of the plain network in timm's or torchvision's layout.
-        init: see `dbb.replace_convs`; "auto" is "balanced", with trained weights "single": the blocks compute what the plain
+        init: see `dbb.replace_convs`; "auto" is "mean", with trained weights "single": the blocks compute what the plain
             network did. None, in old files, is what "auto" was: "ones", with trained weights "single".
         **surgery: further arguments of `dbb.replace_convs`.
 
@@ -87,7 +87,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     """
     trained = pretrained or weights is not None
     if init in ("auto", None):
-        init = "single" if trained else {"auto": "balanced", None: "ones"}[init]
+        init = "single" if trained else {"auto": "mean", None: "ones"}[init]
     elif trained and block is not None and init != "single":
         raise ValueError(f"block.init={init} would change what the trained weights compute: leave it out, or take single")
     if pretrained and name in UNTRAINED:

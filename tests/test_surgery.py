@@ -242,7 +242,7 @@ def test_different_blocks_for_different_layers():
     (dict(include=["layer9.*"]), "include: the pattern 'layer9.*' matches no convolution; there are layer"),
     (dict(exclude=["stem.*"]), "exclude: the pattern 'stem.*' matches no convolution"),
     (dict(block={"laier1.*": "acb"}), "block: the pattern 'laier1.*' matches no convolution; there are layer"),
-    (dict(init="half"), "init='half' is unknown; known are balanced, ones, third, single"),
+    (dict(init="half"), "init='half' is unknown; known are mean, ones, third, single"),
     (dict(example_input=torch.zeros(1, 4, 64, 64)), r"cannot run on example_input of shape \[1, 4, 64, 64\]")])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -283,11 +283,12 @@ def test_synchronised_norms_stay_synchronised():
 
 def test_gammas():
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    for init, factors in (("ones", [1, 1, 1]), ("third", [1 / 3] * 3), ("single", [1, 0, 0])):
+    for init, factors in (("mean", [1 / 3] * 3), ("ones", [1, 1, 1]), ("third", [1 / 3] * 3), ("single", [1, 0, 0])):
         new, _ = replace_convs(net, "acb", init=init)
         for factor, branch in zip(factors, new[0].branches.values(), strict=True):
             assert torch.allclose(branch.bn.weight, factor * net[1].weight)
-    for init, factors in (("ones", [0.25, 0.25, 0, 0.5, 1, 0.5]), ("single", [1, 0, 0, 0, 0, 0])):  # linear: its one norm is the old one
+    published = [0.25, 0.25, 0, 0.5, 1, 0.5]
+    for init, factors in (("mean", published), ("ones", published), ("single", [1, 0, 0, 0, 0, 0])):  # one norm, the old one
         new, _ = replace_convs(net, "orepa", init=init)
         assert [float(gamma[0]) for gamma in new[0].gammas().values()] == factors
         assert torch.equal(new[0].bn.weight, net[1].weight)

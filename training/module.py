@@ -123,7 +123,7 @@ def rough_start(settings: Settings) -> list[str]:
     if not with_norms or block.init not in ("ones", None) or settings.optim.warmup_epochs or rate < ROUGH_RATE:
         return []
     return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up starts roughly: expect a test "
-            "accuracy near chance for the first epochs. optim.warmup_epochs=5 or block.init=balanced avoids it"]
+            "accuracy near chance for the first epochs. optim.warmup_epochs=5 or block.init=mean avoids it"]
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:

@@ -105,7 +105,7 @@ def with_start(settings: Settings) -> Settings:
     if settings.block.init != "auto":
         return settings
     warm = settings.model.pretrained or settings.model.weights is not None
-    return replace(settings, block=replace(settings.block, init="single" if warm else "balanced"))
+    return replace(settings, block=replace(settings.block, init="single" if warm else "mean"))
 
 
 def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
