@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 from export.files import load_network, sha256
 from export.graph import OnnxNetwork
 from training.cli import plain_errors
-from training.sources import read_pixels
+from training.sources import IMAGE_ENDINGS, is_image, read_pixels
 
 BATCH_SIZE = 64
 
@@ -57,6 +57,8 @@ def prepare(path: str, about: dict) -> Tensor:
     Raises:
         ValueError: if it cannot be read.
     """
+    if not is_image(path):  # as in training
+        raise ValueError(f"{path} does not end as an image does: {' '.join(sorted(IMAGE_ENDINGS))}")
     pixels = TF.resize(read_pixels(path), [about["resize"]], antialias=True)
     pixels = TF.center_crop(pixels, [about["image_size"]])
     return TF.normalize(pixels / 255, about["mean"], about["std"])

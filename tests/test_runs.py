@@ -164,6 +164,15 @@ def test_a_job_of_a_sweep_starts_no_processes(make_settings, tmp_path, monkeypat
     assert not (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_lose_what_they_measure_are_refused(make_settings, tmp_path, strategy):
+    settings = make_settings("model=resnet8", *TINY, "trainer.accelerator=cpu", "trainer.devices=2",
+                             f"trainer.strategy={strategy}", "data=folder", f"data.root={tmp_path}/nowhere")
+    with pytest.raises(ValueError, match=f"trainer.strategy={strategy}: .*take trainer.strategy=ddp"):
+        train_script.train(settings, tmp_path)  # before it looks for the data
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_the_place_of_known_images_is_not_of_the_training(make_settings):
     one, two = (of_the_training(asdict(make_settings("data=cifar10", f"data.root=/{name}"))) for name in ("a", "b"))
     assert one == two

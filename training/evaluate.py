@@ -107,7 +107,9 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
         targets: `[N]`.
     """
     classes = logits.shape[1]
-    top = {k: multiclass_accuracy(logits, targets, classes, average="micro", top_k=min(k, classes)).double().item() for k in (1, 5)}
+    count = classes if classes > 1 else None  # torchmetrics takes no 1
+    top = {k: multiclass_accuracy(logits, targets, count, average="micro", top_k=min(k, classes)).double().item()
+           for k in (1, 5)}
     return {"top1": round(top[1] * len(targets)) / len(targets), "top5": round(top[5] * len(targets)) / len(targets),
             "loss": F.cross_entropy(logits.double(), targets).item()}
 

@@ -310,11 +310,15 @@ def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, d
         return str(output_folder(out or f"outputs/{name}_{data}/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 
-def _job_name(overrides: list[str]) -> str:
+def _job_name(data: str, overrides: list[str]) -> str:
     """The folder of a sweep's job: its settings, whatever their order, so that a job keeps it when the sweep grows."""
-    ignored = ("out", "data.root", "data.num_workers", "logger") + ("block",) * ("block=none" in overrides)  # see resolve()
+    ignored = {"out", "data.num_workers", "logger"}
+    if data in TENSOR_SETS:  # the same images in every place
+        ignored.add("data.root")
+    if "block=none" in overrides:  # see resolve()
+        ignored.add("block")
     kept = sorted(override for override in overrides if override == "block=none"
-                  or not {key := override.split("=")[0].lstrip("+~"), key.split(".")[0]} & set(ignored))
+                  or not {key := override.split("=")[0].lstrip("+~"), key.split(".")[0]} & ignored)
     wanted = "+".join(kept).replace("=", "-") or "defaults"
     # Only what Hydra takes unquoted in ckpt=PATH, and a file system as one name.
     name = re.sub(r"[^\w.+-]", "_", wanted, flags=re.ASCII)[:150]

@@ -1,5 +1,6 @@
 """Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -18,6 +21,9 @@ from training.random import generator, seed_of
 from training.settings import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2",
+                 ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi", ".tga")
+FLAT_IMAGENET = "wget -qO- https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh | bash"
 Key = tuple[int, int, bool]  # see training.data
 
 
@@ -92,21 +98,33 @@ def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     if (root / "train").is_dir() and (root / "test").is_dir():
         images, targets, classes = _tree(conf, root, "train" if train else "test")
     else:
-        archive = datasets.CIFAR10 if conf.name == "cifar10" else datasets.CIFAR100
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / ".lock"):  # one process of a job downloads, the others find it
-                data = archive(str(root), train=train, download=conf.download)
-        except (OSError, RuntimeError) as error:  # no network, no archive, or one that is damaged
-            raise ValueError(
-                f"no {conf.name} at data.root={root}, and it could not be downloaded ({str(error).splitlines()[0]}). Put the "
-                "official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try data=digits, which "
-                "needs no file") from error
-        images, targets, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), data.classes
+        data = _archive(conf, root, train)
+        images, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.classes
+        targets = torch.tensor(data.targets)
     if len(classes) != CLASSES[conf.name]:
         raise ValueError(f"data={conf.name} has {CLASSES[conf.name]} classes, but {root} has {len(classes)}; data=folder "
                          "takes any number")
     return images.contiguous(), targets, list(classes)
+
+
+def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
+    """One split of the official archive: as it lies there, which writes nothing, else extracted or downloaded."""
+    archive = datasets.CIFAR10 if conf.name == "cifar10" else datasets.CIFAR100
+    try:
+        return archive(str(root), train=train)
+    except RuntimeError as error:  # there is none, or it is damaged
+        reason = error
+    try:
+        if conf.download:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):  # one process of a job downloads, the others find it
+                return archive(str(root), train=train, download=True)
+    except (OSError, RuntimeError) as error:  # no network, or a folder that one may not write to
+        reason = error
+    raise ValueError(
+        f"no {conf.name} at data.root={root}, and it could not be downloaded ({str(reason).splitlines()[0]}). Put the "
+        "official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try data=digits, which "
+        "needs no file") from reason
 
 
 def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
@@ -189,20 +207,36 @@ def load_files(conf: DataConf, seed: int, train: bool) -> tuple[FileImages, list
 
 
 class Tree(datasets.ImageFolder):
-    """An image folder whose classes are those of the training split.
+    """An image folder whose classes are those of the training split; it prints what it holds and what was left out.
 
     Raises:
         ValueError: if it has a class that training lacks, holds no images, or is for training and a class is empty.
     """
 
     def __init__(self, folder: Path, classes: list[str]):
-        self.known = classes
+        self.known, self.skipped = classes, Counter()
+        if loose := _loose_images(folder):
+            self.skipped["images in no class's folder"] = len(loose)
         try:
-            super().__init__(str(folder), allow_empty=folder.name != "train")
+            super().__init__(str(folder), allow_empty=folder.name != "train", is_valid_file=self._take)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            raise ValueError(f"{folder}: {error}{self._left_out()}") from error
         if not self.samples:
-            raise ValueError(f"{folder} holds no images")
+            raise ValueError(f"{folder} holds no images{self._left_out()}")
+        count = len(set(self.targets))
+        rank_zero_only(print)(f"{folder}: {len(self.samples)} images of {count} classes{self._left_out()}")
+
+    def _take(self, path: str) -> bool:
+        if is_image(path):
+            return True
+        self.skipped[Path(path).suffix.lower() or "without an ending"] += 1
+        return False
+
+    def _left_out(self) -> str:
+        if not self.skipped:
+            return ""
+        counts = ", ".join(f"{what} {count}" for what, count in self.skipped.most_common())
+        return f"; skipped {self.skipped.total()} files: {counts}"
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """The training classes, in alphabetical order."""
@@ -211,8 +245,29 @@ class Tree(datasets.ImageFolder):
         return self.known, {name: index for index, name in enumerate(self.known)}
 
 
+def is_image(path: str | Path) -> bool:
+    """Whether a file's name ends as that of an image does, in small letters or capitals."""
+    return Path(path).suffix.lower() in IMAGE_ENDINGS
+
+
 def _classes(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """The names of a split's classes: its folders.
+
+    Raises:
+        ValueError: if there is none, with what to do.
+    """
+    classes = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if classes:
+        return sorted(classes)
+    loose = _loose_images(folder)
+    text = f"{folder} holds {len(loose)} images and no folder of a class: it must be {folder.name}/<class>/<image>"
+    if any(name.startswith("ILSVRC2012_val_") for name in loose):
+        text += f". ImageNet's validation images are sorted by: (cd {folder} && {FLAT_IMAGENET})"
+    raise ValueError(text)
+
+
+def _loose_images(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.is_file() and is_image(entry)]
 
 
 def _root(conf: DataConf) -> Path:
