@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from export.files import load_network, sha256
@@ -59,7 +60,8 @@ def prepare(path: str, about: dict) -> Tensor:
     """
     if not is_image(path):  # as in training
         raise ValueError(f"{path} does not end as an image does: {' '.join(sorted(IMAGE_ENDINGS))}")
-    pixels = TF.resize(read_pixels(path), [about["resize"]], antialias=True)
+    mode = InterpolationMode(about["interpolation"])
+    pixels = TF.resize(read_pixels(path), [about["resize"]], mode, antialias=True)
     pixels = TF.center_crop(pixels, [about["image_size"]])
     return TF.normalize(pixels / 255, about["mean"], about["std"])
 

@@ -87,6 +87,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if checkpoint is not None:
         restore(model.net, checkpoint)  # says what does not fit, before Lightning would
 
+    trainer.loggers = make_loggers(settings, run_dir)
     if trainer.is_global_zero:
         # Of an earlier session. Lightning's own of SLURM stop in the middle of an epoch, whose order could not be gone on with.
         for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
@@ -118,7 +119,7 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
     options = asdict(settings.trainer)
     options |= {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
     trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
-                         logger=make_loggers(settings, run_dir), enable_model_summary=False,
+                         logger=False, enable_model_summary=False,
                          use_distributed_sampler=False, num_sanity_val_steps=0)
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):

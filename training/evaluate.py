@@ -20,7 +20,7 @@ from tqdm import tqdm
 from export.files import sha256
 from training.checkpoint import load_checkpoint, load_network, load_published
 from training.data import ImageData
-from training.settings import FILE_SETS, Settings
+from training.settings import FILE_SETS, DataConf, Settings
 from training.sources import resized_side
 
 
@@ -51,10 +51,13 @@ def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageD
         classes = data.classes if data.classes and len(data.classes) == count else [str(label) for label in range(count)]
     data.check_classes(classes)
     # Noise images say nothing of the normalisation: it is that of the training.
-    shown = checkpoint["dbb"]["settings"]["data"] if checkpoint and data.classes is None else asdict(data_conf)
-    resize = resized_side(image_size) if shown["name"] in FILE_SETS else image_size
+    shown = asdict(data_conf)
+    if checkpoint and data.classes is None:
+        shown = asdict(DataConf()) | checkpoint["dbb"]["settings"]["data"]  # an old file says less
+    resize = resized_side(image_size, shown["crop_pct"]) if shown["name"] in FILE_SETS else image_size
     return net, data, {"model": settings.model.name, "block": settings.block.name, "classes": classes, "image_size": image_size,
                        "resize": resize, "mean": list(map(float, shown["mean"])), "std": list(map(float, shown["std"])),
+                       "interpolation": shown["interpolation"],
                        "data": data_conf.name, "checkpoint_sha256": sha256(settings.ckpt),
                        "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from training.random import generator, seed_of
@@ -71,7 +71,8 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
     """
     images, targets, classes = (_digits if conf.name == "digits" else _cifar)(conf, train)
     if conf.image_size is not None and conf.image_size != images.shape[-1]:
-        images = torch.cat([TF.resize(part, [conf.image_size] * 2, antialias=True) for part in images.split(1000)])
+        mode = InterpolationMode(conf.interpolation)
+        images = torch.cat([TF.resize(part, [conf.image_size] * 2, mode, antialias=True) for part in images.split(1000)])
     return TensorImages(images, targets, conf, seed, augment=train), classes
 
 
@@ -142,15 +143,15 @@ class FileImages(Dataset):
     """A tree of images, read one by one; batches of uint8 `[N, 3, H, W]`.
 
     Training: random resized crop and mirroring, and by choice the DBB paper's colour jitter and lighting (the authors'
-    train.py: brightness 0.4, saturation 0.4, hue 0.4; lighting 0.1). Otherwise: resize to 256/224 of the image size, centre crop.
+    train.py: brightness 0.4, saturation 0.4, hue 0.4; lighting 0.1). Otherwise: resize, centre crop.
     """
 
     def __init__(self, tree: "Tree", conf: DataConf, seed: int, augment: bool):
         self.tree, self.conf, self.seed, self.augment, self.image_size = tree, conf, seed, augment, conf.image_size
-        size = conf.image_size
-        steps = [v2.Resize(resized_side(size)), v2.CenterCrop(size)]
+        size, mode = conf.image_size, InterpolationMode(conf.interpolation)
+        steps = [v2.Resize(resized_side(size, conf.crop_pct), mode), v2.CenterCrop(size)]
         if augment:
-            steps = [v2.RandomResizedCrop(size)]
+            steps = [v2.RandomResizedCrop(size, interpolation=mode)]
             steps += [v2.RandomHorizontalFlip()] if conf.flip else []
             if conf.color_jitter:  # on Pillow's images, twice as fast as on tensors
                 steps += [v2.ToPILImage(), v2.ColorJitter(brightness=0.4, saturation=0.4, hue=0.4), v2.PILToTensor()]
@@ -178,9 +179,9 @@ class FileImages(Dataset):
     collate = staticmethod(torch.utils.data.default_collate)
 
 
-def resized_side(image_size: int) -> int:
+def resized_side(image_size: int, crop_pct: float) -> int:
     """Length in pixels that the shorter side of a test image is brought to, before the centre crop."""
-    return round(image_size * 256 / 224)
+    return round(image_size / crop_pct)
 
 
 def lighting(image: Tensor, std: float = 0.1) -> Tensor:
