@@ -21,8 +21,8 @@ from dbb.surgery import Row
 from training.data import ImageData
 from training.settings import LoggerConf, Settings
 
-
-WANDB_WAIT = 10  # seconds
+WANDB_WAIT = 10  # seconds, at the start
+WANDB_FINISH = 600  # seconds, at the end: a server that went away would be waited for without end
 
 
 class Speed(Callback):
@@ -125,6 +125,7 @@ def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
     Without a key it is offline, to be sent later with `wandb sync`. So it is, with a sentence, where W&B cannot be
     reached within `WANDB_WAIT` seconds or refuses; None if it cannot write offline either: a logger costs no run.
     """
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
     conf, model, block = settings.logger, settings.model.name, settings.block.name
     mode = settings.block.mode if settings.block.branches else None
     tags = [tag for tag in (model, settings.data.name, block, mode, *conf.tags) if tag is not None]
