@@ -25,7 +25,7 @@ from tests.test_scripts import TINY, run
 from training.checkpoint import load_checkpoint
 from training.cli import plain_errors
 from training.module import Classifier, learning_rate
-from training.runs import FolderTakenError, alone_in, of_the_training
+from training.runs import FolderTakenError, alone_in, of_the_training, take_up, with_start
 
 SCRIPT = """
 import sys
@@ -139,6 +139,19 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
     with pytest.raises(ValueError, match="go on with that run by ckpt="):
         train_script.train(make_settings(*settings), tmp_path)
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == weights, "nothing is lost"
+
+
+def test_a_run_from_before_a_knob_of_the_data_is_the_same_run(make_settings, tmp_path):
+    settings = make_settings("model=resnet8", *TINY)
+    old = OmegaConf.create(asdict(with_start(settings)) | {"logger": {"id": "abc"}})
+    for knob in ("interpolation", "crop_pct"):
+        del old.data[knob]
+    OmegaConf.save(old, tmp_path / "config.yaml")
+    (tmp_path / "result.json").write_text("{}")
+    assert take_up(settings, tmp_path).logger.id == "abc"
+    settings.data.interpolation = "bicubic"
+    with pytest.raises(ValueError, match="already holds a run with another data.interpolation"):
+        take_up(settings, tmp_path)
 
 
 def test_a_checkpoint_gone_on_with_elsewhere_is_another_run(make_settings, tmp_path):

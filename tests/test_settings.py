@@ -31,7 +31,8 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("block.copies=3", "block.branches is empty"), ("block.include=[a]", "block.branches is empty"),
     ("block.kernel_sizes=[3x3]", "block.kernel_sizes"), ("source=dbbb", "source"), ("data.color_jitter=true", "data.color_jitter"),
     ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"), ("data.val_size=-1", "data.val_size"),
-    ("data.image_size=-3", "data.image_size"),
+    ("data.image_size=-3", "data.image_size"), ("data.interpolation=cubic", "did you mean bicubic"),
+    ("data.crop_pct=0.9", "data.crop_pct"), ("data.crop_pct=0", "data.crop_pct"),
     ("optim.label_smoothing=2", "label_smoothing"), ("seed=-1", "seed"), ("optim.warmup_epochs=-1", "warmup_epochs"),
     ("trainer.limit_train_batches=0", "limit_train_batches"),
     ("optim.name=sgdd", "did you mean sgd"),
@@ -99,6 +100,19 @@ def test_modes_reach_every_layer(make_settings):
 def test_dbb_is_the_published_block(make_settings):
     ours, published = build_network(make_settings("model=mobilenet_v1", "block=dbb"), 10, 32), build_model("mobilenet_v1", 10, "dbb", 32)
     assert ours.report == published.report
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["data=imagenet"], ([0.485, 0.456, 0.406], "bicubic", 0.95)), (["data=digits"], ([0.485, 0.456, 0.406], "bicubic", 0.875)),
+    (["data=imagenet", "data.mean=[0,0,0]", "data.crop_pct=0.9"], ([0, 0, 0], "bicubic", 0.9)),
+    (["data=digits", "model=timm", "model.name=mobilenetv1_100"], ([0.5] * 3, "bicubic", 0.875)),
+    (["data=digits", "model.pretrained=false"], ([0.305] * 3, "bilinear", 0.875))])
+def test_timms_weights_bring_their_normalisation(make_settings, capsys, overrides, expected):
+    data = make_settings("model.pretrained=true", *overrides).data
+    assert (data.mean, data.interpolation, data.crop_pct) == expected
+    printed = capsys.readouterr().out
+    assert printed.startswith("model.pretrained=true: images as for timm's weights (") == ("model.pretrained=false" not in overrides)
+    assert ("data.mean=" in printed) == ("data.mean=[0,0,0]" not in overrides and "pretrained=false" not in overrides[-1])
 
 
 def test_seed_zero_is_a_seed(make_settings):

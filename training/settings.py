@@ -24,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from dbb import BRANCHES, INITS, MODES, POSITIONS
 from export.files import KINDS
 from models import timms_name
+from models.build import UNTRAINED
 from training.checkpoint import load_checkpoint
 from training.cli import output_folder, plain_errors
 from training.published import SOURCES
@@ -284,7 +285,7 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
 def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
     """Take over from timm, in `settings.data`, how images were prepared for its weights, but for what was named."""
     trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
-    if trained is None:  # no weights to fetch, which the builder says
+    if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
         return
     named = {override.split("=")[0].lstrip("+~") for override in overrides}
     taken = {"mean": list(trained.mean), "std": list(trained.std), "interpolation": trained.interpolation}
