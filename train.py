@@ -51,7 +51,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         `converted_top1` and `predictions_changed` by conversion. Empty in all processes but the first.
 
     Raises:
-        ValueError: if a setting or the data is wrong, or `run_dir` already holds another run; see also `make_trainer`.
+        ValueError: if a setting or the data is wrong, or `run_dir` already holds another run; see also
+            `make_trainer`.
     """
     last, wanted = run_dir / "checkpoints" / "last.ckpt", settings.ckpt
     settings, result = take_up(settings, run_dir), read_result(run_dir)
@@ -113,8 +114,8 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
     """Lightning's Trainer of a run; what could not train with it is refused before any data is read.
 
     Raises:
-        ValueError: if the processes would lose what they measure, a job of a sweep would start processes, or the
-            optimiser cannot take a step.
+        ValueError: if the processes would lose what they measure, a job of a sweep would start processes, or
+            the optimiser cannot take a step.
     """
     options = asdict(settings.trainer)
     options |= {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
@@ -123,13 +124,13 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
                          use_distributed_sampler=False, num_sanity_val_steps=0)
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):
-        raise ValueError(f"trainer.strategy={settings.trainer.strategy}: it trains in processes made by multiprocessing, "
-                         "whose metrics and logs end with them: take trainer.strategy=ddp")
+        raise ValueError(f"trainer.strategy={settings.trainer.strategy}: it trains in processes made by "
+                         "multiprocessing, whose metrics and logs end with them: take trainer.strategy=ddp")
     if isinstance(launcher, _SubprocessScriptLauncher) and HydraConfig.initialized() \
             and HydraConfig.get().mode is RunMode.MULTIRUN:
-        raise ValueError(f"trainer.devices={settings.trainer.devices}: each of the {trainer.world_size} processes of "
-                         "this job would start the whole sweep again: say trainer.devices=1, or start every job by "
-                         "itself, without -m")
+        raise ValueError(f"trainer.devices={settings.trainer.devices}: each of the {trainer.world_size} "
+                         "processes of this job would start the whole sweep again: say trainer.devices=1, or "
+                         "start every job by itself, without -m")
     try_optimizer(settings, trainer.strategy.root_device)
     return trainer
 

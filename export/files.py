@@ -99,7 +99,8 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
 def save_hub(net: nn.Module, about: dict, folder: Path) -> None:
     """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; `net` as timm builds it."""
     size = about["image_size"]
-    data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"], "interpolation": about["interpolation"],
+    data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"],
+            "interpolation": about["interpolation"],
             "crop_pct": size / (about["resize"] + 0.5)}  # timm rounds size / crop_pct down
     timm.models.save_for_hf(net.cpu(), folder, model_config={"label_names": about["classes"]}, safe_serialization=True, data_config=data)
 

@@ -53,7 +53,8 @@ def markdown(report: dict, recipe: str) -> str:
     parts += [f"## Load it without this repository\n\n```python\n{lines}\n```",
               f"Images: {about['image_size']}x{about['image_size']} (shorter side to {about['resize']}, "
               f"{about['interpolation']}, centre crop), RGB in 0 .. 1, minus {about['mean']}, "
-              f"over {about['std']}. The norms hold their convolutions' statistics over {about['norm_statistics']}."]
+              f"over {about['std']}. The norms hold their convolutions' statistics over "
+              f"{about['norm_statistics']}."]
     return "\n\n".join(parts) + "\n"
 
 

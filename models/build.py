@@ -39,13 +39,13 @@ def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bo
         for key in strided[:2]:  # the stem and the first strided block: total stride 8 instead of 32
             net.get_submodule(key).stride = (1, 1)
         if pretrained:
-            rank_zero_only(print)(f"model.pretrained=true: at {image_size} pixels the stride is 1 where the weights' was "
-                                  f"2: {', '.join(strided[:2])}")
+            rank_zero_only(print)(f"model.pretrained=true: at {image_size} pixels the stride is 1 where the "
+                                  f"weights' was 2: {', '.join(strided[:2])}")
     return net
 
 
 def _start_from_timms(make: Callable[..., nn.Module]) -> nn.Module:
-    """A network with timm's weights; what did not come from their file is named: it equals what the same draw makes."""
+    """A network with timm's weights. What is not from their file, and so as drawn, is named."""
     with torch.random.fork_rng(devices=[]):
         untrained = make(pretrained=False).state_dict()
     net = make(pretrained=True)
@@ -92,7 +92,8 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         weights: start from these, of the plain network in timm's or torchvision's layout.
         init: see `dbb.replace_convs`; "auto" is "balanced", with trained weights "single": the blocks compute what the plain
             network did. None, in old files, is what "auto" was: "ones", with trained weights "single".
-        weights_of: name of the network that `weights` are of, where it is known: a state dict does not tell ReLU from ReLU6.
+        weights_of: name of the network that `weights` are of, where it is known: a state dict does not
+            tell ReLU from ReLU6.
         **surgery: further arguments of `dbb.replace_convs`.
 
     Returns:
@@ -111,9 +112,9 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     if pretrained and name in UNTRAINED:
         raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts from your own")
     if trained and name in OF_TIMM and OF_TIMM[name].keywords and weights_of != name:
-        raise ValueError(f"model.name={name} has ReLU, and these weights are of timm's network with ReLU6, or do not say "
-                         f"of which: take model=timm model.name={OF_TIMM[name].args[0]}, which has ReLU6, or by "
-                         f"model.weights=FILE a checkpoint or model.safetensors of {name} from here")
+        raise ValueError(f"model.name={name} has ReLU, and these weights are of timm's network with ReLU6, or "
+                         f"do not say of which: take model=timm model.name={OF_TIMM[name].args[0]}, which has "
+                         f"ReLU6, or by model.weights=FILE a checkpoint or model.safetensors of {name} from here")
     if name in UNTRAINED:
         make, *arguments = UNTRAINED[name]
         net = make(*arguments, num_classes)

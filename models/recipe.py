@@ -17,7 +17,7 @@ def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
 
 
 def timms_name(name: str) -> tuple[str, dict]:
-    """Name and arguments under which timm builds what stands under a name of ours; any other name is timm's."""
+    """Name and arguments by which timm builds what has a name of ours; any other name is timm's."""
     return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
 
 

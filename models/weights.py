@@ -41,8 +41,8 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
     if theirs is not None and theirs.ndim == 2 and theirs.shape[0] != ours.shape[0] and theirs.shape[1] == ours.shape[1]:
         fresh = {key: value for key, value in own.items() if key.startswith(head)}
-        rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, and so "
-                              f"afresh: {', '.join(fresh)}")
+        rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
+                              f"and so afresh: {', '.join(fresh)}")
         weights |= fresh
     load_weights(net, weights)
 

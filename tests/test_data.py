@@ -216,28 +216,31 @@ def test_what_is_read_and_what_is_left_out_is_printed(make_settings, files, caps
     settings = ("data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
     (files / "train" / "n01" / "0.png").rename(files / "train" / "n01" / "0.PNG")
     Image.new("RGB", (9, 9)).save(files / "train" / "n02" / "more.jfif")
-    for name in ("train/n01/a.txt", "train/n02/b.txt", "train/n02/c.HEIC", "val/n03/none", "val/lost.jpg", "val/list.csv"):
+    for name in ("train/n01/a.txt", "train/n02/b.txt", "train/n02/c.HEIC", "val/n03/none", "val/lost.jpg",
+                 "val/list.csv"):
         (files / name).write_bytes(b"")
     data = load(make_settings, *settings)
     assert (len(data.train_set), len(data.test_set)) == (19, 18)
     printed = capsys.readouterr().out
     assert f"{files}/train: 19 images of 3 classes; skipped 3 files: .txt 2, .heic 1\n" in printed
-    assert f"{files}/val: 18 images of 3 classes; skipped 2 files: images in no class's folder 1, without an ending 1\n" in printed
+    assert (f"{files}/val: 18 images of 3 classes; skipped 2 files: images in no class's folder 1, "
+            "without an ending 1\n") in printed
     for path in (files / "train" / "n02").glob("*.[pj]*"):
         path.rename(path.with_suffix(".heic"))
-    with pytest.raises(ValueError, match=r"no valid file for the classes n02.*; skipped \d+ files: \.heic 8, \.txt 2"):
+    with pytest.raises(ValueError, match=r"for the classes n02.*; skipped 10 files: \.heic 8, \.txt 2"):
         load(make_settings, *settings)
 
 
 def test_images_without_a_class(make_settings, files):
     """As ImageNet's validation images are delivered; and a tree of one class, which trains."""
-    settings = ("data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4", "data.num_workers=0")
+    settings = ("data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
     for split in ("val", "train"):
         for path in (files / split).glob("n0*/*"):
             path.rename(files / split / f"ILSVRC2012_{split}_{path.parent.name[1:]}{path.name}")
         for folder in (files / split).glob("n0*"):
             folder.rmdir()
-        with pytest.raises(ValueError, match=rf"{split} holds 18 images and no folder of a class.*{split}/<class>") as error:
+        message = rf"{split} holds 18 images and no folder of a class.*{split}/<class>"
+        with pytest.raises(ValueError, match=message) as error:
             load(make_settings, *settings, train=split == "train")
         assert (f"(cd {files}/val && wget -qO- https://" in str(error.value)) == (split == "val")
         (files / split / "only").mkdir()
@@ -247,8 +250,8 @@ def test_images_without_a_class(make_settings, files):
 
 def test_a_tree_of_one_class_trains(make_settings, tmp_path):
     root = write_tree(tmp_path / "one", ("train", "val"), ["ant"], 6, (20, 20))
-    settings = make_settings("model=resnet8", "data=folder", f"data.root={root}", "data.image_size=16", "data.batch_size=4",
-                             "data.num_workers=0", "trainer.max_epochs=1", "trainer.accelerator=cpu", "logger=csv")
+    settings = make_settings("model=resnet8", "data=folder", f"data.root={root}", "data.image_size=16",
+                             "data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=1", "logger=csv")
     result = train_script.train(settings, tmp_path / "run")
     assert (result["top1"], result["top5"], result["loss"], result["predictions_changed"]) == (1, 1, 0, 0)
 
@@ -301,8 +304,8 @@ def test_official_archive_is_read_and_left_alone(make_settings, archive, downloa
     assert {path: path.stat().st_mtime_ns for path in (archive, *archive.rglob("*"))} == before
     assert data.classes[3] == "name3"
     assert data.train_set.images.shape == (20, 3, 32, 32)
-    raw = pickle.loads((archive / "cifar-10-batches-py" / "test_batch").read_bytes())["data"][5].reshape(3, 32, 32)
-    assert np.array_equal(data.test_set.images[5].numpy(), raw)
+    raw = pickle.loads((archive / "cifar-10-batches-py" / "test_batch").read_bytes())["data"][5]
+    assert np.array_equal(data.test_set.images[5].numpy(), raw.reshape(3, 32, 32))
 
 
 def test_a_damaged_archive_is_not_written_to(make_settings, archive):

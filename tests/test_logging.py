@@ -121,13 +121,15 @@ def test_online_without_a_key_costs_no_run(no_key, make_settings, tmp_path, monk
 
 
 @pytest.mark.parametrize(("variable", "value", "knob", "left"), [
-    ("WANDB_API_KEY", "short", "logger.offline=false", 2), ("WANDB_MODE", "nonsense", "logger.offline=false", 1),
+    ("WANDB_API_KEY", "short", "logger.offline=false", 2),
+    ("WANDB_MODE", "nonsense", "logger.offline=false", 1),
     ("WANDB_MODE", "offline", "logger.project=a/b:c", 1)])
-def test_whatever_wandb_raises_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys, variable, value,
-                                                 knob, left):
+def test_whatever_wandb_raises_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys, variable,
+                                            value, knob, left):
     monkeypatch.setenv(variable, value)
     loggers = make_loggers(make_settings(*SMALL, knob, "logger.id=abc"), tmp_path)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("logger=wandb: W&B did not start")]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.startswith("logger=wandb: W&B did not start")]
     assert len(loggers) == left
     assert ("the run goes on without W&B" in lines[-1]) == (left == 1)
 

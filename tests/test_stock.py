@@ -113,7 +113,8 @@ def test_folder_for_timm(tmp_path):
 
 def test_folder_for_timm_of_a_resnet(tmp_path):
     net = randomize(build_model("resnet18", 3, image_size=96)).eval()
-    about = {"image_size": 96, "resize": 110, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.2] * 3, "classes": ["a", "b", "c"]}
+    about = {"image_size": 96, "resize": 110, "interpolation": "bilinear", "mean": [0.5] * 3,
+             "std": [0.2] * 3, "classes": ["a", "b", "c"]}
     files.save_hub(net, about, tmp_path)
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():

@@ -120,26 +120,29 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
 
 
 def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
-    """The W&B run of a run's folder, new or gone on with; named by model, block and seed, grouped by model and data.
+    """The W&B run of a run's folder, new or gone on with; named by model, block, seed; grouped by model, data.
 
-    Without a key it is offline, to be sent later with `wandb sync`. So it is, with a sentence, where W&B cannot be
-    reached within `WANDB_WAIT` seconds or refuses; None if it cannot write offline either: a logger costs no run.
+    Without a key it is offline, to be sent later with `wandb sync`. So it is, with a sentence, where W&B
+    cannot be reached within `WANDB_WAIT` seconds or refuses; None if it cannot write offline either: a logger
+    costs no run.
     """
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
     conf, model, block = settings.logger, settings.model.name, settings.block.name
     mode = settings.block.mode if settings.block.branches else None
     tags = [tag for tag in (model, settings.data.name, block, mode, *conf.tags) if tag is not None]
+    name, group = f"{model}_{block}_s{settings.seed}", conf.group or f"{model}_{settings.data.name}"
     for wanted, instead in ((_wandb_mode, f"offline; later: wandb sync {run_dir}/wandb/offline-run-*"),
                             (lambda conf: "offline", "without W&B; metrics.csv has all of its metrics")):
         try:
-            logger = WandbLogger(f"{model}_{block}_s{settings.seed}", run_dir, id=conf.id, project=conf.project,
-                                 entity=conf.entity, group=conf.group or f"{model}_{settings.data.name}", tags=tags,
-                                 mode=wanted(conf), settings=wandb.Settings(init_timeout=WANDB_WAIT))
+            logger = WandbLogger(name, run_dir, id=conf.id, project=conf.project, entity=conf.entity,
+                                 group=group, tags=tags, mode=wanted(conf),
+                                 settings=wandb.Settings(init_timeout=WANDB_WAIT))
             logger.experiment  # noqa: B018  the run, which W&B starts when it is asked for
             return logger
         except Exception as error:  # of many kinds, W&B's own and others'
             wandb.teardown()  # it would take the run for started
-            rank_zero_only(print)(f"logger=wandb: W&B did not start ({str(error).splitlines()[0]}): the run goes on {instead}")
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            rank_zero_only(print)(f"logger=wandb: W&B did not start ({why}): the run goes on {instead}")
     return None
 
 

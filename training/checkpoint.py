@@ -49,7 +49,7 @@ def start_network(settings, num_classes: int, image_size: int) -> nn.Module:
     """
     if settings.model.weights is None:
         return build_network(settings, num_classes, image_size, settings.model.pretrained)
-    with torch.serialization.safe_globals([Namespace]):  # timm's and torchvision's scripts keep their command line
+    with torch.serialization.safe_globals([Namespace]):  # in files of timm's and torchvision's scripts
         weights, network = read_weights(settings.model.weights)
     return build_network(settings, num_classes, image_size, weights=weights, weights_of=network)
 
@@ -114,7 +114,7 @@ def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
     plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
     if not with_blocks:
-        net = build_network(settings, num_classes, image_size, weights=weights, weights_of=settings.model.name)
+        net = build_network(settings, num_classes, image_size, False, weights, settings.model.name)
         return net.eval(), num_classes
     net = build_network(settings, num_classes, image_size)
     load_weights(net, weights)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -111,8 +112,8 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """
     classes = logits.shape[1]
     count = classes if classes > 1 else None  # torchmetrics takes no 1
-    top = {k: multiclass_accuracy(logits, targets, count, average="micro", top_k=min(k, classes)).double().item()
-           for k in (1, 5)}
+    accuracy = partial(multiclass_accuracy, logits, targets, count, average="micro")
+    top = {k: accuracy(top_k=min(k, classes)).double().item() for k in (1, 5)}
     return {"top1": round(top[1] * len(targets)) / len(targets), "top5": round(top[5] * len(targets)) / len(targets),
             "loss": F.cross_entropy(logits.double(), targets).item()}
 

@@ -113,8 +113,8 @@ class Classifier(pl.LightningModule):
 def make_optimizer(settings: Settings, net: nn.Module) -> Optimizer:
     """The optimiser, one of timm's, of a network, by the settings."""
     conf = settings.optim
-    return timm.optim.create_optimizer_v2(net, conf.name, learning_rate(settings), conf.weight_decay, conf.momentum,
-                                          filter_bias_and_bn=not conf.decay_norm_and_bias)
+    return timm.optim.create_optimizer_v2(net, conf.name, learning_rate(settings), conf.weight_decay,
+                                          conf.momentum, filter_bias_and_bn=not conf.decay_norm_and_bias)
 
 
 def try_optimizer(settings: Settings, device: torch.device) -> None:
@@ -130,8 +130,9 @@ def try_optimizer(settings: Settings, device: torch.device) -> None:
             net["weight"].sum().backward()
             optimizer.step()
     except Exception as error:  # whatever timm, and the packages that it asks, raise
-        raise ValueError(f"optim.name={settings.optim.name} cannot train here ({str(error).splitlines()[0]}): "
-                         "choose another, such as adamw, or mend what it names") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"optim.name={settings.optim.name} cannot train here ({why}): choose another, such "
+                         "as adamw, or mend what it names") from error
 
 
 def learning_rate(settings: Settings) -> float:

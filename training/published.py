@@ -43,8 +43,8 @@ NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     """Read a file of weights onto the CPU: .safetensors, .hdf5 and .h5, all others as PyTorch writes them.
 
-    A dict under one of `WRAPPERS` is unwrapped: averaged weights first, which timm and torchvision test by. What
-    DataParallel, torch.compile and our own checkpoints set before a key is taken off.
+    A dict under one of `WRAPPERS` is unwrapped: averaged weights first, which timm and torchvision test by.
+    What DataParallel, torch.compile and our own checkpoints set before a key is taken off.
 
     Returns:
         The weights, and the network's name in `models.BACKBONES` or timm, where a file of ours says it.

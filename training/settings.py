@@ -201,7 +201,8 @@ class Settings:
             if getattr(self.data, knob):
                 raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such thing")
         if self.data.name in TENSOR_SETS and self.data.crop_pct != DataConf.crop_pct:
-            raise ValueError(f"data.crop_pct={self.data.crop_pct}: data={self.data.name} crops no test image: leave it out")
+            raise ValueError(f"data.crop_pct={self.data.crop_pct}: data={self.data.name} crops no test "
+                             "image: leave it out")
         if self.data.image_size is None and self.data.name in FILE_SETS:
             raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
         for knob, value in flat(asdict(self)).items():
@@ -283,7 +284,7 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
 
 
 def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
-    """Take over from timm, in `settings.data`, how images were prepared for its weights, but for what was named."""
+    """Prepare images as they were for timm's weights, but for what was named."""
     trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
     if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
         return
@@ -295,7 +296,8 @@ def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
     for knob, value in taken.items():
         setattr(settings.data, knob, value)
     told = " ".join(f"data.{knob}={value}" for knob, value in taken.items())
-    rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({trained.architecture}.{trained.tag}): "
+    weights = f"{trained.architecture}.{trained.tag}"
+    rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({weights}): "
                           f"{told or 'nothing but what was named'}")
 
 

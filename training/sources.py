@@ -21,9 +21,10 @@ from training.random import generator, seed_of
 from training.settings import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
-IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2",
-                 ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi", ".tga")
-FLAT_IMAGENET = "wget -qO- https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh | bash"
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif",
+                 ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
+                 ".tga")
+SORT_IMAGENET = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
 Key = tuple[int, int, bool]  # see training.data
 
 
@@ -72,7 +73,8 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
     images, targets, classes = (_digits if conf.name == "digits" else _cifar)(conf, train)
     if conf.image_size is not None and conf.image_size != images.shape[-1]:
         mode = InterpolationMode(conf.interpolation)
-        images = torch.cat([TF.resize(part, [conf.image_size] * 2, mode, antialias=True) for part in images.split(1000)])
+        size = [conf.image_size] * 2
+        images = torch.cat([TF.resize(part, size, mode, antialias=True) for part in images.split(1000)])
     return TensorImages(images, targets, conf, seed, augment=train), classes
 
 
@@ -109,7 +111,7 @@ def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
-    """One split of the official archive: as it lies there, which writes nothing, else extracted or downloaded."""
+    """One split of the official archive: as it lies there, where nothing is written, else downloaded."""
     archive = datasets.CIFAR10 if conf.name == "cifar10" else datasets.CIFAR100
     try:
         return archive(str(root), train=train)
@@ -123,9 +125,9 @@ def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
     except (OSError, RuntimeError) as error:  # no network, or a folder that one may not write to
         reason = error
     raise ValueError(
-        f"no {conf.name} at data.root={root}, and it could not be downloaded ({str(reason).splitlines()[0]}). Put the "
-        "official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try data=digits, which "
-        "needs no file") from reason
+        f"no {conf.name} at data.root={root}, and it could not be downloaded ({str(reason).splitlines()[0]}). "
+        "Put the official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try "
+        "data=digits, which needs no file") from reason
 
 
 def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
@@ -208,7 +210,7 @@ def load_files(conf: DataConf, seed: int, train: bool) -> tuple[FileImages, list
 
 
 class Tree(datasets.ImageFolder):
-    """An image folder whose classes are those of the training split; it prints what it holds and what was left out.
+    """An image folder whose classes are those of the training split; prints what it holds and what it skips.
 
     Raises:
         ValueError: if it has a class that training lacks, holds no images, or is for training and a class is empty.
@@ -261,9 +263,10 @@ def _classes(folder: Path) -> list[str]:
     if classes:
         return sorted(classes)
     loose = _loose_images(folder)
-    text = f"{folder} holds {len(loose)} images and no folder of a class: it must be {folder.name}/<class>/<image>"
+    text = (f"{folder} holds {len(loose)} images and no folder of a class: it must be "
+            f"{folder.name}/<class>/<image>")
     if any(name.startswith("ILSVRC2012_val_") for name in loose):
-        text += f". ImageNet's validation images are sorted by: (cd {folder} && {FLAT_IMAGENET})"
+        text += f". Sort ImageNet's validation images by: (cd {folder} && wget -qO- {SORT_IMAGENET} | bash)"
     raise ValueError(text)
 
 
