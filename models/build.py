@@ -112,9 +112,10 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     if pretrained and name in UNTRAINED:
         raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts from your own")
     if trained and name in OF_TIMM and OF_TIMM[name].keywords and weights_of != name:
-        raise ValueError(f"model.name={name} has ReLU, and these weights are of timm's network with ReLU6, or "
-                         f"do not say of which: take model=timm model.name={OF_TIMM[name].args[0]}, which has "
-                         f"ReLU6, or by model.weights=FILE a checkpoint or model.safetensors of {name} from here")
+        theirs = OF_TIMM[name].args[0]
+        raise ValueError(f"model.name={name} has ReLU, and these weights are of timm's network with ReLU6, or do "
+                         f"not say of which: take model=timm model.name={theirs}, which has ReLU6, or by "
+                         f"model.weights=FILE a checkpoint or model.safetensors of {name} from here")
     if name in UNTRAINED:
         make, *arguments = UNTRAINED[name]
         net = make(*arguments, num_classes)

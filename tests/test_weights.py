@@ -46,7 +46,8 @@ def of_torchvisions_script(folder, net, average):
     schedules = [LinearLR(optimizer), MultiStepLR(optimizer, [30, 60])]
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3,
                 "args": Namespace(lr=0.1),
-                "lr_scheduler": SequentialLR(optimizer, schedules, [5]).state_dict(), "model_ema": ema.state_dict(), "scaler": torch.amp.GradScaler("cpu").state_dict()},
+                "lr_scheduler": SequentialLR(optimizer, schedules, [5]).state_dict(),
+                "model_ema": ema.state_dict(), "scaler": torch.amp.GradScaler("cpu").state_dict()},
                folder / "model_3.pth")
     return folder / "model_3.pth"
 

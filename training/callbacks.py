@@ -120,7 +120,7 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
 
 
 def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
-    """The W&B run of a run's folder, new or gone on with; named by model, block, seed; grouped by model, data.
+    """The W&B run of a run's folder, new or not; named by model, block, seed; grouped by model and data.
 
     Without a key it is offline, to be sent later with `wandb sync`. So it is, with a sentence, where W&B
     cannot be reached within `WANDB_WAIT` seconds or refuses; None if it cannot write offline either: a logger

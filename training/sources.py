@@ -125,8 +125,8 @@ def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
     except (OSError, RuntimeError) as error:  # no network, or a folder that one may not write to
         reason = error
     raise ValueError(
-        f"no {conf.name} at data.root={root}, and it could not be downloaded ({str(reason).splitlines()[0]}). "
-        "Put the official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try "
+        f"no {conf.name} at data.root={root}, and it could not be downloaded "
+        f"({str(reason).splitlines()[0]}). Put the official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try "
         "data=digits, which needs no file") from reason
 
 
