@@ -113,7 +113,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts from your own")
     if trained and name in OF_TIMM and OF_TIMM[name].keywords and weights_of != name:
         theirs = OF_TIMM[name].args[0]
-        raise ValueError(f"model.name={name} has ReLU, and these weights are of timm's network with ReLU6, or "
+        raise ValueError(f"model.name={name} has ReLU; these weights are of timm's network with ReLU6, or "
                          f"do not say of which: take model=timm model.name={theirs}, which has ReLU6, or by "
                          f"model.weights=FILE a checkpoint or model.safetensors of {name} from here")
     if name in UNTRAINED:

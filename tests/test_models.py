@@ -200,7 +200,7 @@ def test_other_strides_than_the_weights_had_are_told(timms_file, capsys):
 
 def test_relu6_weights_do_not_become_a_relu_network():
     plain = randomize(timm.create_model("mobilenetv1_100", num_classes=10))
-    message = "model.name=mobilenet_v1 has ReLU, .*take model=timm model.name=mobilenetv1_100"
+    message = "model.name=mobilenet_v1 has ReLU; .*take model=timm model.name=mobilenetv1_100"
     for wrong in ({"pretrained": True}, {"weights": plain.state_dict()},
                   {"weights": plain.state_dict(), "weights_of": "mobilenetv1_100"}):
         with pytest.raises(ValueError, match=message):

@@ -94,9 +94,9 @@ def test_a_file_of_ours_says_of_which_network_it_is(make_settings, tmp_path):
     for name in ("ours.safetensors", "ours.ckpt"):
         with torch.no_grad():
             assert relative_error(start(name).eval()(x), net.eval()(x)) < 1e-5
-    with pytest.raises(ValueError, match="has ReLU, and these weights are .*, or do not say of which"):
+    with pytest.raises(ValueError, match="has ReLU; these weights are .*, or do not say of which"):
         start("unknown.pth")
-    with pytest.raises(ValueError, match="model.name=mobilenet_v1 has ReLU"):
+    with pytest.raises(ValueError, match="model.name=mobilenet_v1 has ReLU;"):
         start_network(make_settings("model=mobilenet_v1", "model.pretrained=true", "data=digits"), 10, 32)
     weights, expected = published_model("dbb", "mobilenet_v1", deploy=True)
     torch.save({key: value.float() for key, value in weights.items()}, tmp_path / "authors.pth")

@@ -126,8 +126,8 @@ def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
         reason = error
     raise ValueError(
         f"no {conf.name} at data.root={root}, and it could not be downloaded "
-        f"({str(reason).splitlines()[0]}). Put the official archive there, or images as train/<class>/*.png and "
-        "test/<class>/*.png; or try data=digits, which needs no file") from reason
+        f"({str(reason).splitlines()[0]}). Put the official archive there, or images as train/<class>/*.png "
+        "and test/<class>/*.png; or try data=digits, which needs no file") from reason
 
 
 def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
