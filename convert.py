@@ -142,7 +142,10 @@ def print_tables(report: dict) -> None:
 
 def log(report: dict, settings: Settings, out: Path, run_dir: Path) -> None:
     """Add the table, its figures, the picture and all files to the W&B run of the training."""
-    run = wandb_logger(settings, run_dir).experiment
+    logger = wandb_logger(settings, run_dir)
+    if logger is None:
+        return
+    run = logger.experiment
     run.log({"convert": wandb.Table(["measure", "before", "after"], rows(report)), "convert/report": wandb.Image(str(out / "report.png"))})
     for when in ("before", "after"):
         run.summary.update({f"convert/{when}/{name}": value for name, value in report[when].items()})

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from export.files import load_network, sha256
 from export.graph import OnnxNetwork
 from training.cli import plain_errors
-from training.sources import read_pixels
+from training.sources import IMAGE_ENDINGS, is_image, read_pixels
 
 BATCH_SIZE = 64
 
@@ -57,7 +58,10 @@ def prepare(path: str, about: dict) -> Tensor:
     Raises:
         ValueError: if it cannot be read.
     """
-    pixels = TF.resize(read_pixels(path), [about["resize"]], antialias=True)
+    if not is_image(path):  # as in training
+        raise ValueError(f"{path} does not end as an image does: {' '.join(sorted(IMAGE_ENDINGS))}")
+    mode = InterpolationMode(about["interpolation"])
+    pixels = TF.resize(read_pixels(path), [about["resize"]], mode, antialias=True)
     pixels = TF.center_crop(pixels, [about["image_size"]])
     return TF.normalize(pixels / 255, about["mean"], about["std"])
 

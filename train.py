@@ -21,7 +21,7 @@ import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from dbb import branchwise, compare_logits, reparameterize
 from training.callbacks import log_convolutions, log_predictions, make_callbacks, make_loggers, shows_progress_bar
@@ -29,7 +29,7 @@ from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors, write_text
 from training.data import ImageData
 from training.evaluate import activations_of_a_batch, pick_device, predict, scores, sentence
-from training.module import Classifier, rough_start
+from training.module import Classifier, rough_start, try_optimizer
 from training.runs import LOCK, FolderTakenError, alone_in, changes, read_result, take_up
 from training.settings import Settings, resolve
 
@@ -51,7 +51,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         `converted_top1` and `predictions_changed` by conversion. Empty in all processes but the first.
 
     Raises:
-        ValueError: if a setting or the data is wrong, `run_dir` already holds another run, or a job of a sweep would start processes.
+        ValueError: if a setting or the data is wrong, or `run_dir` already holds another run; see also
+            `make_trainer`.
     """
     last, wanted = run_dir / "checkpoints" / "last.ckpt", settings.ckpt
     settings, result = take_up(settings, run_dir), read_result(run_dir)
@@ -64,6 +65,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if settings.logger.id is None or (wanted is not None and not last.exists()):  # a checkpoint's id is that of its own folder's run
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
+    trainer = make_trainer(settings, run_dir)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     checkpoint, done, changed = None, 0, []  # done: epochs
     if settings.ckpt is not None:
@@ -86,14 +88,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if checkpoint is not None:
         restore(model.net, checkpoint)  # says what does not fit, before Lightning would
 
-    options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
-    trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
-                         logger=make_loggers(settings, run_dir), enable_model_summary=False,
-                         use_distributed_sampler=False, num_sanity_val_steps=0)
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and HydraConfig.initialized() \
-            and HydraConfig.get().mode is RunMode.MULTIRUN:
-        raise ValueError(f"trainer.devices={settings.trainer.devices}: each of the {trainer.world_size} processes of this job would start "
-                         "the whole sweep again: say trainer.devices=1, or start every job by itself, without -m")
+    trainer.loggers = make_loggers(settings, run_dir)
     if trainer.is_global_zero:
         # Of an earlier session. Lightning's own of SLURM stop in the middle of an epoch, whose order could not be gone on with.
         for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
@@ -113,6 +108,31 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if not trainer.is_global_zero:
         return {}
     return final_scores(settings, data, trainer, run_dir, {"parameters": parameters, "activations_mib": activations})
+
+
+def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
+    """Lightning's Trainer of a run; what could not train with it is refused before any data is read.
+
+    Raises:
+        ValueError: if the processes would lose what they measure, a job of a sweep would start processes, or
+            the optimiser cannot take a step.
+    """
+    options = asdict(settings.trainer)
+    options |= {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
+    trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
+                         logger=False, enable_model_summary=False,
+                         use_distributed_sampler=False, num_sanity_val_steps=0)
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher):
+        raise ValueError(f"trainer.strategy={settings.trainer.strategy}: it trains in processes made by "
+                         "multiprocessing, whose metrics and logs end with them: take trainer.strategy=ddp")
+    if isinstance(launcher, _SubprocessScriptLauncher) and HydraConfig.initialized() \
+            and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise ValueError(f"trainer.devices={settings.trainer.devices}: each of the {trainer.world_size} "
+                         "processes of this job would start the whole sweep again: say trainer.devices=1, or "
+                         "start every job by itself, without -m")
+    try_optimizer(settings, trainer.strategy.root_device)
+    return trainer
 
 
 def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path, cost: dict[str, float]) -> dict[str, float]:

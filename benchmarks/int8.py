@@ -37,7 +37,10 @@ def main() -> None:
     for folder in options.folders:
         report = json.loads((folder / "report.json").read_text())
         about = report["about"]
-        data = ImageData(DataConf(about["data"], options.data, image_size=about["image_size"], mean=about["mean"], std=about["std"]), 0)
+        conf = DataConf(about["data"], options.data, image_size=about["image_size"], mean=about["mean"],
+                        std=about["std"], interpolation=about.get("interpolation", "bilinear"),
+                        crop_pct=about["image_size"] / about["resize"])
+        data = ImageData(conf, 0)
         data.load(train=True)
         logits, targets = predict(OnnxNetwork(folder / "model.onnx"), data, torch.device("cpu"), "float")
         top1, found = scores(logits, targets)["top1"], {}

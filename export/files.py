@@ -99,7 +99,8 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
 def save_hub(net: nn.Module, about: dict, folder: Path) -> None:
     """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; `net` as timm builds it."""
     size = about["image_size"]
-    data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"], "interpolation": "bilinear",
+    data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"],
+            "interpolation": about["interpolation"],
             "crop_pct": size / (about["resize"] + 0.5)}  # timm rounds size / crop_pct down
     timm.models.save_for_hf(net.cpu(), folder, model_config={"label_names": about["classes"]}, safe_serialization=True, data_config=data)
 
@@ -111,8 +112,9 @@ def parse_about(text: str | None, path: Path) -> dict:
         ValueError: if it does not say what is needed, or of another type.
     """
     try:
-        about = json.loads(text or "null")
+        about = {"interpolation": "bilinear"} | json.loads(text or "null")  # as files from before it was told
         good = (isinstance(about["model"], str) and all(isinstance(name, str) for name in about["classes"]) and about["classes"]
+                and about["interpolation"] in ("bilinear", "bicubic")
                 and all(isinstance(about[key], int) and 0 < about[key] < 10_000 for key in ("image_size", "resize"))
                 and all(len(about[key]) == 3 and all(isinstance(value, float) for value in about[key]) for key in ("mean", "std"))
                 and min(about["std"]) > 0)

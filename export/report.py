@@ -51,8 +51,10 @@ def markdown(report: dict, recipe: str) -> str:
                   table(["layer", "largest weight", "widest / median channel", "weight, dB", "output, dB"], worst)]
     lines = f'{recipe}\nfrom safetensors.torch import load_file\nnet.load_state_dict(load_file("model.safetensors"))\nnet.eval()'
     parts += [f"## Load it without this repository\n\n```python\n{lines}\n```",
-              f"Images: {about['image_size']}x{about['image_size']} (shorter side to {about['resize']}, centre crop), RGB in 0 .. 1, minus "
-              f"{about['mean']}, over {about['std']}. The norms hold their convolutions' statistics over {about['norm_statistics']}."]
+              f"Images: {about['image_size']}x{about['image_size']} (shorter side to {about['resize']}, "
+              f"{about['interpolation']}, centre crop), RGB in 0 .. 1, minus {about['mean']}, "
+              f"over {about['std']}. The norms hold their convolutions' statistics over "
+              f"{about['norm_statistics']}."]
     return "\n\n".join(parts) + "\n"
 
 

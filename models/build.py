@@ -1,12 +1,13 @@
 """One builder for every backbone: ours by name, any other from timm, with blocks or without."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import timm
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from dbb import Report, replace_convs
@@ -34,9 +35,24 @@ def _timm_resnet(name: str, num_classes: int, image_size: int, pretrained: bool)
 def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bool, **kwargs) -> nn.Module:
     net = timm.create_model(name, pretrained, num_classes=num_classes, **kwargs)
     if image_size <= SMALL_IMAGE:
-        strided = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
-        for conv in strided[:2]:  # the stem and the first strided block: total stride 8 instead of 32
-            conv.stride = (1, 1)
+        strided = [key for key, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+        for key in strided[:2]:  # the stem and the first strided block: total stride 8 instead of 32
+            net.get_submodule(key).stride = (1, 1)
+        if pretrained:
+            rank_zero_only(print)(f"model.pretrained=true: at {image_size} pixels the stride is 1 where the "
+                                  f"weights' was 2: {', '.join(strided[:2])}")
+    return net
+
+
+def _start_from_timms(make: Callable[..., nn.Module]) -> nn.Module:
+    """A network with timm's weights. What is not from their file, and so as drawn, is named."""
+    with torch.random.fork_rng(devices=[]):
+        untrained = make(pretrained=False).state_dict()
+    net = make(pretrained=True)
+    fresh = [key for key, value in net.state_dict().items()
+             if value.is_floating_point() and torch.equal(value, untrained[key])]
+    if fresh:
+        rank_zero_only(print)(f"model.pretrained=true: not from the file, and so afresh: {', '.join(fresh)}")
     return net
 
 
@@ -63,7 +79,8 @@ BACKBONES = UNTRAINED | OF_TIMM
 
 
 def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224, pretrained: bool = False,
-                weights: Mapping[str, Tensor] | None = None, init: str | None = "auto", **surgery) -> nn.Module:
+                weights: Mapping[str, Tensor] | None = None, init: str | None = "auto",
+                weights_of: str | None = None, **surgery) -> nn.Module:
     """Build a classifier `[N, 3, H, W]` to `[N, num_classes]`.
 
     Args:
@@ -75,6 +92,8 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         weights: start from these, of the plain network in timm's or torchvision's layout.
         init: see `dbb.replace_convs`; "auto" is "mean", with trained weights "single": the blocks compute what the plain
             network did. None, in old files, is what "auto" was: "ones", with trained weights "single".
+        weights_of: name of the network that `weights` are of, where it is known: a state dict does not
+            tell ReLU from ReLU6.
         **surgery: further arguments of `dbb.replace_convs`.
 
     Returns:
@@ -92,13 +111,19 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         raise ValueError(f"block.init={init} would change what the trained weights compute: leave it out, or take single")
     if pretrained and name in UNTRAINED:
         raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts from your own")
+    if trained and name in OF_TIMM and OF_TIMM[name].keywords and weights_of != name:
+        theirs = OF_TIMM[name].args[0]
+        raise ValueError(f"model.name={name} has ReLU; these weights are of timm's network with ReLU6, or "
+                         f"do not say of which: take model=timm model.name={theirs}, which has ReLU6, or by "
+                         f"model.weights=FILE a checkpoint or model.safetensors of {name} from here")
     if name in UNTRAINED:
         make, *arguments = UNTRAINED[name]
         net = make(*arguments, num_classes)
     elif name in OF_TIMM or timm.is_model(name):
+        make = partial(OF_TIMM[name], num_classes, image_size) if name in OF_TIMM else \
+            partial(timm.create_model, name, num_classes=num_classes)
         try:
-            net = OF_TIMM[name](num_classes, image_size, pretrained) if name in OF_TIMM else \
-                timm.create_model(name, pretrained, num_classes=num_classes)
+            net = _start_from_timms(make) if pretrained else make(pretrained=False)
         except Exception as error:  # no network, no such weights: whatever the hub's client raises
             if not pretrained:
                 raise

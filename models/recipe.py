@@ -13,10 +13,11 @@ def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
     """Name and arguments under which timm builds a network unchanged; None if it does not: small images, our own networks."""
     if name in UNTRAINED or (name in OF_TIMM and image_size <= SMALL_IMAGE):
         return None
-    return _under_timms_name(name)
+    return timms_name(name)
 
 
-def _under_timms_name(name: str) -> tuple[str, dict]:
+def timms_name(name: str) -> tuple[str, dict]:
+    """Name and arguments by which timm builds what has a name of ours; any other name is timm's."""
     return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
 
 
@@ -34,7 +35,7 @@ def recipe(name: str, num_classes: int, image_size: int) -> str:
         return (f"from {module} import {network.__name__}  # models/{module}.py, a file that needs torch only\n"
                 f"net = {network.__name__}({', '.join(map(str, [*arguments, num_classes]))})")
     small = name in OF_TIMM and image_size <= SMALL_IMAGE
-    architecture, arguments = _under_timms_name(name)
+    architecture, arguments = timms_name(name)
     arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
     lines = ["import timm, torch" if small else "import timm",
              f'net = timm.create_model("{architecture}", num_classes={num_classes}{arguments})']

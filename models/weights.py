@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 
@@ -39,8 +40,10 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise ValueError("these weights are not all finite numbers")
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
     if theirs is not None and theirs.ndim == 2 and theirs.shape[0] != ours.shape[0] and theirs.shape[1] == ours.shape[1]:
-        print(f"{head}weight: the file has {len(theirs)} classes, the data {len(ours)}: it starts afresh")
-        weights |= {key: value for key, value in own.items() if key.startswith(head)}
+        fresh = {key: value for key, value in own.items() if key.startswith(head)}
+        rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
+                              f"and so afresh: {', '.join(fresh)}")
+        weights |= fresh
     load_weights(net, weights)
 
 

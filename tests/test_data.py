@@ -1,17 +1,23 @@
 """Data on small trees made here: order, augmentation, shares of processes, and every kind of broken input."""
 
+import hashlib
 import itertools
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+import train as train_script
+from predict import prepare
 from training.data import ImageData, KeySampler, crop_and_flip
 from training.module import Classifier
-from training.sources import lighting, read_image
+from training.sources import IMAGE_ENDINGS, is_image, lighting, read_image, read_pixels
 
 
 def write_tree(root, splits, classes, count, size, seed=0):
@@ -191,6 +197,65 @@ def test_odd_images(tmp_path):
         assert read_image(tmp_path / f"{name}.png").getpixel((0, 0)) == (117, 117, 117), name
 
 
+def test_every_ending_of_the_list_is_read(tmp_path):
+    """What Pillow writes under an ending, training and predict.py read; capitals too."""
+    assert set(IMG_EXTENSIONS) < set(IMAGE_ENDINGS)
+    about = {"resize": 64, "image_size": 64, "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
+    colour = torch.tensor([200, 100, 50])
+    for ending in (*IMAGE_ENDINGS, ".JPEG"):
+        path = tmp_path / f"image{ending}"
+        Image.new("RGB", (64, 64), tuple(colour.tolist())).save(path)
+        assert is_image(path)
+        assert (read_pixels(str(path)).float().mean((1, 2)) - colour).abs().max() < 2, ending
+        assert (prepare(str(path), about).mean((1, 2)) * 255 - colour).abs().max() < 2, ending
+    with pytest.raises(ValueError, match=r"image\.heic does not end as an image does: \.apng \.avif"):
+        prepare(str(tmp_path / "image.heic"), about)
+
+
+def test_what_is_read_and_what_is_left_out_is_printed(make_settings, files, capsys):
+    settings = ("data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
+    (files / "train" / "n01" / "0.png").rename(files / "train" / "n01" / "0.PNG")
+    Image.new("RGB", (9, 9)).save(files / "train" / "n02" / "more.jfif")
+    for name in ("train/n01/a.txt", "train/n02/b.txt", "train/n02/c.HEIC", "val/n03/none", "val/lost.jpg",
+                 "val/list.csv"):
+        (files / name).write_bytes(b"")
+    data = load(make_settings, *settings)
+    assert (len(data.train_set), len(data.test_set)) == (19, 18)
+    printed = capsys.readouterr().out
+    assert f"{files}/train: 19 images of 3 classes; skipped 3 files: .txt 2, .heic 1\n" in printed
+    assert (f"{files}/val: 18 images of 3 classes; skipped 2 files: images in no class's folder 1, "
+            "without an ending 1\n") in printed
+    for path in (files / "train" / "n02").glob("*.[pj]*"):
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(ValueError, match=r"for the classes n02.*; skipped 10 files: \.heic 8, \.txt 2"):
+        load(make_settings, *settings)
+
+
+def test_images_without_a_class(make_settings, files):
+    """As ImageNet's validation images are delivered; and a tree of one class, which trains."""
+    settings = ("data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
+    for split in ("val", "train"):
+        for path in (files / split).glob("n0*/*"):
+            path.rename(files / split / f"ILSVRC2012_{split}_{path.parent.name[1:]}{path.name}")
+        for folder in (files / split).glob("n0*"):
+            folder.rmdir()
+        message = rf"{split} holds 18 images and no folder of a class.*{split}/<class>"
+        with pytest.raises(ValueError, match=message) as error:
+            load(make_settings, *settings, train=split == "train")
+        assert (f"(cd {files}/val && wget -qO- https://" in str(error.value)) == (split == "val")
+        (files / split / "only").mkdir()
+        for path in (files / split).glob("*.png"):
+            path.rename(files / split / "only" / path.name)
+
+
+def test_a_tree_of_one_class_trains(make_settings, tmp_path):
+    root = write_tree(tmp_path / "one", ("train", "val"), ["ant"], 6, (20, 20))
+    settings = make_settings("model=resnet8", "data=folder", f"data.root={root}", "data.image_size=16",
+                             "data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=1", "logger=csv")
+    result = train_script.train(settings, tmp_path / "run")
+    assert (result["top1"], result["top5"], result["loss"], result["predictions_changed"]) == (1, 1, 0, 0)
+
+
 def test_empty_class(make_settings, files):
     (files / "train" / ".hidden").mkdir()
     load(make_settings, "data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
@@ -208,12 +273,9 @@ def test_unreadable_file_is_named(make_settings, files, workers):
         list(data.test_dataloader())
 
 
-def test_official_archive(make_settings, tmp_path, monkeypatch):
-    """Read the pickled batches of the official archive, with checksums patched to those of a small one."""
-    import hashlib
-    import pickle
-
-    from torchvision import datasets
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """The extracted official archive, a small one, with checksums patched to its own."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -229,11 +291,28 @@ def test_official_archive(make_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
     monkeypatch.setattr(datasets.CIFAR10, "test_list", test)
     monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    data = load(make_settings, f"data.root={tmp_path}", "data.batch_size=8", "data.download=false")
+    return tmp_path
+
+
+@pytest.mark.parametrize("download", ["true", "false"])
+def test_official_archive_is_read_and_left_alone(make_settings, archive, download):
+    """Whoever runs this, root too: a lock, or any other file, would change the folder's times."""
+    before = {path: path.stat().st_mtime_ns for path in (archive, *archive.rglob("*"))}
+    archive.chmod(0o555)
+    data = load(make_settings, f"data.root={archive}", "data.batch_size=8", f"data.download={download}")
+    archive.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in (archive, *archive.rglob("*"))} == before
     assert data.classes[3] == "name3"
     assert data.train_set.images.shape == (20, 3, 32, 32)
-    raw = pickle.loads((folder / "test_batch").read_bytes())["data"][5].reshape(3, 32, 32)
-    assert np.array_equal(data.test_set.images[5].numpy(), raw)
+    raw = pickle.loads((archive / "cifar-10-batches-py" / "test_batch").read_bytes())["data"][5]
+    assert np.array_equal(data.test_set.images[5].numpy(), raw.reshape(3, 32, 32))
+
+
+def test_a_damaged_archive_is_not_written_to(make_settings, archive):
+    (archive / "cifar-10-batches-py" / "test_batch").write_bytes(b"half")
+    with pytest.raises(ValueError, match="no cifar10 at data.root=.*not found or corrupted"):
+        load(make_settings, f"data.root={archive}", "data.download=false")
+    assert [path.name for path in archive.iterdir()] == ["cifar-10-batches-py"]
 
 
 def test_some_images_of_every_class(make_settings, files):

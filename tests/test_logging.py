@@ -1,7 +1,9 @@
 """What W&B, TensorBoard and the dashboard show of a run; read back from the files that an offline run leaves."""
 
+import json
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import convert as convert_script
 import dashboard
 import train as train_script
+from training import callbacks
 from training.callbacks import Speed, make_loggers, wandb_logger
 from training.checkpoint import load_checkpoint
 from training.data import ImageData
@@ -80,6 +83,65 @@ def test_loggers(make_settings, tmp_path):
         ("model=resnet8_dbb", "block.mode=online", "logger.group=ours", "logger.tags=[mine]", "seed=3"), ("model=resnet8",)))
     assert (one["name"], one["group"], one["tags"]) == ("resnet8_dbb_s3", "ours", ["resnet8", "digits", "dbb", "online", "mine"])
     assert (two["name"], two["group"], two["tags"]) == ("resnet8_none_s0", "resnet8_digits", ["resnet8", "digits", "none"])
+    wandb.finish()
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    """W&B as in a new process, without a key or a mode."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()
+    yield
+    wandb.finish()
+    wandb.teardown()
+
+
+def test_a_server_that_cannot_be_reached_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys):
+    """A key, and nobody who answers: offline, after a wait that is known."""
+    assert callbacks.WANDB_WAIT <= 10
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(callbacks, "WANDB_WAIT", 2)
+    start = time.monotonic()
+    train_script.train(make_settings(*SMALL), tmp_path)
+    assert time.monotonic() - start < 60, "W&B's own wait is 90 seconds"
+    wandb.finish()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("logger=wandb")]
+    assert re.search(r"W&B did not start \(.*\): the run goes on offline; later: wandb sync", line)
+    assert b"final/top1" in content(tmp_path / "wandb")
+
+
+def test_online_without_a_key_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    logger = wandb_logger(make_settings(*SMALL, "logger.id=abc"), tmp_path)
+    assert logger.experiment.settings.mode == "offline"
+    assert "did not start (No API key configured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("variable", "value", "knob", "left"), [
+    ("WANDB_API_KEY", "short", "logger.offline=false", 2),
+    ("WANDB_MODE", "nonsense", "logger.offline=false", 1),
+    ("WANDB_MODE", "offline", "logger.project=a/b:c", 1)])
+def test_whatever_wandb_raises_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys, variable,
+                                            value, knob, left):
+    monkeypatch.setenv(variable, value)
+    loggers = make_loggers(make_settings(*SMALL, knob, "logger.id=abc"), tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.startswith("logger=wandb: W&B did not start")]
+    assert len(loggers) == left
+    assert ("the run goes on without W&B" in lines[-1]) == (left == 1)
+
+
+def test_a_run_that_wandb_leaves_alone_trains_and_converts(make_settings, tmp_path, monkeypatch):
+    def broken(**kwargs):
+        raise OSError("no space left")
+    monkeypatch.setattr(wandb, "init", broken)
+    result = train_script.train(make_settings(*SMALL), tmp_path)
+    assert result["top1"] == json.loads((tmp_path / "result.json").read_text())["top1"]
+    settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", config_name="convert")
+    convert_script.log({}, settings, tmp_path, tmp_path)
 
 
 def test_speed_leaves_out_the_first_step(make_settings, monkeypatch):

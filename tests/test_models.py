@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbb import BLOCKS, DiverseBranchBlock, branchwise, reparameterize
 from models import BACKBONES, build_model
+from models.build import OF_TIMM
 from tests.conftest import randomize, relative_error
 
 ONLINE = partial(DiverseBranchBlock, mode="online")
@@ -142,7 +143,7 @@ def test_torchvision_weights_are_a_warm_start(name, theirs, capsys):
         assert relative_error(build_model(name, 7, "dbb", weights=plain.state_dict()).eval()(x), plain(x)) < 1e-5
     assert not capsys.readouterr().out
     net = build_model(name, 5, "dbb", weights=plain.state_dict())
-    assert "the file has 7 classes, the data 5: it starts afresh" in capsys.readouterr().out
+    assert "the file has 7 classes, the data 5: not from the file, and so afresh: " in capsys.readouterr().out
     assert net(x).shape == (2, 5)
     head = next(key for key in reversed(plain.state_dict()) if key.endswith("weight"))
     for wrong, message in ((torch.tensor(3.0), "of another shape"), (torch.zeros(7, 5), "of another shape"),
@@ -153,16 +154,75 @@ def test_torchvision_weights_are_a_warm_start(name, theirs, capsys):
         build_model(name, 7, weights={f"{key}.x": value for key, value in plain.state_dict().items()})
 
 
-def test_pretrained_weights_of_timm(tmp_path, monkeypatch):
-    """What is fetched elsewhere comes from a file here; the rest is timm's own way."""
-    torch.manual_seed(0)
-    plain = randomize(timm.create_model("resnet18", num_classes=1000)).eval()
-    torch.save(plain.state_dict(), tmp_path / "resnet18.pth")
-    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay={"file": str(tmp_path / "resnet18.pth")}))
+def test_pretrained_weights_of_timm(timms_file):
+    plain = timms_file("resnet18")
     net = build_model("resnet18", 1000, "dbb", pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(net(x), plain(x)) < 1e-5
+
+
+@pytest.fixture
+def timms_file(tmp_path, monkeypatch):
+    """What timm would fetch comes from a file here, with random statistics; the rest is timm's own way."""
+    create = timm.create_model
+
+    def write(name):
+        torch.manual_seed(0)
+        plain = randomize(create(name, num_classes=1000)).eval()
+        torch.save(plain.state_dict(), tmp_path / "theirs.pth")
+        overlay = {"file": str(tmp_path / "theirs.pth")}
+        monkeypatch.setattr(timm, "create_model", partial(create, pretrained_cfg_overlay=overlay))
+        return plain
+    return write
+
+
+@pytest.mark.parametrize(("name", "size", "classes", "fresh"), [
+    ("resnet18", 224, 1000, ""), ("resnet18", 224, 10, "fc.weight, fc.bias"),
+    ("resnet18", 32, 1000, "conv1.weight"), ("resnet18", 32, 10, "conv1.weight, fc.weight, fc.bias"),
+    ("mobilenetv2_100", 96, 10, "classifier.weight, classifier.bias")])
+def test_what_does_not_come_from_the_file_is_named(timms_file, capsys, name, size, classes, fresh):
+    plain = timms_file(name).state_dict()
+    torch.manual_seed(1)
+    net = build_model(name, classes, image_size=size, pretrained=True)
+    printed = capsys.readouterr().out
+    assert printed == (f"model.pretrained=true: not from the file, and so afresh: {fresh}\n" if fresh else "")
+    changed = [key for key, value in net.state_dict().items() if not torch.equal(plain[key], value)]
+    assert ", ".join(changed) == fresh
+
+
+def test_other_strides_than_the_weights_had_are_told(timms_file, capsys):
+    timms_file("mobilenetv2_100")
+    assert build_model("mobilenet_v2", 1000, image_size=32, pretrained=True).total_stride == 8
+    printed = capsys.readouterr().out
+    assert "at 32 pixels the stride is 1 where the weights' was 2: conv_stem, blocks.1.0.conv_dw" in printed
+
+
+def test_relu6_weights_do_not_become_a_relu_network():
+    plain = randomize(timm.create_model("mobilenetv1_100", num_classes=10))
+    message = "model.name=mobilenet_v1 has ReLU; .*take model=timm model.name=mobilenetv1_100"
+    for wrong in ({"pretrained": True}, {"weights": plain.state_dict()},
+                  {"weights": plain.state_dict(), "weights_of": "mobilenetv1_100"}):
+        with pytest.raises(ValueError, match=message):
+            build_model("mobilenet_v1", 10, "dbb", 96, **wrong)
+    x, ours = torch.randn(2, 3, 96, 96), randomize(build_model("mobilenet_v1", 10, image_size=96))
+    for name, theirs in (("mobilenetv1_100", plain), ("mobilenet_v1", ours)):
+        net = build_model(name, 10, "dbb", 96, weights=theirs.state_dict(), weights_of=name)
+        with torch.no_grad():
+            assert relative_error(net.eval()(x), theirs.eval()(x)) < 1e-5
+
+
+def test_no_other_backbone_differs_from_what_timms_weights_are_of():
+    """The same function with the same weights, or else timm's weights are refused."""
+    x, different = torch.randn(2, 3, 96, 96), set()
+    for name in OF_TIMM:
+        plain = randomize(timm.create_model(OF_TIMM[name].args[0], num_classes=10)).eval()
+        ours = build_model(name, 10, image_size=96).eval()
+        ours.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            if relative_error(ours(x), plain(x)) > 1e-6:
+                different.add(name)
+    assert different == {name for name in OF_TIMM if OF_TIMM[name].keywords} == {"mobilenet_v1"}
 
 
 def test_fine_tuning_before_and_after_conversion():

@@ -72,7 +72,7 @@ def write_hdf5(weights, path):
 def test_files_of_all_formats(write, name, tmp_path):
     weights, expected = published_model("acnet", "resnet18")
     write({key: value.float() if value.is_floating_point() else value for key, value in weights.items()}, tmp_path / name)
-    read = read_weights(tmp_path / name)
+    read, _ = read_weights(tmp_path / name)
     assert read.keys() == weights.keys()
     assert relative_error(logits_of_ours(read, "acnet", "resnet18", torch.float32)[0], expected) < 1e-5
 

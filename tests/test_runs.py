@@ -25,7 +25,7 @@ from tests.test_scripts import TINY, run
 from training.checkpoint import load_checkpoint
 from training.cli import plain_errors
 from training.module import Classifier, learning_rate
-from training.runs import FolderTakenError, alone_in, of_the_training
+from training.runs import FolderTakenError, alone_in, of_the_training, take_up, with_start
 
 SCRIPT = """
 import sys
@@ -141,6 +141,19 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == weights, "nothing is lost"
 
 
+def test_a_run_from_before_a_knob_of_the_data_is_the_same_run(make_settings, tmp_path):
+    settings = make_settings("model=resnet8", *TINY)
+    old = OmegaConf.create(asdict(with_start(settings)) | {"logger": {"id": "abc"}})
+    for knob in ("interpolation", "crop_pct"):
+        del old.data[knob]
+    OmegaConf.save(old, tmp_path / "config.yaml")
+    (tmp_path / "result.json").write_text("{}")
+    assert take_up(settings, tmp_path).logger.id == "abc"
+    settings.data.interpolation = "bicubic"
+    with pytest.raises(ValueError, match="already holds a run with another data.interpolation"):
+        take_up(settings, tmp_path)
+
+
 def test_a_checkpoint_gone_on_with_elsewhere_is_another_run(make_settings, tmp_path):
     settings = ("model=resnet8", *TINY, "data.max_images=64", "data.batch_size=32")
     train_script.train(make_settings(*settings), tmp_path / "one")
@@ -161,6 +174,15 @@ def test_a_job_of_a_sweep_starts_no_processes(make_settings, tmp_path, monkeypat
     monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
     with pytest.raises(ValueError, match="trainer.devices=2: each of the 2 processes of this job would start the whole sweep again"):
         train_script.train(make_settings("model=resnet8", *TINY, "trainer.accelerator=cpu", "trainer.devices=2"), tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_lose_what_they_measure_are_refused(make_settings, tmp_path, strategy):
+    settings = make_settings("model=resnet8", *TINY, "trainer.accelerator=cpu", "trainer.devices=2",
+                             f"trainer.strategy={strategy}", "data=folder", f"data.root={tmp_path}/nowhere")
+    with pytest.raises(ValueError, match=f"trainer.strategy={strategy}: .*take trainer.strategy=ddp"):
+        train_script.train(settings, tmp_path)  # before it looks for the data
     assert not (tmp_path / "config.yaml").exists()
 
 

@@ -1,16 +1,21 @@
 """Every knob is checked; twins, groups and experiments compose."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm.optim
+import torch
 from hydra.errors import HydraException
 
 from dbb import ReparamConv2d
 from models import BACKBONES, build_model
 from tests.conftest import ROOT
+from train import train
 from training import settings as settings_module
 from training.checkpoint import build_network
+from training.module import try_optimizer
 
 MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
 
@@ -26,7 +31,8 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("block.copies=3", "block.branches is empty"), ("block.include=[a]", "block.branches is empty"),
     ("block.kernel_sizes=[3x3]", "block.kernel_sizes"), ("source=dbbb", "source"), ("data.color_jitter=true", "data.color_jitter"),
     ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"), ("data.val_size=-1", "data.val_size"),
-    ("data.image_size=-3", "data.image_size"),
+    ("data.image_size=-3", "data.image_size"), ("data.interpolation=cubic", "did you mean bicubic"),
+    ("data.crop_pct=0.9", "data.crop_pct"), ("data.crop_pct=0", "data.crop_pct"),
     ("optim.label_smoothing=2", "label_smoothing"), ("seed=-1", "seed"), ("optim.warmup_epochs=-1", "warmup_epochs"),
     ("trainer.limit_train_batches=0", "limit_train_batches"),
     ("optim.name=sgdd", "did you mean sgd"),
@@ -96,6 +102,21 @@ def test_dbb_is_the_published_block(make_settings):
     assert ours.report == published.report
 
 
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["data=imagenet"], ([0.485, 0.456, 0.406], "bicubic", 0.95)),
+    (["data=digits"], ([0.485, 0.456, 0.406], "bicubic", 0.875)),
+    (["data=imagenet", "data.mean=[0,0,0]", "data.crop_pct=0.9"], ([0, 0, 0], "bicubic", 0.9)),
+    (["data=digits", "model=timm", "model.name=mobilenetv1_100"], ([0.5] * 3, "bicubic", 0.875)),
+    (["data=digits", "model.pretrained=false"], ([0.305] * 3, "bilinear", 0.875))])
+def test_timms_weights_bring_their_normalisation(make_settings, capsys, overrides, expected):
+    data = make_settings("model.pretrained=true", *overrides).data
+    assert (data.mean, data.interpolation, data.crop_pct) == expected
+    printed = capsys.readouterr().out
+    assert ("images as for timm's weights (" in printed) == ("model.pretrained=false" not in overrides)
+    assert ("data.std=" in printed) == ("model.pretrained=false" not in overrides)
+    assert ("data.mean=" in printed) == (expected[0] not in ([0, 0, 0], [0.305] * 3)), "not what was named"
+
+
 def test_seed_zero_is_a_seed(make_settings):
     assert make_settings("seed=0").seed == 0
 
@@ -119,12 +140,38 @@ def test_slurm_is_asked_for_in_its_jobs_only(monkeypatch):
 
 
 def test_a_job_of_a_sweep_has_its_settings_as_its_folder():
-    name = settings_module._job_name
+    name = partial(settings_module._job_name, "cifar10")
     assert name(["seed=0", "block=dbb", "data.root=a/b", "logger=csv", "out=c"]) == name(["block=dbb", "seed=0"]) == "block-dbb+seed-0"
     assert name(["block=none", "block.init=third", "seed=0"]) == name(["block=none", "seed=0"]) == "block-none+seed-0", "one plain twin"
     assert name(["logger=csv"]) == "defaults"
     odd = [["block.branches=[avg,kxk]"], ["block.branches=[avg_kxk]"], ["block.branches=[avg+kxk]"], ["optim.lr=1" + "0" * 200],
            ["optim.lr=1" + "0" * 201], ["model.weights=" + "\u00e9" * 140]]
+    roots = [settings_module._job_name("folder", ["data=folder", f"data.root={root}"]) for root in ("A", "B")]
+    assert roots == ["data.root-A+data-folder", "data.root-B+data-folder"], "other images, another job"
     names = {name(overrides) for overrides in odd}
     assert len(names) == len(odd)
     assert all(re.fullmatch(r"[\w.+-]{1,150}", name) for name in names)
+
+
+def test_optimisers_that_cannot_train_here_are_refused(make_settings):
+    """Of timm's list: what wants gradients of gradients, or a GPU and a package of its own; nothing else."""
+    settings, refused = make_settings("data=digits"), set()
+    for settings.optim.name in timm.optim.list_optimizers():
+        try:
+            try_optimizer(settings, torch.device("cpu"))
+        except ValueError:
+            refused.add(settings.optim.name)
+    expected = {name for name in timm.optim.list_optimizers()
+                if timm.optim.get_optimizer_info(name).second_order or name.startswith(("bnb", "fused"))}
+    assert "adahessian" in expected
+    assert refused == expected
+    settings = make_settings("data=digits", "optim.name=sgd", "optim.momentum=0")
+    with pytest.raises(ValueError, match=r"optim.name=sgd cannot train here \(Nesterov"):
+        try_optimizer(settings, torch.device("cpu"))
+
+
+def test_an_optimiser_is_tried_before_the_data_is_read(make_settings, tmp_path):
+    settings = make_settings("model=resnet8", "logger=csv", "optim.name=adahessian", "data=folder",
+                             f"data.root={tmp_path}/nowhere")
+    with pytest.raises(ValueError, match="optim.name=adahessian cannot train here"):
+        train(settings, tmp_path)

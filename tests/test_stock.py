@@ -76,7 +76,8 @@ def test_int8_arithmetic_does_not_overflow(tmp_path):
                         nn.Linear(8, 5))
     for parameter in net.parameters():
         nn.init.uniform_(parameter, 0.8, 1)
-    images, shape = torch.rand(32, 3, 8, 8) * 0.2 + 0.8, {"image_size": 8, "resize": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
+    images = torch.rand(32, 3, 8, 8) * 0.2 + 0.8
+    shape = {"image_size": 8, "resize": 8, "interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3}
     graph.export_onnx(net.eval(), images[:2], {"model": "x", "classes": ["a"]} | shape, tmp_path / "float.onnx")
     int8.quantize(tmp_path / "float.onnx", tmp_path / "int8.onnx", images.split(8))
     with torch.no_grad():
@@ -112,7 +113,8 @@ def test_folder_for_timm(tmp_path):
 
 def test_folder_for_timm_of_a_resnet(tmp_path):
     net = randomize(build_model("resnet18", 3, image_size=96)).eval()
-    about = {"image_size": 96, "resize": 110, "mean": [0.5] * 3, "std": [0.2] * 3, "classes": ["a", "b", "c"]}
+    about = {"image_size": 96, "resize": 110, "interpolation": "bilinear", "mean": [0.5] * 3,
+             "std": [0.2] * 3, "classes": ["a", "b", "c"]}
     files.save_hub(net, about, tmp_path)
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():

@@ -19,7 +19,10 @@ from torch import Tensor
 from dbb import ReparamConv2d, Report, branch_shares
 from dbb.surgery import Row
 from training.data import ImageData
-from training.settings import Settings
+from training.settings import LoggerConf, Settings
+
+WANDB_WAIT = 10  # seconds, at the start
+WANDB_FINISH = 600  # seconds, at the end: a server that went away would be waited for without end
 
 
 class Speed(Callback):
@@ -103,7 +106,8 @@ def shows_progress_bar(settings: Settings) -> bool:
 def make_loggers(settings: Settings, run_dir: Path) -> list[Logger]:
     """CSV, and with it W&B or TensorBoard as `logger.name` says; all go on where an earlier session of the same run stopped."""
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [lambda settings, run_dir: TensorBoardLogger(run_dir, "", "")]}
-    return [_csv(run_dir), *(make(settings, run_dir) for make in more[settings.logger.name])]
+    made = [make(settings, run_dir) for make in more[settings.logger.name]]
+    return [_csv(run_dir), *(logger for logger in made if logger is not None)]
 
 
 def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
@@ -115,15 +119,38 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
         logger.log_table("convolutions", list(Row._fields), rows)
 
 
-def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger:
-    """The W&B run of a run's folder, new or gone on with; named by model, block and seed, grouped by model and data."""
-    # Without a key there is nobody to ask: run offline, to be sent later with `wandb sync`.
+def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
+    """The W&B run of a run's folder, new or not; named by model, block, seed; grouped by model and data.
+
+    Without a key it is offline, to be sent later with `wandb sync`. So it is, with a sentence, where W&B
+    cannot be reached within `WANDB_WAIT` seconds or refuses; None if it cannot write offline either: a logger
+    costs no run.
+    """
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
     conf, model, block = settings.logger, settings.model.name, settings.block.name
-    offline = conf.offline or not wandb.login(prompt=False, verify=False)
-    mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
-    tags = [model, settings.data.name, block, *([settings.block.mode] if settings.block.branches else []), *conf.tags]
-    return WandbLogger(f"{model}_{block}_s{settings.seed}", run_dir, id=conf.id, project=conf.project, entity=conf.entity,
-                       group=conf.group or f"{model}_{settings.data.name}", tags=tags, mode=mode)
+    mode = settings.block.mode if settings.block.branches else None
+    tags = [tag for tag in (model, settings.data.name, block, mode, *conf.tags) if tag is not None]
+    name, group = f"{model}_{block}_s{settings.seed}", conf.group or f"{model}_{settings.data.name}"
+    for wanted, instead in ((_wandb_mode, f"offline; later: wandb sync {run_dir}/wandb/offline-run-*"),
+                            (lambda conf: "offline", "without W&B; metrics.csv has all of its metrics")):
+        try:
+            logger = WandbLogger(name, run_dir, id=conf.id, project=conf.project, entity=conf.entity,
+                                 group=group, tags=tags, mode=wanted(conf),
+                                 settings=wandb.Settings(init_timeout=WANDB_WAIT))
+            logger.experiment  # noqa: B018  the run, which W&B starts when it is asked for
+            return logger
+        except Exception as error:  # of many kinds, W&B's own and others'
+            wandb.teardown()  # it would take the run for started
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            rank_zero_only(print)(f"logger=wandb: W&B did not start ({why}): the run goes on {instead}")
+    return None
+
+
+def _wandb_mode(conf: LoggerConf) -> str:
+    """What the environment says, or else online where there is a key."""
+    if named := os.environ.get("WANDB_MODE"):
+        return named
+    return "online" if not conf.offline and wandb.login(prompt=False, verify=False) else "offline"
 
 
 def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:

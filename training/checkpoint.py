@@ -1,5 +1,6 @@
 """Read a checkpoint: an untrusted file of plain values and tensors."""
 
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
 
 
 def build_network(settings, num_classes: int, image_size: int, pretrained: bool = False,
-                  weights: dict[str, Tensor] | None = None) -> nn.Module:
+                  weights: dict[str, Tensor] | None = None, weights_of: str | None = None) -> nn.Module:
     """The network of a run's `Settings`; see `models.build_model`, also for what it raises."""
     block = settings.block
     return build_model(settings.model.name, num_classes, blocks_of(block), image_size, pretrained, weights, block.init,
-                       include=block.include, exclude=block.exclude, kernel_sizes=block.kernel_sizes)
+                       weights_of=weights_of, include=block.include, exclude=block.exclude,
+                       kernel_sizes=block.kernel_sizes)
 
 
 def start_network(settings, num_classes: int, image_size: int) -> nn.Module:
@@ -45,8 +47,11 @@ def start_network(settings, num_classes: int, image_size: int) -> nn.Module:
     Raises:
         ValueError: if these cannot be read, or are those of another network.
     """
-    file = settings.model.weights
-    return build_network(settings, num_classes, image_size, settings.model.pretrained, None if file is None else read_weights(file))
+    if settings.model.weights is None:
+        return build_network(settings, num_classes, image_size, settings.model.pretrained)
+    with torch.serialization.safe_globals([Namespace]):  # in files of timm's and torchvision's scripts
+        weights, network = read_weights(settings.model.weights)
+    return build_network(settings, num_classes, image_size, weights=weights, weights_of=network)
 
 
 def blocks_of(conf) -> dict[str, Any] | None:
@@ -101,7 +106,7 @@ def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
     """
     if settings.ckpt is None:
         raise ValueError(f"ckpt=PATH is needed: the published file that source={settings.source} is to read")
-    weights = read_weights(settings.ckpt)
+    weights, _ = read_weights(settings.ckpt)
     head = next((key for key in ("linear2.weight", "linear.weight") if key in weights and weights[key].ndim == 2), None)
     if head is None:
         raise ValueError(f"ckpt={settings.ckpt} holds no linear.weight, as every file of source={settings.source} does")
@@ -109,7 +114,8 @@ def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
     plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
     if not with_blocks:
-        return build_network(settings, num_classes, image_size, weights=weights).eval(), num_classes
+        net = build_network(settings, num_classes, image_size, False, weights, settings.model.name)
+        return net.eval(), num_classes
     net = build_network(settings, num_classes, image_size)
     load_weights(net, weights)
     return net.eval(), num_classes

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from export.files import sha256
 from training.checkpoint import load_checkpoint, load_network, load_published
 from training.data import ImageData
-from training.settings import FILE_SETS, Settings
+from training.settings import FILE_SETS, DataConf, Settings
 from training.sources import resized_side
 
 
@@ -51,10 +52,13 @@ def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageD
         classes = data.classes if data.classes and len(data.classes) == count else [str(label) for label in range(count)]
     data.check_classes(classes)
     # Noise images say nothing of the normalisation: it is that of the training.
-    shown = checkpoint["dbb"]["settings"]["data"] if checkpoint and data.classes is None else asdict(data_conf)
-    resize = resized_side(image_size) if shown["name"] in FILE_SETS else image_size
+    shown = asdict(data_conf)
+    if checkpoint and data.classes is None:
+        shown = asdict(DataConf()) | checkpoint["dbb"]["settings"]["data"]  # an old file says less
+    resize = resized_side(image_size, shown["crop_pct"]) if shown["name"] in FILE_SETS else image_size
     return net, data, {"model": settings.model.name, "block": settings.block.name, "classes": classes, "image_size": image_size,
                        "resize": resize, "mean": list(map(float, shown["mean"])), "std": list(map(float, shown["std"])),
+                       "interpolation": shown["interpolation"],
                        "data": data_conf.name, "checkpoint_sha256": sha256(settings.ckpt),
                        "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
 
@@ -107,7 +111,9 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
         targets: `[N]`.
     """
     classes = logits.shape[1]
-    top = {k: multiclass_accuracy(logits, targets, classes, average="micro", top_k=min(k, classes)).double().item() for k in (1, 5)}
+    count = classes if classes > 1 else None  # torchmetrics takes no 1
+    accuracy = partial(multiclass_accuracy, logits, targets, count, average="micro")
+    top = {k: accuracy(top_k=min(k, classes)).double().item() for k in (1, 5)}
     return {"top1": round(top[1] * len(targets)) / len(targets), "top5": round(top[5] * len(targets)) / len(targets),
             "loss": F.cross_entropy(logits.double(), targets).item()}
 

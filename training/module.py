@@ -11,6 +11,7 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -47,9 +48,10 @@ class Classifier(pl.LightningModule):
         if settings.model.compile:
             torch.compiler.reset()  # graphs of a sweep's earlier jobs count against the limit of recompilations, past which all is eager
             self.net.compile()  # in place: the keys of the state dict stay as they are
+        count = len(classes) if len(classes) > 1 else None  # torchmetrics takes no 1
         self.metrics = nn.ModuleDict({split: MetricCollection({
-            "top1": MulticlassAccuracy(len(classes), top_k=1, average="micro"),
-            "top5": MulticlassAccuracy(len(classes), top_k=min(5, len(classes)), average="micro"),
+            "top1": MulticlassAccuracy(count, top_k=1, average="micro"),
+            "top5": MulticlassAccuracy(count, top_k=min(5, len(classes)), average="micro"),
             "loss": MeanMetric()}, compute_groups=False) for split in SPLITS})
 
         alphas = {v2.MixUp: settings.data.mixup, v2.CutMix: settings.data.cutmix}
@@ -87,9 +89,7 @@ class Classifier(pl.LightningModule):
             self.metrics[split].reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        conf = self.settings.optim
-        optimizer = timm.optim.create_optimizer_v2(self.net, conf.name, learning_rate(self.settings), conf.weight_decay, conf.momentum,
-                                                   filter_bias_and_bn=not conf.decay_norm_and_bias)
+        conf, optimizer = self.settings.optim, make_optimizer(self.settings, self.net)
         self.fresh_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = steps * conf.warmup_epochs // self.trainer.max_epochs
@@ -108,6 +108,31 @@ class Classifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes, "image_size": self.image_size,
                              "changed": self.changed}
+
+
+def make_optimizer(settings: Settings, net: nn.Module) -> Optimizer:
+    """The optimiser, one of timm's, of a network, by the settings."""
+    conf = settings.optim
+    return timm.optim.create_optimizer_v2(net, conf.name, learning_rate(settings), conf.weight_decay,
+                                          conf.momentum, filter_bias_and_bn=not conf.decay_norm_and_bias)
+
+
+def try_optimizer(settings: Settings, device: torch.device) -> None:
+    """Take one step with the optimiser, on two numbers.
+
+    Raises:
+        ValueError: if it cannot: it needs a package, a GPU, gradients of gradients or another momentum.
+    """
+    net = nn.ParameterDict({"weight": torch.ones(1, 2, device=device)})  # draws nothing at random
+    try:
+        with torch.compiler.set_stance("force_eager"):  # some compile their step, for a minute
+            optimizer = make_optimizer(settings, net)
+            net["weight"].sum().backward()
+            optimizer.step()
+    except Exception as error:  # whatever timm, and the packages that it asks, raise
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"optim.name={settings.optim.name} cannot train here ({why}): choose another, such "
+                         "as adamw, or mend what it names") from error
 
 
 def learning_rate(settings: Settings) -> float:

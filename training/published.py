@@ -5,10 +5,14 @@ stands for one convolution and norm of ours; which tensors stand under its prefi
 authors' repositories DingXiaoH/DiverseBranchBlock, DingXiaoH/ACNet and JUGGHM/OREPA_CVPR2022.
 """
 
+import json
+import re
 from pathlib import Path
 
 import h5py
 import torch
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +23,8 @@ RESNETS = ("resnet18", "resnet34", "resnet50")
 NETWORKS = {"dbb": (*RESNETS, "mobilenet_v1"), "acnet": ("resnet18", "resnet34", "vgg16"), "orepa": RESNETS}
 SOURCES = tuple(NETWORKS)
 DEPLOYED = ("conv", "dbb_reparam", "fused_conv", "orepa_reparam", "or1x1_reparam", "or_large_reparam")
+AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
+WRAPPERS = (*AVERAGED, "state_dict", "model")
 NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
     "conv.weight": "conv.weight", "bn": "norm",
     "square_conv.weight": "conv.branches.kxk.weight", "square_bn": "conv.branches.kxk.bn",
@@ -34,11 +40,14 @@ NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
 }
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     """Read a file of weights onto the CPU: .safetensors, .hdf5 and .h5, all others as PyTorch writes them.
 
-    A dict under "state_dict" or "model" is unwrapped; DataParallel's "module.", and "net." of our own checkpoints, are
-    taken off the keys.
+    A dict under one of `WRAPPERS` is unwrapped: averaged weights first, which timm and torchvision test by.
+    What DataParallel, torch.compile and our own checkpoints set before a key is taken off.
+
+    Returns:
+        The weights, and the network's name in `models.BACKBONES` or timm, where a file of ours says it.
 
     Raises:
         ValueError: if the file is missing, damaged, or holds more than tensors.
@@ -46,9 +55,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of weights")
+    network = None
     try:
         if path.suffix == ".safetensors":
-            weights = load_file(path)
+            weights, network = load_file(path), _network_of_header(path)
         elif path.suffix in (".hdf5", ".h5"):
             with h5py.File(path) as file:
                 weights = {key: torch.as_tensor(value[()]) for key, value in file.items()}
@@ -56,13 +66,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever its reader raises on a file that nobody vouches for
         raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors") from error
-    prefix = "net." if isinstance(weights, dict) and "dbb" in weights else "module."
-    for wrapper in ("state_dict", "model"):
+    prefix = r"(module\.|_orig_mod\.)+"
+    if isinstance(weights, dict) and "dbb" in weights:
+        prefix, network = r"net\.", weights["dbb"]["settings"]["model"]["name"]
+    for wrapper in WRAPPERS:
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
+            if wrapper in AVERAGED:
+                rank_zero_only(print)(f"{path}: its averaged weights are taken ({wrapper})")
     if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under state_dict or model")
-    return {key.removeprefix(prefix): value for key, value in weights.items()}
+    weights = {re.sub(f"^{prefix}", "", key): value for key, value in weights.items() if key != "n_averaged"}
+    return weights, network
+
+
+def _network_of_header(path: Path) -> str | None:
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get("dbb")
+    return None if header is None else json.loads(header)["model"]
 
 
 def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module) -> tuple[dict[str, Tensor], bool]:

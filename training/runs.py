@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
-from training.settings import OF_THE_COMMAND, TENSOR_SETS, Settings, flat
+from training.settings import OF_THE_COMMAND, TENSOR_SETS, DataConf, Settings, flat
 
 SAME_RUN = (*OF_THE_COMMAND, "logger", "data.num_workers", "data.download")  # with whatever values of these
 LOCK = ".lock"
@@ -90,7 +90,8 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
         settings = replace(settings, block=replace(settings.block, init=stored.get("block", {}).get("init")))
     settings = with_start(settings)
     old, new = of_the_training(stored or {}), of_the_training(asdict(settings))
-    different = [key for key, value in new.items() if old.get(key) != value]
+    before = flat({"data": asdict(DataConf())})  # what a knob means that an older file lacks
+    different = [key for key, value in new.items() if old.get(key, before.get(key)) != value]
     if stored is not None and not different:
         identity = replace(settings.logger, id=stored["logger"]["id"])
         return replace(settings, ckpt=str(last) if last.exists() else None, logger=identity)

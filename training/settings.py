@@ -14,13 +14,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
 import timm.optim
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities import rank_zero_only
 
 from dbb import BRANCHES, INITS, MODES, POSITIONS
 from export.files import KINDS
+from models import timms_name
+from models.build import UNTRAINED
 from training.checkpoint import load_checkpoint
 from training.cli import output_folder, plain_errors
 from training.published import SOURCES
@@ -80,6 +84,8 @@ class DataConf:
     max_images: int | None = None
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
     crop_padding: int = 0
     flip: bool = True
     color_jitter: bool = False
@@ -185,6 +191,7 @@ class Settings:
         if "int8" in self.export and self.data.name == "none":
             raise ValueError("export=[int8] needs training images to calibrate with, which data=none has not")
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
+        _one_of("data.interpolation", self.data.interpolation, ["bilinear", "bicubic"])
         _one_of("logger.name", self.logger.name, ["csv", "wandb", "tensorboard"])
         if self.logger.name == "tensorboard" and find_spec("tensorboard") is None:
             raise ValueError("logger=tensorboard needs tensorboard, which is not installed: pip install tensorboard")
@@ -193,6 +200,9 @@ class Settings:
         for knob in unused:
             if getattr(self.data, knob):
                 raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such thing")
+        if self.data.name in TENSOR_SETS and self.data.crop_pct != DataConf.crop_pct:
+            raise ValueError(f"data.crop_pct={self.data.crop_pct}: data={self.data.name} crops no test "
+                             "image: leave it out")
         if self.data.image_size is None and self.data.name in FILE_SETS:
             raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
         for knob, value in flat(asdict(self)).items():
@@ -201,7 +211,7 @@ class Settings:
         for knob, value, least in (
                 ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size, 1),
                 ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
-                ("data.max_images", self.data.max_images, 1),
+                ("data.max_images", self.data.max_images, 1), ("data.crop_pct", self.data.crop_pct, 0.1),
                 ("data.crop_padding", self.data.crop_padding, 0), ("data.mixup", self.data.mixup, 0), ("data.cutmix", self.data.cutmix, 0),
                 ("optim.lr_batch_size", self.optim.lr_batch_size, 1), ("block.copies", self.block.copies, 1),
                 ("block.positions", self.block.positions, 4),
@@ -268,7 +278,27 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
     for conf, knob in ((settings.data, "root"), (settings.model, "weights")):
         if getattr(conf, knob) is not None:
             setattr(conf, knob, str(Path(getattr(conf, knob)).expanduser().resolve()))
+    if settings.model.pretrained and settings.ckpt is None:
+        _prepare_as_trained(settings, overrides)
     return settings
+
+
+def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
+    """Prepare images as they were for timm's weights, but for what was named."""
+    trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
+    if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
+        return
+    named = {override.split("=")[0].lstrip("+~") for override in overrides}
+    taken = {"mean": list(trained.mean), "std": list(trained.std), "interpolation": trained.interpolation}
+    if settings.data.name in FILE_SETS:
+        taken["crop_pct"] = trained.crop_pct
+    taken = {knob: value for knob, value in taken.items() if f"data.{knob}" not in named}
+    for knob, value in taken.items():
+        setattr(settings.data, knob, value)
+    told = " ".join(f"data.{knob}={value}" for knob, value in taken.items())
+    weights = f"{trained.architecture}.{trained.tag}"
+    rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({weights}): "
+                          f"{told or 'nothing but what was named'}")
 
 
 def _list_changed(overrides: list[str]) -> bool:
@@ -310,11 +340,15 @@ def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, d
         return str(output_folder(out or f"outputs/{name}_{data}/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 
-def _job_name(overrides: list[str]) -> str:
+def _job_name(data: str, overrides: list[str]) -> str:
     """The folder of a sweep's job: its settings, whatever their order, so that a job keeps it when the sweep grows."""
-    ignored = ("out", "data.root", "data.num_workers", "logger") + ("block",) * ("block=none" in overrides)  # see resolve()
+    ignored = {"out", "data.num_workers", "logger"}
+    if data in TENSOR_SETS:  # the same images in every place
+        ignored.add("data.root")
+    if "block=none" in overrides:  # see resolve()
+        ignored.add("block")
     kept = sorted(override for override in overrides if override == "block=none"
-                  or not {key := override.split("=")[0].lstrip("+~"), key.split(".")[0]} & set(ignored))
+                  or not {key := override.split("=")[0].lstrip("+~"), key.split(".")[0]} & ignored)
     wanted = "+".join(kept).replace("=", "-") or "defaults"
     # Only what Hydra takes unquoted in ckpt=PATH, and a file system as one name.
     name = re.sub(r"[^\w.+-]", "_", wanted, flags=re.ASCII)[:150]

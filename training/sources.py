@@ -1,5 +1,6 @@
 """Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,17 +8,23 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from training.random import generator, seed_of
 from training.settings import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif",
+                 ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
+                 ".tga")
+SORT_IMAGENET = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
 Key = tuple[int, int, bool]  # see training.data
 
 
@@ -65,7 +72,9 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
     """
     images, targets, classes = (_digits if conf.name == "digits" else _cifar)(conf, train)
     if conf.image_size is not None and conf.image_size != images.shape[-1]:
-        images = torch.cat([TF.resize(part, [conf.image_size] * 2, antialias=True) for part in images.split(1000)])
+        mode = InterpolationMode(conf.interpolation)
+        size = [conf.image_size] * 2
+        images = torch.cat([TF.resize(part, size, mode, antialias=True) for part in images.split(1000)])
     return TensorImages(images, targets, conf, seed, augment=train), classes
 
 
@@ -92,21 +101,33 @@ def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     if (root / "train").is_dir() and (root / "test").is_dir():
         images, targets, classes = _tree(conf, root, "train" if train else "test")
     else:
-        archive = datasets.CIFAR10 if conf.name == "cifar10" else datasets.CIFAR100
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / ".lock"):  # one process of a job downloads, the others find it
-                data = archive(str(root), train=train, download=conf.download)
-        except (OSError, RuntimeError) as error:  # no network, no archive, or one that is damaged
-            raise ValueError(
-                f"no {conf.name} at data.root={root}, and it could not be downloaded ({str(error).splitlines()[0]}). Put the "
-                "official archive there, or images as train/<class>/*.png and test/<class>/*.png; or try data=digits, which "
-                "needs no file") from error
-        images, targets, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), data.classes
+        data = _archive(conf, root, train)
+        images, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.classes
+        targets = torch.tensor(data.targets)
     if len(classes) != CLASSES[conf.name]:
         raise ValueError(f"data={conf.name} has {CLASSES[conf.name]} classes, but {root} has {len(classes)}; data=folder "
                          "takes any number")
     return images.contiguous(), targets, list(classes)
+
+
+def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
+    """One split of the official archive: as it lies there, where nothing is written, else downloaded."""
+    archive = datasets.CIFAR10 if conf.name == "cifar10" else datasets.CIFAR100
+    try:
+        return archive(str(root), train=train)
+    except RuntimeError as error:  # there is none, or it is damaged
+        reason = error
+    try:
+        if conf.download:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):  # one process of a job downloads, the others find it
+                return archive(str(root), train=train, download=True)
+    except (OSError, RuntimeError) as error:  # no network, or a folder that one may not write to
+        reason = error
+    raise ValueError(
+        f"no {conf.name} at data.root={root}, and it could not be downloaded "
+        f"({str(reason).splitlines()[0]}). Put the official archive there, or images as train/<class>/*.png "
+        "and test/<class>/*.png; or try data=digits, which needs no file") from reason
 
 
 def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
@@ -124,15 +145,15 @@ class FileImages(Dataset):
     """A tree of images, read one by one; batches of uint8 `[N, 3, H, W]`.
 
     Training: random resized crop and mirroring, and by choice the DBB paper's colour jitter and lighting (the authors'
-    train.py: brightness 0.4, saturation 0.4, hue 0.4; lighting 0.1). Otherwise: resize to 256/224 of the image size, centre crop.
+    train.py: brightness 0.4, saturation 0.4, hue 0.4; lighting 0.1). Otherwise: resize, centre crop.
     """
 
     def __init__(self, tree: "Tree", conf: DataConf, seed: int, augment: bool):
         self.tree, self.conf, self.seed, self.augment, self.image_size = tree, conf, seed, augment, conf.image_size
-        size = conf.image_size
-        steps = [v2.Resize(resized_side(size)), v2.CenterCrop(size)]
+        size, mode = conf.image_size, InterpolationMode(conf.interpolation)
+        steps = [v2.Resize(resized_side(size, conf.crop_pct), mode), v2.CenterCrop(size)]
         if augment:
-            steps = [v2.RandomResizedCrop(size)]
+            steps = [v2.RandomResizedCrop(size, interpolation=mode)]
             steps += [v2.RandomHorizontalFlip()] if conf.flip else []
             if conf.color_jitter:  # on Pillow's images, twice as fast as on tensors
                 steps += [v2.ToPILImage(), v2.ColorJitter(brightness=0.4, saturation=0.4, hue=0.4), v2.PILToTensor()]
@@ -160,9 +181,9 @@ class FileImages(Dataset):
     collate = staticmethod(torch.utils.data.default_collate)
 
 
-def resized_side(image_size: int) -> int:
+def resized_side(image_size: int, crop_pct: float) -> int:
     """Length in pixels that the shorter side of a test image is brought to, before the centre crop."""
-    return round(image_size * 256 / 224)
+    return round(image_size / crop_pct)
 
 
 def lighting(image: Tensor, std: float = 0.1) -> Tensor:
@@ -189,20 +210,36 @@ def load_files(conf: DataConf, seed: int, train: bool) -> tuple[FileImages, list
 
 
 class Tree(datasets.ImageFolder):
-    """An image folder whose classes are those of the training split.
+    """An image folder whose classes are those of the training split; prints what it holds and what it skips.
 
     Raises:
         ValueError: if it has a class that training lacks, holds no images, or is for training and a class is empty.
     """
 
     def __init__(self, folder: Path, classes: list[str]):
-        self.known = classes
+        self.known, self.skipped = classes, Counter()
+        if loose := _loose_images(folder):
+            self.skipped["images in no class's folder"] = len(loose)
         try:
-            super().__init__(str(folder), allow_empty=folder.name != "train")
+            super().__init__(str(folder), allow_empty=folder.name != "train", is_valid_file=self._take)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            raise ValueError(f"{folder}: {error}{self._left_out()}") from error
         if not self.samples:
-            raise ValueError(f"{folder} holds no images")
+            raise ValueError(f"{folder} holds no images{self._left_out()}")
+        count = len(set(self.targets))
+        rank_zero_only(print)(f"{folder}: {len(self.samples)} images of {count} classes{self._left_out()}")
+
+    def _take(self, path: str) -> bool:
+        if is_image(path):
+            return True
+        self.skipped[Path(path).suffix.lower() or "without an ending"] += 1
+        return False
+
+    def _left_out(self) -> str:
+        if not self.skipped:
+            return ""
+        counts = ", ".join(f"{what} {count}" for what, count in self.skipped.most_common())
+        return f"; skipped {self.skipped.total()} files: {counts}"
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """The training classes, in alphabetical order."""
@@ -211,8 +248,30 @@ class Tree(datasets.ImageFolder):
         return self.known, {name: index for index, name in enumerate(self.known)}
 
 
+def is_image(path: str | Path) -> bool:
+    """Whether a file's name ends as that of an image does, in small letters or capitals."""
+    return Path(path).suffix.lower() in IMAGE_ENDINGS
+
+
 def _classes(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """The names of a split's classes: its folders.
+
+    Raises:
+        ValueError: if there is none, with what to do.
+    """
+    classes = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if classes:
+        return sorted(classes)
+    loose = _loose_images(folder)
+    text = (f"{folder} holds {len(loose)} images and no folder of a class: it must be "
+            f"{folder.name}/<class>/<image>")
+    if any(name.startswith("ILSVRC2012_val_") for name in loose):
+        text += f". Sort ImageNet's validation images by: (cd {folder} && wget -qO- {SORT_IMAGENET} | bash)"
+    raise ValueError(text)
+
+
+def _loose_images(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.is_file() and is_image(entry)]
 
 
 def _root(conf: DataConf) -> Path:
