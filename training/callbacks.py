@@ -122,12 +122,16 @@ def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger:
     offline = conf.offline or not wandb.login(prompt=False, verify=False)
     mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
     tags = [model, settings.data.name, block, *([settings.block.mode] if settings.block.branches else []), *conf.tags]
-    return WandbLogger(f"{model}_{block}_s{settings.seed}", run_dir, id=conf.id, project=conf.project, entity=conf.entity,
-                       group=conf.group or f"{model}_{settings.data.name}", tags=tags, mode=mode)
+    # W&B prints nothing of an offline run, and of an online one where to see it; the files of a run are named by train.py.
+    quiet = wandb.Settings(quiet=True, silent=mode != "online")
+    logger = WandbLogger(f"{model}_{block}_s{settings.seed}", run_dir, id=conf.id, project=conf.project, entity=conf.entity,
+                         group=conf.group or f"{model}_{settings.data.name}", tags=tags, mode=mode, settings=quiet)
+    logger._wandb_init.pop("anonymous")  # Lightning always passes it, and W&B warns of it
+    return logger
 
 
 def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
-    """Add to W&B the confusion matrix (up to 100 classes), and the images that the network is most surely wrong about."""
+    """Add to W&B the confusion matrix (up to 100 classes), and the mistakes that the network is surest of, as images."""
     if not isinstance(logger, WandbLogger):
         return
     sure, predicted = logits.softmax(1).max(1)
