@@ -1,8 +1,6 @@
 """Fold every block of a trained network into one plain convolution, prove that nothing changed, and write files that stock libraries load.
 
-    python convert.py ckpt=outputs/.../checkpoints/last.ckpt
-    python convert.py ckpt=outputs/.../checkpoints/last.ckpt 'export=[onnx,training_onnx,pt2,int8]' hub=true
-    python convert.py ckpt=ResNet-18_DBB_7101.pth model=resnet18_dbb source=dbb data=none
+`python convert.py --help` says what to type (its text is in configs/convert.yaml).
 """
 
 import json
@@ -94,7 +92,7 @@ def convert(settings: Settings, out: Path) -> dict:
             file_logits, _ = predict(network, data, device, name)
             report["files"][name] = {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} | measured(
                 file_logits, targets, data) | asdict(compare_logits([(logits, file_logits)]))
-        if "training_onnx" in settings.export and "model.onnx" in made:
+        if "training_onnx" in settings.export and "model.onnx" in made and report["shares"]:  # a network with blocks
             graphs = {"training structure": ("model-training.onnx", before), "converted": ("model.onnx", after)}
             report["graphs"] = {title: graph.summary(part / name) | {"macs": of["macs"], "latency_ms": latency_ms(made[name], image[:1])}
                                 for title, (name, of) in graphs.items()}

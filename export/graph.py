@@ -108,7 +108,8 @@ def nodes(path: Path) -> list[Node]:
         kernel = ""
         if node.op_type == "Conv" and sizes:
             out_channels, in_channels, height, width = sizes[0]
-            kernel = f"{height}x{width}, {in_channels} to {out_channels}"
+            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+            kernel = f"{height}x{width}, {in_channels * groups} to {out_channels}" + f"\n{groups} groups" * (groups > 1)
         elif pooled:
             kernel = "x".join(map(str, pooled[0]))
         inputs = [name for name in node.input if name and name not in weights]
@@ -122,13 +123,8 @@ def first_block(net: nn.Module, image: Tensor) -> tuple[str, list[Node], list[No
     Args:
         net: in eval, with blocks.
         image: `[2, C, H, W]`.
-
-    Raises:
-        ValueError: if the network has no block.
     """
-    name, block = next(((name, module) for name, module in net.named_modules() if isinstance(module, ReparamConv2d)), (None, None))
-    if block is None:
-        raise ValueError("export=[training_onnx]: the network has no blocks, so that there is nothing to compare its graph with")
+    name, block = next((name, module) for name, module in net.named_modules() if isinstance(module, ReparamConv2d))
     seen = []
     with block.register_forward_pre_hook(lambda module, args: seen.append(args[0])), torch.no_grad():
         net(image)

@@ -108,7 +108,8 @@ def draw_graphs(block: tuple[str, list[Node], list[Node]], counts: dict[str, dic
     height = 0.8 / len(counts)
     for index, (title, graph) in enumerate(counts.items()):
         bars = right.barh([row + index * height for row in range(len(kinds))], [graph["nodes"].get(kind, 0) for kind in kinds],
-                          height, label=f"{title}: {sum(graph['nodes'].values())} operators")
+                          height, color=("tab:orange", "tab:blue")[index],
+                          label=f"{title}: {sum(graph['nodes'].values())} operators")
         right.bar_label(bars, padding=2)
     right.set_yticks([row + (len(counts) - 1) * height / 2 for row in range(len(kinds))], kinds)
     right.invert_yaxis()
