@@ -31,7 +31,8 @@ def draw(run_dir: Path, path: Path) -> None:
             axis.plot([point.step for point in points], [point.value for point in points], label=label)
         axis.set_title(title)
         axis.set_xlabel("training step")
-        axis.set_ylim(bottom=0)
+        if not title.startswith("gamma/"):
+            axis.set_ylim(bottom=0)
         axis.legend()
     figure.savefig(path, dpi=80)
 
