@@ -29,7 +29,7 @@ from training.settings import Settings, resolve
 
 
 def convert(settings: Settings, out: Path) -> dict:
-    """Evaluate branch by branch, convert in float64, write each file, load it again, and evaluate it likewise.
+    """Evaluate branch by branch, convert in float64, write each file, load it again, and evaluate it in the same way.
 
     Without labels (`data=none`) all of it runs on noise images, and no accuracy is measured.
 

@@ -61,7 +61,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if settings.source is not None:
         raise ValueError(f"source={settings.source}: train.py goes on with its own checkpoints only; model.weights=FILE starts from "
                          "a plain network's weights, convert.py reads published files")
-    if settings.logger.id is None or (wanted is not None and not last.exists()):  # a checkpoint's id is that of its own folder's run
+    if settings.logger.id is None or (wanted is not None and not last.exists()):  # the id in a checkpoint belongs to its own folder
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -72,8 +72,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         changed = [*checkpoint["dbb"].get("changed", []), *changes(checkpoint["dbb"]["settings"], settings, done)]
         evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
         if done >= settings.trainer.max_epochs and evaluated:
-            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint has all of {done} epochs behind it; "
-                             "ask for more")
+            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has {done} epochs; "
+                             "set more to train on")
         if optimizer != settings.optim.name:
             raise ValueError(f"optim.name={settings.optim.name} cannot go on with the state of {optimizer} in the checkpoint")
     data = ImageData(settings.data, settings.seed, first_epoch=done)
@@ -96,7 +96,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         raise ValueError(f"trainer.devices={settings.trainer.devices}: each of the {trainer.world_size} processes of this job would start "
                          "the whole sweep again: say trainer.devices=1, or start every job by itself, without -m")
     if trainer.is_global_zero:
-        # Of an earlier session. Lightning's own of SLURM stop in the middle of an epoch, whose order could not be gone on with.
+        # Of an earlier session. Lightning's own checkpoints for SLURM are made in the middle of an epoch,
+        # from which the order of the data cannot continue.
         for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
             path.unlink(missing_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))

@@ -85,7 +85,7 @@ class OnnxNetwork(nn.Module):
 
 
 class Node(NamedTuple):
-    """An operator of an ONNX file: its kind, what it reads and writes that is no constant, and the size of its kernel, if it has one."""
+    """An operator of an ONNX file: its kind, the tensors that it reads (without constants) and writes, the size of its kernel."""
 
     kind: str
     inputs: list[str]

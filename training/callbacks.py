@@ -116,8 +116,8 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
 
 
 def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger:
-    """The W&B run of a run's folder, new or gone on with; named by model, block and seed, grouped by model and data."""
-    # Without a key there is nobody to ask: run offline, to be sent later with `wandb sync`.
+    """The W&B run of a run's folder, new or continued; named by model, block and seed, grouped by model and data."""
+    # Without a key: run offline; `wandb sync` sends the run later.
     conf, model, block = settings.logger, settings.model.name, settings.block.name
     offline = conf.offline or not wandb.login(prompt=False, verify=False)
     mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
@@ -147,7 +147,7 @@ def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Te
 
 
 def _csv(run_dir: Path) -> CSVLogger:
-    """Lightning's logger deletes an existing metrics.csv; this one goes on after its last row."""
+    """Lightning's logger deletes an existing metrics.csv; this one appends to it."""
     path, kept = run_dir / "metrics.csv", run_dir / "metrics-before-resume.csv"
     if path.exists() and rank_zero_only.rank == 0:
         path.rename(kept)
