@@ -29,7 +29,7 @@ from training.settings import Settings, resolve
 
 
 def convert(settings: Settings, out: Path) -> dict:
-    """Evaluate branch by branch, convert in float64, write each file, load it again, and evaluate it in the same way.
+    """Evaluate branch by branch, convert in float64, write each file, load it again, and evaluate it so.
 
     Without labels (`data=none`) all of it runs on noise images, and no accuracy is measured.
 
@@ -92,7 +92,8 @@ def convert(settings: Settings, out: Path) -> dict:
             file_logits, _ = predict(network, data, device, name)
             report["files"][name] = {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} | measured(
                 file_logits, targets, data) | asdict(compare_logits([(logits, file_logits)]))
-        if "training_onnx" in settings.export and "model.onnx" in made and report["shares"]:  # a network with blocks
+        has_blocks = bool(report["shares"])
+        if "training_onnx" in settings.export and "model.onnx" in made and has_blocks:
             graphs = {"training structure": ("model-training.onnx", before), "converted": ("model.onnx", after)}
             report["graphs"] = {title: graph.summary(part / name) | {"macs": of["macs"], "latency_ms": latency_ms(made[name], image[:1])}
                                 for title, (name, of) in graphs.items()}
@@ -136,8 +137,8 @@ def print_tables(report: dict) -> None:
     print(f"\n{'':12s}{'before':>16s}{'after':>16s}")
     for name, before, after in rows(report):
         print(f"{name:12s}{before:>16s}{after:>16s}")
-    print(f"{report['predictions_changed']} of {report['images']} predictions changed, {report['ties']} ties, "
-          f"largest relative logit error {report['relative_error']:.1e}")
+    print(f"{report['predictions_changed']} of {report['images']} predictions changed, "
+          f"{report['ties']} ties, largest relative logit error {report['relative_error']:.1e}")
     if "top1" not in report["before"]:
         print("data=none: compared on seeded noise images; no accuracy was measured")
 
@@ -168,7 +169,8 @@ def main(cfg: DictConfig) -> None:
         if settings.logger.name == "wandb":
             log(report, settings, out, run_dir)
         print_tables(report)
-        print(f"\nwritten to {out}: look at report.md and report.png; the network is in {', '.join(report['files'])}")
+        files = ", ".join(report["files"])
+        print(f"\nwritten to {out}: look at report.md and report.png; the network is in {files}")
 
 
 if __name__ == "__main__":

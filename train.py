@@ -30,7 +30,7 @@ from training.module import Classifier, rough_start
 from training.runs import LOCK, FolderTakenError, alone_in, changes, read_result, take_up
 from training.settings import Settings, resolve
 
-# Time and activations of a training step, over the plain network's, where it was measured (benchmarks/README.md).
+# Time and activations of a training step, over the plain network's, as measured (benchmarks/README.md).
 MEASURED = {"resnet18": {"exact": (2.61, 2.15), "online": (1.52, 1.06), "linear": (1.25, 1.62)},
             "mobilenet_v1": {"exact": (1.83, 0.81), "online": (1.43, 0.89), "linear": (0.96, 1.00)},
             "resnet20": {"exact": (3.30, 2.04), "online": (1.97, 0.64), "linear": (1.25, 1.05)},
@@ -61,7 +61,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if settings.source is not None:
         raise ValueError(f"source={settings.source}: train.py goes on with its own checkpoints only; model.weights=FILE starts from "
                          "a plain network's weights, convert.py reads published files")
-    if settings.logger.id is None or (wanted is not None and not last.exists()):  # the id in a checkpoint belongs to its own folder
+    if settings.logger.id is None or (wanted is not None and not last.exists()):
+        # The id in a checkpoint belongs to its own folder.
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -72,8 +73,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         changed = [*checkpoint["dbb"].get("changed", []), *changes(checkpoint["dbb"]["settings"], settings, done)]
         evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
         if done >= settings.trainer.max_epochs and evaluated:
-            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has {done} epochs; "
-                             "set more to train on")
+            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has {done} "
+                             "epochs; set more to train on")
         if optimizer != settings.optim.name:
             raise ValueError(f"optim.name={settings.optim.name} cannot go on with the state of {optimizer} in the checkpoint")
     data = ImageData(settings.data, settings.seed, first_epoch=done)
@@ -122,8 +123,8 @@ def mode_line(settings: Settings) -> str:
     if model not in MEASURED or settings.block.name not in MEASURED_BLOCKS[mode]:
         return f"block.mode={mode}: benchmarks/README.md has what a training step costs"
     time, activations = MEASURED[model][mode]
-    return (f"block.mode={mode}: expect a training step of {time:.1f} times the plain {model}'s time and {activations:.1f} times its "
-            "activations (measured on a CPU with images of 32 pixels)")
+    return (f"block.mode={mode}: expect a training step of {time:.1f} times the plain {model}'s time and "
+            f"{activations:.1f} times its activations (measured on a CPU with images of 32 pixels)")
 
 
 def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path, cost: dict[str, float]) -> dict[str, float]:

@@ -85,7 +85,7 @@ class OnnxNetwork(nn.Module):
 
 
 class Node(NamedTuple):
-    """An operator of an ONNX file: its kind, the tensors that it reads (without constants) and writes, the size of its kernel."""
+    """An operator of an ONNX file: its kind, the tensors that it reads (no constants) and writes, its kernel."""
 
     kind: str
     inputs: list[str]
@@ -104,27 +104,30 @@ def nodes(path: Path) -> list[Node]:
         if node.op_type == "Constant":
             continue
         sizes = [weights[name] for name in node.input if len(weights.get(name, ())) == 4]
-        pooled = [attribute.ints for attribute in node.attribute if attribute.name == "kernel_shape" and not sizes]
+        options = {attribute.name: attribute for attribute in node.attribute}
         kernel = ""
         if node.op_type == "Conv" and sizes:
             out_channels, in_channels, height, width = sizes[0]
-            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-            kernel = f"{height}x{width}, {in_channels * groups} to {out_channels}" + f"\n{groups} groups" * (groups > 1)
-        elif pooled:
-            kernel = "x".join(map(str, pooled[0]))
+            groups = options["group"].i if "group" in options else 1
+            kernel = f"{height}x{width}, {in_channels * groups} to {out_channels}"
+            if groups > 1:
+                kernel += f"\n{groups} groups"
+        elif "kernel_shape" in options:
+            kernel = "x".join(map(str, options["kernel_shape"].ints))
         inputs = [name for name in node.input if name and name not in weights]
         found.append(Node(node.op_type, inputs, list(node.output), kernel))
     return found
 
 
 def first_block(net: nn.Module, image: Tensor) -> tuple[str, list[Node], list[Node]]:
-    """The first block of a network as ONNX operators: its name, every branch on its own, and the one convolution.
+    """The first block of a network as ONNX operators: its name, all branches, and the one convolution.
 
     Args:
         net: in eval, with blocks.
         image: `[2, C, H, W]`.
     """
-    name, block = next((name, module) for name, module in net.named_modules() if isinstance(module, ReparamConv2d))
+    blocks = ((name, module) for name, module in net.named_modules() if isinstance(module, ReparamConv2d))
+    name, block = next(blocks)
     seen = []
     with block.register_forward_pre_hook(lambda module, args: seen.append(args[0])), torch.no_grad():
         net(image)

@@ -6,7 +6,7 @@ from export.graph import Node
 
 FORMATS = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}", "latency_ms": "{:.2f}"}
 
-COLORS = {"Conv": "#dbe9fb", "BatchNormalization": "#fde9cf", "AveragePool": "#e2f0d9"}  # as in docs/block.svg
+COLORS = {"Conv": "#dbe9fb", "BatchNormalization": "#fde9cf"}  # as in docs/block.svg
 
 
 def rows(report: dict) -> list[list[str]]:
@@ -88,7 +88,7 @@ def draw_report(report: dict, path: Path) -> None:
 
 
 def draw_graphs(block: tuple[str, list[Node], list[Node]], counts: dict[str, dict], path: Path) -> None:
-    """One block before and after, an operator a box, and how many operators of each kind both whole graphs have.
+    """One block before and after, an operator a box; and both whole graphs, operators counted by kind.
 
     Args:
         block: of `export.graph.first_block`.
@@ -107,8 +107,8 @@ def draw_graphs(block: tuple[str, list[Node], list[Node]], counts: dict[str, dic
     kinds = list(dict.fromkeys(kind for graph in counts.values() for kind in graph["nodes"]))
     height = 0.8 / len(counts)
     for index, (title, graph) in enumerate(counts.items()):
-        bars = right.barh([row + index * height for row in range(len(kinds))], [graph["nodes"].get(kind, 0) for kind in kinds],
-                          height, color=("tab:orange", "tab:blue")[index],
+        rows_of_graph = [row + index * height for row in range(len(kinds))]
+        bars = right.barh(rows_of_graph, [graph["nodes"].get(kind, 0) for kind in kinds], height, color=("tab:orange", "tab:blue")[index],
                           label=f"{title}: {sum(graph['nodes'].values())} operators")
         right.bar_label(bars, padding=2)
     right.set_yticks([row + (len(counts) - 1) * height / 2 for row in range(len(kinds))], kinds)
@@ -131,10 +131,11 @@ def draw_operators(axis, operators: list[Node]) -> None:
         key = node.outputs[0]
         places[key] = (across, min(places[source][1] for source in sources) - 1)
         made |= dict.fromkeys(node.outputs, key)
-        axis.text(*places[key], label, ha="center", va="center", zorder=2, fontsize=9,
-                  bbox={"boxstyle": "round,pad=0.4", "facecolor": COLORS.get(node.kind, "white"), "edgecolor": "dimgray"})
+        box = {"boxstyle": "round,pad=0.4", "facecolor": COLORS.get(node.kind, "white"), "edgecolor": "dimgray"}
+        axis.text(*places[key], label, ha="center", va="center", zorder=2, fontsize=9, bbox=box)
     places["x"] = ((columns - 1) / 2, 0.0)
-    axis.text(*places["x"], "x", ha="center", va="center", fontsize=12, zorder=2, bbox={"boxstyle": "circle", "facecolor": "white"})
+    circle = {"boxstyle": "circle", "facecolor": "white"}
+    axis.text(*places["x"], "x", ha="center", va="center", fontsize=12, zorder=2, bbox=circle)
     for node in operators:
         for name in node.inputs:
             axis.annotate("", places[node.outputs[0]], places[made.get(name, "x")], zorder=1,

@@ -116,22 +116,23 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
 
 
 def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger:
-    """The W&B run of a run's folder, new or continued; named by model, block and seed, grouped by model and data."""
+    """The W&B run of a folder, new or continued; named by model, block and seed, grouped by model and data."""
     # Without a key: run offline; `wandb sync` sends the run later.
     conf, model, block = settings.logger, settings.model.name, settings.block.name
     offline = conf.offline or not wandb.login(prompt=False, verify=False)
     mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
     tags = [model, settings.data.name, block, *([settings.block.mode] if settings.block.branches else []), *conf.tags]
-    # W&B prints nothing of an offline run, and of an online one where to see it; the files of a run are named by train.py.
+    # W&B prints nothing of an offline run, and of an online one where to see it.
     quiet = wandb.Settings(quiet=True, silent=mode != "online")
-    logger = WandbLogger(f"{model}_{block}_s{settings.seed}", run_dir, id=conf.id, project=conf.project, entity=conf.entity,
-                         group=conf.group or f"{model}_{settings.data.name}", tags=tags, mode=mode, settings=quiet)
+    group = conf.group or f"{model}_{settings.data.name}"
+    logger = WandbLogger(f"{model}_{block}_s{settings.seed}", run_dir, id=conf.id, project=conf.project,
+                         entity=conf.entity, group=group, tags=tags, mode=mode, settings=quiet)
     logger._wandb_init.pop("anonymous")  # Lightning always passes it, and W&B warns of it
     return logger
 
 
 def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
-    """Add to W&B the confusion matrix (up to 100 classes), and the mistakes that the network is surest of, as images."""
+    """Add to W&B the confusion matrix (up to 100 classes), and images of the network's surest mistakes."""
     if not isinstance(logger, WandbLogger):
         return
     sure, predicted = logits.softmax(1).max(1)

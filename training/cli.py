@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 # A CUDA toolkit on a machine without a GPU; torch.utils.benchmark imports the module that says so.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-# "GPU available: False", advertisements, "`Trainer.fit` stopped": train.py prints the device and the result itself.
+# "GPU available: False", advertisements, "`Trainer.fit` stopped": train.py prints what matters of it.
 logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
 # Lightning calls a function that torch has renamed.
 warnings.filterwarnings("ignore", ".*LeafSpec")

@@ -138,7 +138,7 @@ def latency_ms(net: nn.Module, images: Tensor) -> float:
 
 
 class Allocations(TorchDispatchMode):
-    """Remember the memory that operators return, without keeping it alive; `left` counts what is still there."""
+    """Remember the memory that operators return, without keeping it alive; `left` counts what is there."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
@@ -155,7 +155,8 @@ class Allocations(TorchDispatchMode):
 
     def left(self) -> int:
         """Bytes of the storages made inside this context that are still alive, the `known` ones left out."""
-        return sum(size for storage, size in self.made.items() if storage not in self.known and not storage.expired())
+        made_here = {storage: size for storage, size in self.made.items() if storage not in self.known}
+        return sum(size for storage, size in made_here.items() if not storage.expired())
 
 
 def activation_bytes(net: nn.Module, images: Tensor) -> int:
