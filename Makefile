@@ -28,7 +28,7 @@ bench: .venv/ready  ## about 15 minutes, on a machine that does nothing else
 	$(RUN) benchmarks/pipeline.py
 
 families: .venv/ready  ## write docs/families.md: which convolutions of which network become blocks
-	$(RUN) docs/families.py
+	$(RUN) tools/families.py
 
 gpu: .venv/ready  ## what only a GPU can check; with two of them, a step of DDP too
 	$(RUN) -m pytest -m gpu

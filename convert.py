@@ -1,13 +1,15 @@
 """Fold every block of a trained network into one plain convolution, prove that nothing changed, and write files that stock libraries load.
 
-    python convert.py ckpt=outputs/.../checkpoints/last.ckpt
-    python convert.py ckpt=outputs/.../checkpoints/last.ckpt 'export=[onnx,training_onnx,pt2,int8]' hub=true
-    python convert.py ckpt=ResNet-18_DBB_7101.pth model=resnet18_dbb source=dbb data=none
+`python convert.py --help` says what to type (its text is in configs/convert.yaml).
 """
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
+
+if __name__ == "__main__":
+    print("loading PyTorch, onnx and W&B ...", file=sys.stderr, flush=True)  # which takes seconds
 
 import hydra
 import torch
@@ -27,7 +29,7 @@ from training.settings import Settings, resolve
 
 
 def convert(settings: Settings, out: Path) -> dict:
-    """Evaluate branch by branch, convert in float64, write each file, load it again, and evaluate it likewise.
+    """Evaluate branch by branch, convert in float64, write each file, load it again, and evaluate it so.
 
     Without labels (`data=none`) all of it runs on noise images, and no accuracy is measured.
 
@@ -90,12 +92,12 @@ def convert(settings: Settings, out: Path) -> dict:
             file_logits, _ = predict(network, data, device, name)
             report["files"][name] = {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} | measured(
                 file_logits, targets, data) | asdict(compare_logits([(logits, file_logits)]))
-        if "training_onnx" in settings.export and "model.onnx" in made:
+        has_blocks = bool(report["shares"])
+        if "training_onnx" in settings.export and "model.onnx" in made and has_blocks:
             graphs = {"training structure": ("model-training.onnx", before), "converted": ("model.onnx", after)}
             report["graphs"] = {title: graph.summary(part / name) | {"macs": of["macs"], "latency_ms": latency_ms(made[name], image[:1])}
                                 for title, (name, of) in graphs.items()}
-            draw_graphs({title: part / name for title, (name, _) in graphs.items()}, part / "graphs.png")
-        print_tables(report)
+            draw_graphs(graph.first_block(net, image), report["graphs"], part / "graphs.png")
         refuse_changes(report, out)
         if settings.hub:
             save_hub(stock, about, part / "hub")
@@ -120,6 +122,7 @@ def refuse_changes(report: dict, out: Path) -> None:
     for name, entry in {"the conversion": report, **report["files"]}.items():
         exact = entry["predictions_changed"] == 0 and entry["relative_error"] <= report["tolerance"]
         if not exact and name != KINDS["int8"][0]:
+            print_tables(report)
             (out / "report-failed.json").write_text(json.dumps(report, indent=2) + "\n")
             raise ValueError(f"{name} changed the network: {entry['predictions_changed']} of {entry['images']} predictions, largest "
                              f"relative logit error {entry['relative_error']:.1e} (tolerance={report['tolerance']:g}); no weights were "
@@ -127,17 +130,17 @@ def refuse_changes(report: dict, out: Path) -> None:
 
 
 def print_tables(report: dict) -> None:
-    """Print what was measured."""
+    """Print what was measured: a line a file, then the table before / after."""
+    for name, size, top1, changed, ties, error in file_rows(report):
+        score = f"top1 {top1}  " if top1 else ""
+        print(f"{name:20s}{size:>12s} bytes  {score}{changed} changed, {ties} ties, relative error {error}")
     print(f"\n{'':12s}{'before':>16s}{'after':>16s}")
     for name, before, after in rows(report):
         print(f"{name:12s}{before:>16s}{after:>16s}")
-    print(f"\n{report['predictions_changed']} of {report['images']} predictions changed, {report['ties']} ties, "
-          f"largest relative logit error {report['relative_error']:.1e}\n")
-    for name, size, top1, changed, ties, error in file_rows(report):
-        print(f"{name:20s}{size:>12s} bytes  {'top1 ' + top1 if top1 else ''}  {changed} changed, {ties} ties, relative error {error}")
+    print(f"{report['predictions_changed']} of {report['images']} predictions changed, "
+          f"{report['ties']} ties, largest relative logit error {report['relative_error']:.1e}")
     if "top1" not in report["before"]:
-        print("\ndata=none: compared on seeded noise images; no accuracy was measured")
-    print()
+        print("data=none: compared on seeded noise images; no accuracy was measured")
 
 
 def log(report: dict, settings: Settings, out: Path, run_dir: Path) -> None:
@@ -166,9 +169,11 @@ def main(cfg: DictConfig) -> None:
         run_dir = ckpt.parent.parent if settings.source is None else Path("outputs", ckpt.stem)  # a published file has no run
         out = Path(settings.out) if settings.out else run_dir / "convert"
         report = convert(settings, out)
-        print(f"written to {out}: {', '.join(report['files'])}, report.md, report.json, report.png")
         if settings.logger.name == "wandb":
             log(report, settings, out, run_dir)
+        print_tables(report)
+        files = ", ".join(report["files"])
+        print(f"\nwritten to {out}: look at report.md and report.png; the network is in {files}")
 
 
 if __name__ == "__main__":

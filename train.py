@@ -1,10 +1,4 @@
-"""Train a network.
-
-    python train.py model=resnet18_dbb
-    python train.py model=resnet18 block=acb data=cifar100 optim.lr=0.2
-    python train.py ckpt=outputs/.../checkpoints/last.ckpt     # goes on where it stopped
-    python train.py -m model=resnet20 block=none,dbb 'seed=range(5)' out=outputs/study     # so does this; then report.py
-"""
+"""Train a network. `python train.py --help` says what to type (its text is in configs/train.yaml)."""
 
 import json
 import math
@@ -14,6 +8,9 @@ import sys
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    print("loading PyTorch, Lightning and W&B ...", file=sys.stderr, flush=True)  # which takes seconds
 
 import hydra
 import pytorch_lightning as pl
@@ -33,9 +30,12 @@ from training.module import Classifier, rough_start, try_optimizer
 from training.runs import LOCK, FolderTakenError, alone_in, changes, read_result, take_up
 from training.settings import Settings, resolve
 
-# Training step of a network with blocks against the plain one's: time and activations, ResNet-18 (benchmarks/README.md).
-COST = {"exact": "2.6 times the time and 2.1 times the activations", "online": "1.5 times the time and 1.1 times the activations",
-        "linear": "1.3 times the time and 1.6 times the activations"}
+# Time and activations of a training step, over the plain network's, as measured (benchmarks/README.md).
+MEASURED = {"resnet18": {"exact": (2.61, 2.15), "online": (1.52, 1.06), "linear": (1.25, 1.62)},
+            "mobilenet_v1": {"exact": (1.83, 0.81), "online": (1.43, 0.89), "linear": (0.96, 1.00)},
+            "resnet20": {"exact": (3.30, 2.04), "online": (1.97, 0.64), "linear": (1.25, 1.05)},
+            "resnet56": {"exact": (3.44, 2.03), "online": (2.03, 0.65), "linear": (1.27, 1.05)}}
+MEASURED_BLOCKS = {"exact": ["dbb"], "online": ["dbb", "dbb_online"], "linear": ["orepa"]}
 
 
 def train(settings: Settings, run_dir: Path) -> dict[str, float]:
@@ -62,7 +62,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     if settings.source is not None:
         raise ValueError(f"source={settings.source}: train.py goes on with its own checkpoints only; model.weights=FILE starts from "
                          "a plain network's weights, convert.py reads published files")
-    if settings.logger.id is None or (wanted is not None and not last.exists()):  # a checkpoint's id is that of its own folder's run
+    if settings.logger.id is None or (wanted is not None and not last.exists()):
+        # The id in a checkpoint belongs to its own folder.
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
 
     trainer = make_trainer(settings, run_dir)
@@ -74,11 +75,12 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         changed = [*checkpoint["dbb"].get("changed", []), *changes(checkpoint["dbb"]["settings"], settings, done)]
         evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
         if done >= settings.trainer.max_epochs and evaluated:
-            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint has all of {done} epochs behind it; "
-                             "ask for more")
+            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has {done} "
+                             "epochs; set more to train on")
         if optimizer != settings.optim.name:
             raise ValueError(f"optim.name={settings.optim.name} cannot go on with the state of {optimizer} in the checkpoint")
     data = ImageData(settings.data, settings.seed, first_epoch=done)
+    print(f"loading the images of data={settings.data.name}", flush=True)
     data.load(train=True)
     if checkpoint is not None:
         data.check_classes(checkpoint["dbb"]["classes"])
@@ -90,7 +92,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
 
     trainer.loggers = make_loggers(settings, run_dir)
     if trainer.is_global_zero:
-        # Of an earlier session. Lightning's own of SLURM stop in the middle of an epoch, whose order could not be gone on with.
+        # Of an earlier session. Lightning's own checkpoints for SLURM are made in the middle of an epoch,
+        # from which the order of the data cannot continue.
         for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
             path.unlink(missing_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
@@ -99,8 +102,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         parameters = sum(p.numel() for p in model.net.parameters())
         print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
               f"at {data.image_size} pixels, {activations:.0f} MiB of activations a batch, on {trainer.strategy.root_device}",
-              *[f"block.mode={settings.block.mode}: expect a training step of {COST[settings.block.mode]} of the plain network's "
-                f"(measured on ResNet-18)", model.net.report] * bool(model.net.report), *rough_start(settings) * (checkpoint is None),
+              *[mode_line(settings), model.net.report] * bool(model.net.report), *rough_start(settings) * (checkpoint is None),
               f"run folder: {run_dir}", sep="\n")
         log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
 
@@ -135,6 +137,16 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
     return trainer
 
 
+def mode_line(settings: Settings) -> str:
+    """How the blocks are trained, and what that costs, where this network was measured."""
+    mode, model = settings.block.mode, settings.model.name
+    if model not in MEASURED or settings.block.name not in MEASURED_BLOCKS[mode]:
+        return f"block.mode={mode}: benchmarks/README.md has what a training step costs"
+    time, activations = MEASURED[model][mode]
+    return (f"block.mode={mode}: expect a training step of {time:.1f} times the plain {model}'s time and "
+            f"{activations:.1f} times its activations (measured on a CPU with images of 32 pixels)")
+
+
 def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path, cost: dict[str, float]) -> dict[str, float]:
     """Evaluate the checkpoint kept, branch by branch and converted; print, log and write result.json, whose content is returned."""
     last = run_dir / "checkpoints" / "last.ckpt"
@@ -153,7 +165,7 @@ def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_d
         logger.save()
     log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, last), f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of {len(targets)} "
-          "predictions changed (python convert.py writes the files)", sep="\n")
+          f"predictions changed (python convert.py ckpt={last} writes the files)", sep="\n")
     return result
 
 

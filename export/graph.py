@@ -2,15 +2,16 @@
 
 import json
 import logging
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dbb import branchwise
+from dbb import ReparamConv2d, branchwise
 from export.files import parse_about
 
 
@@ -83,14 +84,58 @@ class OnnxNetwork(nn.Module):
         return torch.from_numpy(self.session.run(None, {"images": images.cpu().numpy()})[0])
 
 
-def nodes(path: Path) -> list[tuple[str, Sequence[str], Sequence[str]]]:
-    """Type, inputs that are no constants, and outputs of every node."""
+class Node(NamedTuple):
+    """An operator of an ONNX file: its kind, the tensors that it reads (no constants) and writes, its kernel."""
+
+    kind: str
+    inputs: list[str]
+    outputs: list[str]
+    kernel: str
+
+
+def nodes(path: Path) -> list[Node]:
+    """The operators of an ONNX file, in the order in which they run."""
     import onnx
 
     graph = onnx.load(path).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    return [(node.op_type, [name for name in node.input if name and name not in constants], list(node.output))
-            for node in graph.node if node.op_type != "Constant"]
+    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type == "Constant":
+            continue
+        sizes = [weights[name] for name in node.input if len(weights.get(name, ())) == 4]
+        options = {attribute.name: attribute for attribute in node.attribute}
+        kernel = ""
+        if node.op_type == "Conv" and sizes:
+            out_channels, in_channels, height, width = sizes[0]
+            groups = options["group"].i if "group" in options else 1
+            kernel = f"{height}x{width}, {in_channels * groups} to {out_channels}"
+            if groups > 1:
+                kernel += f"\n{groups} groups"
+        elif "kernel_shape" in options:
+            kernel = "x".join(map(str, options["kernel_shape"].ints))
+        inputs = [name for name in node.input if name and name not in weights]
+        found.append(Node(node.op_type, inputs, list(node.output), kernel))
+    return found
+
+
+def first_block(net: nn.Module, image: Tensor) -> tuple[str, list[Node], list[Node]]:
+    """The first block of a network as ONNX operators: its name, all branches, and the one convolution.
+
+    Args:
+        net: in eval, with blocks.
+        image: `[2, C, H, W]`.
+    """
+    blocks = ((name, module) for name, module in net.named_modules() if isinstance(module, ReparamConv2d))
+    name, block = next(blocks)
+    seen = []
+    with block.register_forward_pre_hook(lambda module, args: seen.append(args[0])), torch.no_grad():
+        net(image)
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        export_onnx(block, seen[0], {}, before, training=True)
+        export_onnx(block.fuse(), seen[0], {}, after)
+        return name, nodes(before), nodes(after)
 
 
 def summary(path: Path) -> dict:
@@ -98,5 +143,5 @@ def summary(path: Path) -> dict:
     import onnx
 
     floats = [tensor for tensor in onnx.load(path).graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
-    return {"nodes": dict(Counter(kind for kind, _, _ in nodes(path)).most_common()),
+    return {"nodes": dict(Counter(node.kind for node in nodes(path)).most_common()),
             "parameters": sum(torch.Size(tensor.dims).numel() for tensor in floats)}

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from export.graph import nodes
+from export.graph import Node
 
 FORMATS = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}", "latency_ms": "{:.2f}"}
+
+COLORS = {"Conv": "#dbe9fb", "BatchNormalization": "#fde9cf"}  # as in docs/block.svg
 
 
 def rows(report: dict) -> list[list[str]]:
@@ -87,28 +89,60 @@ def draw_report(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_graphs(paths: dict[str, Path], path: Path) -> None:
-    """Each ONNX graph from top to bottom, a dot per node, coloured by its type."""
-    import networkx
+def draw_graphs(block: tuple[str, list[Node], list[Node]], counts: dict[str, dict], path: Path) -> None:
+    """One block before and after, an operator a box; and both whole graphs, operators counted by kind.
+
+    Args:
+        block: of `export.graph.first_block`.
+        counts: by graph, its `export.graph.summary`.
+        path: of the picture.
+    """
     from matplotlib.figure import Figure
 
-    figure, kinds = Figure(figsize=(5 * len(paths), 14), layout="constrained"), {}
-    for axis, (title, file) in zip(figure.subplots(1, len(paths)), paths.items(), strict=True):
-        graph, made = networkx.DiGraph(), {}
-        for index, (kind, inputs, outputs) in enumerate(nodes(file)):
-            graph.add_node(index, color=kinds.setdefault(kind, f"C{len(kinds) % 10}"))
-            graph.add_edges_from((made[name], index) for name in inputs if name in made)
-            made |= dict.fromkeys(outputs, index)
-        for depth, generation in enumerate(networkx.topological_generations(graph)):
-            for index in generation:
-                graph.nodes[index]["depth"] = depth
-        places = networkx.multipartite_layout(graph, subset_key="depth", align="horizontal")
-        places = {index: (x, -graph.nodes[index]["depth"]) for index, (x, _) in places.items()}
-        networkx.draw_networkx(graph, places, ax=axis, with_labels=False, node_size=14, width=0.4, arrows=False,
-                               node_color=[graph.nodes[index]["color"] for index in graph])
-        axis.set_title(f"{title}: {len(graph)} nodes")
-        axis.axis("off")
-    for kind, color in kinds.items():
-        axis.scatter([], [], color=color, label=kind)
-    axis.legend(loc="lower right", fontsize="small")
+    name, before, after = block
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[3.2, 1, 1.4])
+    draw_operators(left, before)
+    left.set_title(f"{name} in training: {len(before)} operators")
+    draw_operators(middle, after)
+    middle.set_title(f"converted: {len(after)}")
+    kinds = list(dict.fromkeys(kind for graph in counts.values() for kind in graph["nodes"]))
+    height = 0.8 / len(counts)
+    for index, (title, graph) in enumerate(counts.items()):
+        rows_of_graph = [row + index * height for row in range(len(kinds))]
+        bars = right.barh(rows_of_graph, [graph["nodes"].get(kind, 0) for kind in kinds], height, color=("tab:orange", "tab:blue")[index],
+                          label=f"{title}: {sum(graph['nodes'].values())} operators")
+        right.bar_label(bars, padding=2)
+    right.set_yticks([row + (len(counts) - 1) * height / 2 for row in range(len(kinds))], kinds)
+    right.invert_yaxis()
+    right.set_title("the whole network")
+    right.legend(loc="lower right")
+    right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
+
+
+def draw_operators(axis, operators: list[Node]) -> None:
+    """A small graph from top to bottom: a labelled box an operator, below all that it reads."""
+    places, made, columns = {"x": (0.0, 0.0)}, {}, 0
+    for node in operators:
+        sources = [made.get(name, "x") for name in node.inputs]
+        across = sum(places[source][0] for source in sources) / len(sources)
+        if sources == ["x"]:
+            across, columns = float(columns), columns + 1
+        label = f"{node.kind}\n{node.kernel}" if node.kernel else node.kind
+        key = node.outputs[0]
+        places[key] = (across, min(places[source][1] for source in sources) - 1)
+        made |= dict.fromkeys(node.outputs, key)
+        box = {"boxstyle": "round,pad=0.4", "facecolor": COLORS.get(node.kind, "white"), "edgecolor": "dimgray"}
+        axis.text(*places[key], label, ha="center", va="center", zorder=2, fontsize=9, bbox=box)
+    places["x"] = ((columns - 1) / 2, 0.0)
+    circle = {"boxstyle": "circle", "facecolor": "white"}
+    axis.text(*places["x"], "x", ha="center", va="center", fontsize=12, zorder=2, bbox=circle)
+    for node in operators:
+        for name in node.inputs:
+            axis.annotate("", places[node.outputs[0]], places[made.get(name, "x")], zorder=1,
+                          arrowprops={"arrowstyle": "-|>", "color": "dimgray", "shrinkB": 14})
+    across, down = zip(*places.values(), strict=True)
+    axis.set_xlim(min(across) - 0.6, max(across) + 0.6)
+    axis.set_ylim(min(down) - 0.6, 0.6)
+    axis.axis("off")

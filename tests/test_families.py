@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from docs.families import TIMM, TORCHVISION, examine
 from tests.conftest import ROOT
+from tools.families import TIMM, TORCHVISION, examine
 
 SLOW = {"resnet18", "resnet50d", "res2net50_14w_8s", "inception_resnet_v2", "inception_v4", "cspdarknet53", "xception41", "cspresnet50",
         "mobileone_s0", "dm_nfnet_f0", "resnetv2_50", "selecsls42b", "darknet17", "tf_efficientnetv2_b0", "ghostnetv2_100"}
@@ -16,7 +16,7 @@ FAMILIES = [("timm", name) for name in TIMM if name not in SLOW] + \
 
 @pytest.mark.parametrize(("library", "name"), FAMILIES)
 def test_families(library, name):
-    """All but the slow ones of docs/families.md, which `python docs/families.py` writes."""
+    """All but the slow ones of docs/families.md, which `python tools/families.py` writes."""
     finding = examine(library, name)
     [row] = [row for row in Path(ROOT, "docs", "families.md").read_text().splitlines() if row.startswith(f"| {library} | {name} |")]
     assert f"| {finding.swapped} of {finding.convolutions} |" in row, "the table is out of date"

@@ -76,7 +76,7 @@ def test_a_changed_batch_keeps_the_place_in_the_schedule(make_settings, tmp_path
     assert rates[-4:] == pytest.approx([0.1 * warmup_cosine(step, 8, 0) for step in (4, 5, 6, 7)])
 
 
-@pytest.mark.parametrize(("override", "message"), [("trainer.max_epochs=1", "all of 1 epochs behind it"),
+@pytest.mark.parametrize(("override", "message"), [("trainer.max_epochs=1", "already has 1 epochs"),
                                                   ("optim.name=adamw", "state of momentum")])
 def test_what_a_checkpoint_cannot_go_on_with(make_settings, tmp_path, override, message):
     train_script.train(make_settings(*SHORT, "trainer.max_epochs=1"), tmp_path)

@@ -218,7 +218,7 @@ def test_a_run_that_is_told_to_stop_does_not_look_finished():
 
 
 def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
-    """SLURM's side is played by environment variables, a signal, and an scontrol that writes down what it was asked."""
+    """A stand-in for SLURM: environment variables, a signal, and an scontrol that records its arguments."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")

@@ -128,15 +128,18 @@ def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
     """
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
     conf, model, block = settings.logger, settings.model.name, settings.block.name
-    mode = settings.block.mode if settings.block.branches else None
-    tags = [tag for tag in (model, settings.data.name, block, mode, *conf.tags) if tag is not None]
+    trained = settings.block.mode if settings.block.branches else None
+    tags = [tag for tag in (model, settings.data.name, block, trained, *conf.tags) if tag is not None]
     name, group = f"{model}_{block}_s{settings.seed}", conf.group or f"{model}_{settings.data.name}"
     for wanted, instead in ((_wandb_mode, f"offline; later: wandb sync {run_dir}/wandb/offline-run-*"),
                             (lambda conf: "offline", "without W&B; metrics.csv has all of its metrics")):
         try:
+            mode = wanted(conf)
+            # W&B prints nothing of an offline run, and of an online one where to see it.
+            options = wandb.Settings(init_timeout=WANDB_WAIT, quiet=True, silent=mode != "online")
             logger = WandbLogger(name, run_dir, id=conf.id, project=conf.project, entity=conf.entity,
-                                 group=group, tags=tags, mode=wanted(conf),
-                                 settings=wandb.Settings(init_timeout=WANDB_WAIT))
+                                 group=group, tags=tags, mode=mode, settings=options)
+            logger._wandb_init.pop("anonymous")  # Lightning always passes it, and W&B warns of it
             logger.experiment  # noqa: B018  the run, which W&B starts when it is asked for
             return logger
         except Exception as error:  # of many kinds, W&B's own and others'
@@ -154,7 +157,7 @@ def _wandb_mode(conf: LoggerConf) -> str:
 
 
 def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
-    """Add to W&B the confusion matrix (up to 100 classes), and the images that the network is most surely wrong about."""
+    """Add to W&B the confusion matrix (up to 100 classes), and images of the network's surest mistakes."""
     if not isinstance(logger, WandbLogger):
         return
     sure, predicted = logits.softmax(1).max(1)
@@ -170,7 +173,7 @@ def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Te
 
 
 def _csv(run_dir: Path) -> CSVLogger:
-    """Lightning's logger deletes an existing metrics.csv; this one goes on after its last row."""
+    """Lightning's logger deletes an existing metrics.csv; this one appends to it."""
     path, kept = run_dir / "metrics.csv", run_dir / "metrics-before-resume.csv"
     if path.exists() and rank_zero_only.rank == 0:
         path.rename(kept)

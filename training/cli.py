@@ -1,13 +1,22 @@
 """What the three scripts share on the command line: plain sentences instead of tracebacks, and output folders."""
 
+import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+# A CUDA toolkit on a machine without a GPU; torch.utils.benchmark imports the module that says so.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+# "GPU available: False", advertisements, "`Trainer.fit` stopped": train.py prints what matters of it.
+logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+# Lightning calls a function that torch has renamed.
+warnings.filterwarnings("ignore", ".*LeafSpec")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The one evaluation that train.py, eval.py and convert.py share: float32, deterministic, on one device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,6 +143,28 @@ def latency_ms(net: nn.Module, images: Tensor) -> float:
     return timer.blocked_autorange(min_run_time=0.3).median * 1e3
 
 
+class Allocations(TorchDispatchMode):
+    """Remember the memory that operators return, without keeping it alive; `left` counts what is there."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.made[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    def left(self) -> int:
+        """Bytes of the storages made inside this context that are still alive, the `known` ones left out."""
+        made_here = {storage: size for storage, size in self.made.items() if storage not in self.known}
+        return sum(size for storage, size in made_here.items() if not storage.expired())
+
+
 def activation_bytes(net: nn.Module, images: Tensor) -> int:
     """Bytes that a forward pass in training mode leaves allocated for backward, the images included; on the CPU, in float32.
 
@@ -151,9 +175,9 @@ def activation_bytes(net: nn.Module, images: Tensor) -> int:
         images: `[N, C, H, W]`.
     """
     net = deepcopy(net).train()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with Allocations([*net.parameters(), *net.buffers(), images]) as memory:
         logits = net(images)
-    return sum(event.self_cpu_memory_usage for event in profiler.key_averages()) + images.nbytes - logits.nbytes
+    return memory.left() + images.nbytes - logits.nbytes
 
 
 def activations_of_a_batch(net: nn.Module, batch_size: int, image_size: int) -> float:

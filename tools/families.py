@@ -1,6 +1,6 @@
 """Which convolutions become blocks, family by family: writes docs/families.md.
 
-    python docs/families.py
+    python tools/families.py
 
 For every network: swap with init="single", compare with the original in eval (same function, so nothing was lost on the
 way), then randomise all norms, convert, and compare with the branches as drawn. float64, two random images.
@@ -99,7 +99,7 @@ def reasons(report: Report) -> dict[str, int]:
 
 def main() -> None:
     lines = ["# Which convolutions become blocks", "",
-             "Written by `python docs/families.py`. Swapped are kernel sizes 2 to 6, each with the BatchNorm that alone is fed by",
+             "Written by `python tools/families.py`. Swapped are kernel sizes 2 to 6, each with the BatchNorm that alone is fed by",
              "it. *Same function*: relative difference between the original network and the swapped one with `init=\"single\"`, in eval.",
              "*After conversion*: between the branches as drawn and the converted network, with random statistics in all norms.",
              "float64; rounding grows with depth, most in networks with gates and random statistics.", "",
@@ -112,7 +112,7 @@ def main() -> None:
             errors = ["-" if e is None else f"{e:.0e}" for e in (finding.same_function, finding.after_conversion)]
             lines.append(f"| {library} | {name} | {finding.swapped} of {finding.convolutions} | {stay} | {errors[0]} | {errors[1]} |")
             print(lines[-1], flush=True)
-    (Path(__file__).parent / "families.md").write_text("\n".join(lines) + "\n")
+    Path(__file__).parent.with_name("docs").joinpath("families.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""Draw docs/run.png: what TensorBoard and W&B show of a run, from its TensorBoard files.
+
+    python train.py experiment=demo logger=tensorboard out=outputs/demo_tensorboard
+    python tools/run_picture.py outputs/demo_tensorboard
+"""
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SHOWN = {"loss": ["train/loss_epoch", "test/loss"], "accuracy on the test images": ["test/top1"],
+         "learning rate": ["lr-SGD"], "seconds a training step": ["train/seconds_per_step"]}
+
+
+def draw(run_dir: Path, path: Path) -> None:
+    """The curves of SHOWN, and for the first and the last layer each branch's share and size of gammas."""
+    events = EventAccumulator(str(run_dir)).Reload()
+    names = events.Tags()["scalars"]
+    layers = [name.split("/")[1] for name in names if name.startswith("share/") and name.endswith("/kxk")]
+    panels = dict(SHOWN)
+    for layer in (layers[0], layers[-1]):
+        for kind in ("share", "gamma"):
+            panels[f"{kind}/{layer}"] = [name for name in names if name.startswith(f"{kind}/{layer}/")]
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    for axis, (title, shown) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
+        for name in shown:
+            points = events.Scalars(name)
+            label = name.removeprefix(f"{title}/")
+            axis.plot([point.step for point in points], [point.value for point in points], label=label)
+        axis.set_title(title)
+        axis.set_xlabel("training step")
+        if not title.startswith("gamma/"):
+            axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    draw(parser.parse_args().run, Path(__file__).parent.with_name("docs") / "run.png")
+
+
+if __name__ == "__main__":
+    main()
