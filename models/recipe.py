@@ -8,7 +8,6 @@ SMALL_STEM = {
 }
 
 
-
 def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
     """Name and arguments under which timm builds a network unchanged; None if it does not: small images, our own networks."""
     if name in UNTRAINED or (name in OF_TIMM and image_size <= SMALL_IMAGE):
@@ -25,7 +24,7 @@ def recipe(name: str, num_classes: int, image_size: int) -> str:
     """Python that builds `net`, of the keys and shapes of model.safetensors, from timm or from one file of `models/`.
 
     Args:
-        name: see `models.build_model`; likewise the others.
+        name: see `models.build_model`; the same for the others.
         num_classes: see there.
         image_size: see there.
     """

@@ -117,6 +117,6 @@ def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(stored: dict[str, Any], settings: Settings, done: int) -> list[str]:
-    """What of the training was set otherwise in a checkpoint's settings, of `done` epochs: a run that is no plain run of either."""
+    """Settings of the training that differ from a checkpoint's, of `done` epochs, a sentence each."""
     old, new = of_the_training(stored), of_the_training(asdict(settings))
     return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items() if key in old and old[key] != value]
