@@ -127,7 +127,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         except Exception as error:  # no network, no such weights: whatever the hub's client raises
             if not pretrained:
                 raise
-            raise ValueError(f"model.pretrained=true: the weights of {name} could not be had ({str(error).splitlines()[0]}); "
+            raise ValueError(f"model.pretrained=true: the weights of {name} could not be fetched ({str(error).splitlines()[0]}); "
                              "model.weights=FILE starts from a file") from error
     else:
         nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4) or [*BACKBONES, "timm.list_models()"]

@@ -154,7 +154,7 @@ def test_warm_start_computes_the_same(make_settings, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["model=resnet20_dbb", "model.pretrained=true"], "resnet20 has no weights to fetch"),
-    (["model=resnet18_dbb", "model.pretrained=true"], "weights of resnet18 could not be had"),
+    (["model=resnet18_dbb", "model.pretrained=true"], "weights of resnet18 could not be fetched"),
     (["model=resnet20_dbb", "model.weights=x.pth", "block.init=ones"], "would change what the trained weights compute"),
     (["model=resnet56_dbb", "model.weights=x.pth"], "another network: .* missing .*blocks.10"),
     (["model=resnet20", "block.branches=[1x1]"], "conv1: branches=.*1x1.* spans the kernel"),

@@ -122,7 +122,7 @@ class ImageData(pl.LightningDataModule):
         return self._loader(self.test_set, self.test_indices, shuffle=False, whole=True)
 
     def held_out_dataloader(self) -> DataLoader:
-        """All of the held-out training images, likewise."""
+        """All of the held-out training images, in one process."""
         return self._loader(self.train_set.without_augmentation(), self.val_indices, shuffle=False, whole=True)
 
     def calibration_images(self, count: int = 1024) -> Iterator[Tensor]:
