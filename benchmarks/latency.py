@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py ckpt=outputs/.../checkpoints/last.ckpt
 
-Forms: branch by branch as trained; merged (plain convolutions, the other norms as they are); the stock network with its norms;
-the stock network with its norms folded in. All cells of a batch size are timed in turn, round by round, in this one process;
+Forms: branch by branch as trained; merged (plain convolutions, the other norms as they are); the plain network with its norms;
+the plain network with its norms folded in. All cells of a batch size are timed in turn, round by round, in this one process;
 medians, in milliseconds. On the CPU, where onnxruntime runs too. Writes all numbers to benchmarks/results/.
 """
 
@@ -51,15 +51,15 @@ def measure(settings: Settings) -> list[dict]:
     checkpoint = load_checkpoint(settings.ckpt)
     net, size, classes = load_network(checkpoint, settings), checkpoint["dbb"]["image_size"], len(checkpoint["dbb"]["classes"])
     image, stock = torch.zeros(2, 3, size, size), build_model(settings.model.name, classes, image_size=size).eval()
-    forms = {"branch by branch": Branchwise(net), "merged": reparameterize(net), "stock, with norms": stock,
-             "stock, norms folded": fold_norms(stock, image)}
+    forms = {"branch by branch": Branchwise(net), "merged": reparameterize(net), "plain, with norms": stock,
+             "plain, norms folded": fold_norms(stock, image)}
     cells = {}
     with tempfile.TemporaryDirectory() as folder:
         for form, network in forms.items():
             path, branches = Path(folder) / f"{len(cells)}.onnx", form == "branch by branch"
             about = {"model": settings.model.name, "classes": ["a"], "image_size": size, "resize": size, "mean": [0.0] * 3,
                      "std": [1.0] * 3}
-            export_onnx(net if branches else network, image, about, path, training=branches or form == "stock, with norms")
+            export_onnx(net if branches else network, image, about, path, training=branches or form == "plain, with norms")
             cells |= {(form, "eager"): network, (form, "compiled"): torch.compile(network, dynamic=False),
                       (form, "onnxruntime"): OnnxNetwork(path, torch.get_num_threads())}
     rows = []

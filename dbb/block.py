@@ -29,7 +29,7 @@ class ReparamConv2d(nn.Module):
     Args:
         in_channels: C_in.
         out_channels: C_out.
-        kernel_size: int or (height, width); likewise `stride`, `padding` and `dilation`, all as in `nn.Conv2d`.
+        kernel_size: int or (height, width), as are `stride`, `padding` and `dilation`, all as in `nn.Conv2d`.
         stride: see `kernel_size`.
         padding: see `kernel_size`; also "same" and "valid".
         dilation: see `kernel_size`.
@@ -231,7 +231,7 @@ class DiverseBranchBlock(ReparamConv2d):
     Branches: kxk, 1x1, 1x1_avg and 1x1_kxk; in depthwise convolutions kxk, avg and 1x1_kxk.
 
     Args:
-        in_channels: as `ReparamConv2d`, and likewise all that is not named here.
+        in_channels: as in `ReparamConv2d`, as is all that is not explained here.
         out_channels: see there.
         kernel_size: see there.
         stride: see there.

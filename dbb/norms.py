@@ -62,12 +62,12 @@ class PassedNorm(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """One, `[C]`; likewise `running_var`."""
+        """One, `[C]`, as is `running_var`."""
         return self.where.new_ones(self.num_features)
 
     @property
     def bias(self) -> Tensor:
-        """Zero, `[C]`; likewise `running_mean`."""
+        """Zero, `[C]`, as is `running_mean`."""
         return self.where.new_zeros(self.num_features)
 
     running_var, running_mean = weight, bias

@@ -73,12 +73,12 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         block: a name from `BLOCKS`; or a list of branches; or a callable with the signature of `DiverseBranchBlock`; or
             several of them for different layers: a dict from glob patterns on module names, of which the last that
             matches counts, and None leaves a convolution.
-        include: glob patterns; only convolutions whose module name matches one are swapped. Those inside a module that
-            merges its own branches (RepVGG's unit in timm) are swapped if they are included here: that module's own fuse
+        include: glob patterns; only convolutions whose module name matches one become blocks. Those inside a module that
+            merges its own branches (RepVGG's unit in timm) do so if they are included here: that module's own fuse
             step fails then, and `reparameterize` is the one to call.
         exclude: glob patterns; convolutions whose module name matches one stay.
         example_input: `[N, C, H, W]`; or several inputs, in order or by name; by default one black image of 224x224.
-        kernel_sizes: lengths of a kernel's longer side that are swapped.
+        kernel_sizes: lengths of a kernel's longer side that become blocks.
         init: the branches' gamma: "mean", the norm's divided by the number of branches, so that their sum starts as the mean
             of them: it never varies more than the norm's output does, however alike the branches are; "ones", the norm's
             (DBB, all ones in a new network), with which n independent branches vary n times as much; "third", a third of it
@@ -91,7 +91,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
 
     Raises:
         ValueError: if a block, branch or `init` is unknown or cannot be, a pattern matches no convolution, the network
-            cannot run on `example_input`, or nothing can be swapped (`NothingSwappedError`).
+            cannot run on `example_input`, or nothing can become a block (`NothingSwappedError`).
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
@@ -123,7 +123,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         if not isinstance(conv, nn.Conv2d):
             return f"{type(conv).__name__} is no Conv2d"
         if max(conv.kernel_size) not in kernel_sizes:
-            return f"only kernel sizes {', '.join(map(str, kernel_sizes))} are swapped"
+            return f"only kernel sizes {', '.join(map(str, kernel_sizes))} become blocks"
         host = merges_itself(result, name) if include is None else None
         if host is not None:
             return host

@@ -52,7 +52,7 @@ def _start_from_timms(make: Callable[..., nn.Module]) -> nn.Module:
     fresh = [key for key, value in net.state_dict().items()
              if value.is_floating_point() and torch.equal(value, untrained[key])]
     if fresh:
-        rank_zero_only(print)(f"model.pretrained=true: not from the file, and so afresh: {', '.join(fresh)}")
+        rank_zero_only(print)(f"model.pretrained=true: not from the file, and so drawn at random: {', '.join(fresh)}")
     return net
 
 

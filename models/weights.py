@@ -24,7 +24,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a plain checkpoint of timm or torchvision; a classifier for other classes starts afresh, and is named.
+    """Load a plain checkpoint of timm or torchvision; a classifier for other classes starts at random, and a line says so.
 
     Raises:
         ValueError: see `load_weights`; also if a weight is infinite or no number.
@@ -42,7 +42,7 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if theirs is not None and theirs.ndim == 2 and theirs.shape[0] != ours.shape[0] and theirs.shape[1] == ours.shape[1]:
         fresh = {key: value for key, value in own.items() if key.startswith(head)}
         rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
-                              f"and so afresh: {', '.join(fresh)}")
+                              f"and so drawn at random: {', '.join(fresh)}")
         weights |= fresh
     load_weights(net, weights)
 

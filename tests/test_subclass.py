@@ -85,7 +85,7 @@ class Twice(nn.Conv2d):
     (ByItsMode(4, 4, 3), "ByItsMode prepares its input by its weight or its mode"),
     (Masked(4, 4, 3), "its weight"),
     (nn.ConvTranspose2d(4, 4, 3), r"0 \(3x3\) stays, ConvTranspose2d is no Conv2d"),
-    (nn.Conv2d(4, 4, 9), "only kernel sizes 2, 3, 4, 5, 6 are swapped")])
+    (nn.Conv2d(4, 4, 9), "only kernel sizes 2, 3, 4, 5, 6 become blocks")])
 def test_what_stays_is_told_why(conv, reason):
     with pytest.raises(ValueError, match=f"no convolution of the network can become a block: .*{reason}"):
         replace_convs(nn.Sequential(conv, nn.BatchNorm2d(4)), "dbb", example_input=torch.zeros(1, 4, 12, 12))

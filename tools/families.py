@@ -39,7 +39,7 @@ IMAGE_SIZE = {"vit_tiny_patch16_224": 224, "levit_conv_128s": 224, "efficientfor
 
 
 class Finding(NamedTuple):
-    """What became of one network; the errors are None where nothing could be swapped."""
+    """What became of one network; the errors are None where nothing could become a block."""
 
     swapped: int
     convolutions: int

@@ -55,7 +55,7 @@ class LayersConf:
 
 @dataclass
 class BlockConf:
-    """What K x K convolutions are swapped for; see configs/block/dbb.yaml."""
+    """What K x K convolutions become; see configs/block/dbb.yaml."""
 
     name: str = "none"
     branches: list[str] = field(default_factory=list)
@@ -254,7 +254,7 @@ def _one_of(knob: str, value: str, known: list[str]) -> None:
 def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
     """The settings of a run, checked.
 
-    With `ckpt`, every setting is the checkpoint's but for what stands on the command line; each such change is printed.
+    With `ckpt`, every setting is the checkpoint's unless the command line gives it; each such change is printed.
 
     Args:
         cfg: what Hydra composed.
@@ -266,7 +266,7 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
     try:
         if _list_changed(overrides):
             cfg.block.name = "custom"
-        if "block=none" in overrides:  # the plain twin of a sweep, whatever else is said of blocks
+        if "block=none" in overrides:  # the plain network of a sweep, whatever else is said of blocks
             cfg.block = OmegaConf.structured(BlockConf)
         if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, overrides)
