@@ -125,7 +125,8 @@ class ReparamConv2d(nn.Module):
         if by_batch and x.numel():
             return MODES[self.mode](self, x, x_padded)
         # An empty batch, too, goes through the norms themselves: it has no statistics.
-        total = sum(branch.normed(branch.drawn(x_padded)) for branch in self.branches.values())
+        first, *others = (branch.normed(branch.drawn(x_padded)) for branch in self.branches.values())
+        total = sum(others, first)
         return total if self.bn is None else self.bn(total)
 
     def _run_hooks(self) -> None:

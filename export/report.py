@@ -105,6 +105,7 @@ def draw_graphs(block: tuple[str, list[Node], list[Node]], counts: dict[str, dic
     draw_operators(left, before)
     left.set_title(f"{name} in training: {len(before)} operators")
     draw_operators(middle, after)
+    middle.set_ylim(left.get_ylim())
     middle.set_title(f"converted: {len(after)}")
     kinds = list(dict.fromkeys(kind for graph in counts.values() for kind in graph["nodes"]))
     height = 0.8 / len(counts)
@@ -139,9 +140,11 @@ def draw_operators(axis, operators: list[Node]) -> None:
     circle = {"boxstyle": "circle", "facecolor": "white"}
     axis.text(*places["x"], "x", ha="center", va="center", fontsize=12, zorder=2, bbox=circle)
     for node in operators:
+        lines = 1 + (f"\n{node.kernel}".count("\n") if node.kernel else 0)
+        to_the_edge = 4 + 5.8 * lines  # half the height of the box, in points
         for name in node.inputs:
-            axis.annotate("", places[node.outputs[0]], places[made.get(name, "x")], zorder=1,
-                          arrowprops={"arrowstyle": "-|>", "color": "dimgray", "shrinkB": 14})
+            arrow = {"arrowstyle": "-|>", "color": "dimgray", "shrinkB": to_the_edge}
+            axis.annotate("", places[node.outputs[0]], places[made.get(name, "x")], zorder=1, arrowprops=arrow)
     across, down = zip(*places.values(), strict=True)
     axis.set_xlim(min(across) - 0.6, max(across) + 0.6)
     axis.set_ylim(min(down) - 0.6, 0.6)
