@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
+from torch.nn.utils.prune import BasePruningMethod
 
 from dbb.branches import BRANCHES
 from dbb.geometry import Geometry
@@ -130,8 +131,13 @@ class ReparamConv2d(nn.Module):
         return total if self.bn is None else self.bn(total)
 
     def _run_hooks(self) -> None:
+        """What hooks do before a forward: pruning and the old weight norm set a weight there."""
         for branch in self.branches.values():
             branch()
+        for norm in self.norms():  # which is not always called
+            for hook in norm._forward_pre_hooks.values():
+                if isinstance(hook, BasePruningMethod):
+                    hook(norm, ())
 
     def norms(self) -> list[nn.BatchNorm2d]:
         """The outer norm of every branch, or the one norm of a linear block."""
@@ -155,7 +161,9 @@ class ReparamConv2d(nn.Module):
         if self.bn is None:
             return self.summed()
         bn = self.bn
-        return fuse_conv_norm(*self.summed(), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        kernel, bias = self.summed()
+        fused, shift = fuse_conv_norm(kernel, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        return fused.to(kernel.dtype), shift.to(kernel.dtype)  # of half precision, while the norm is in float32
 
     def fuse(self) -> nn.Module:
         """Make the plain convolution that computes the same, in float64, cast back at the end.
@@ -175,9 +183,9 @@ class ReparamConv2d(nn.Module):
     def _merge(self) -> nn.Conv2d:
         if self.training or self._uses_batch_statistics():
             raise ValueError("a block in training mode cannot be converted: call model.eval() first")
-        weight = self.norms()[0].weight
+        weight = next(p for p in self.parameters() if p.ndim == 4)
         conv = self._plain_conv(weight.device, weight.dtype)
-        kernel, bias = copy.deepcopy(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
+        kernel, bias = copied(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
         fill(conv.weight, kernel, "the merged kernel")
         fill(conv.bias, bias, "the merged bias")
         if any(p.ndim == 4 and not p.is_contiguous() for p in self.parameters()):
@@ -273,6 +281,18 @@ class OnlineReparamBlock(ReparamConv2d):
 
 
 BLOCKS = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock, "orepa": OnlineReparamBlock}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a network.
+
+    Raises:
+        ValueError: if it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # torch.nn.utils.prune and the old weight_norm keep a computed weight
+        raise ValueError(f"the network cannot be copied ({error}): make pruning or weight norms permanent first") from error
 
 
 @contextmanager

@@ -52,6 +52,15 @@ class Branch(nn.Module):
                 if kernel.ndim == 4:
                     kernel *= math.sqrt(6)  # kaiming_uniform_ with a=0, where conv_weight has a=sqrt(5)
 
+    def reset_parameters(self) -> None:
+        """Draw the kernels anew, as `nn.Conv2d` does, for code that asks every module for that; the norm does so itself."""
+        linear = self.factor is not None
+        for kernel in self.parameters(recurse=False):
+            if kernel.ndim == 4:
+                nn.init.kaiming_uniform_(kernel, a=0 if linear else math.sqrt(5))
+        if linear:
+            nn.init.constant_(self.factor, self.initial_factor)
+
     @staticmethod
     def fits(geometry: Geometry) -> bool:
         """Whether the branch makes sense for a geometry; where not, a block leaves it out."""
@@ -83,7 +92,7 @@ class Branch(nn.Module):
 
     def normed(self, response: Tensor) -> Tensor:
         """Run the norm on the branch's map, or multiply it with the factor."""
-        return self.bn(response) if self.factor is None else response * self.factor[:, None, None]
+        return self.bn(response) if self.factor is None else response * self.factor[:, None, None].to(response.dtype)
 
     def folded(self, kernel: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
         """Kernel and bias `[O]` of a kernel and what follows it: the norm, with these statistics or the running ones, or the factor."""
@@ -233,6 +242,11 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
             nn.init.zeros_(self.first)  # starts as the identity, and weight decay pulls towards it (DBB's code)
         self.scale = Scale(internal, self.bn.eps, device, dtype)
         self.second = conv_weight(g.out_channels, internal // g.groups, g.kernel_size, device, dtype)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if len(self.first) == self.geometry.in_channels:
+            nn.init.zeros_(self.first)
 
     def pointwise(self) -> Tensor:
         """The 1x1 kernel, `[M, I/G, 1, 1]`."""

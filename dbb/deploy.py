@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dbb.block import ReparamConv2d
-from dbb.surgery import NothingSwappedError, Report, copied, replace_convs
+from dbb.block import ReparamConv2d, copied
+from dbb.surgery import NothingSwappedError, Report, replace_convs
 from dbb.transforms import fill
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -104,8 +104,21 @@ class Flow(TorchDispatchMode):
                 shapes = ", ".join(shapes) or "no tensor"
                 raise ValueError(f"the network cannot run on example_input of {shapes} ({type(error).__name__}: {error}); "
                                  "pass one that it takes") from error
-        self.note(output, "the network's output")
+        self.note(list(tensors_in(output)), "the network's output")
         return self
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a network's output: also in containers that torch does not know, as dataclasses and dicts of one's own."""
+    waiting, seen = [value], {}
+    while waiting:
+        for leaf in tree_leaves(waiting.pop()):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type):
+                seen[id(leaf)] = leaf  # kept, so that the id stays its own
+                waiting += [list(leaf.values())] if isinstance(leaf, Mapping) else []
+                waiting += [list(vars(leaf).values())] if hasattr(leaf, "__dict__") else []
 
 
 def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Module | str:

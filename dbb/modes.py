@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbb.geometry import Lattice
-from dbb.moments import Moments, Sample, Statistics, batch_moments
+from dbb.moments import Moments, Sample, Statistics, batch_moments, is_synchronized
 from dbb.norms import NormedConv, track, uses_batch_statistics
 from dbb.transforms import add_branches, offsets
 
@@ -57,7 +57,8 @@ def online(block, x: Tensor, padded: Tensor) -> Tensor:
     """
     g = block.geometry
     height, width = g.positions(padded)
-    if len(x) * height * width <= block.positions:
+    synchronized = any(is_synchronized(norm) for norm in block.norms())  # processes must agree, whatever their share
+    if len(x) * height * width <= block.positions and not synchronized:
         return exact(block, x, padded)
     return merged_online(block, x, padded)
 

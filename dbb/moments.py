@@ -72,7 +72,7 @@ class Sample(NamedTuple):
             columns = kernel.to(self.rows.dtype).unflatten(0, (len(self.rows), -1)).flatten(2)  # [G, O/G, K]
             z = (self.rows @ columns.mT).transpose(0, 1).flatten(1)  # [n, O]
             mean = (self.centre @ columns.mT).flatten()
-        if _is_synchronized(self.norm):
+        if is_synchronized(self.norm):
             _, var, count = batch_moments(z[:, :, None, None], z.shape[1], self.norm)
             mean = batch_moments(mean[None, :, None, None], z.shape[1], self.norm).mean  # as many images in every process
             return Statistics(mean, var.flatten(), count)
@@ -102,7 +102,7 @@ def batch_moments(x: Tensor, groups: int, norm: nn.Module) -> Moments:
     Raises:
         ValueError: if there is no position or one only, whose variance is not defined.
     """
-    synchronized, count = _is_synchronized(norm), x.numel() // x.shape[1]
+    synchronized, count = is_synchronized(norm), x.numel() // x.shape[1]
     if count < 2 and not synchronized:
         raise ValueError(ONE_VALUE)
     group = (norm.process_group or distributed.group.WORLD) if synchronized else None
@@ -110,7 +110,8 @@ def batch_moments(x: Tensor, groups: int, norm: nn.Module) -> Moments:
     return Moments(mean, covariance, total if synchronized else count)
 
 
-def _is_synchronized(norm: nn.Module) -> bool:
+def is_synchronized(norm: nn.Module) -> bool:
+    """Whether a norm takes its statistics over several processes."""
     return isinstance(norm, nn.SyncBatchNorm) and norm.training and distributed.is_initialized()
 
 

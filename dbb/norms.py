@@ -87,6 +87,11 @@ class Scale(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
         self.register_buffer("running_var", torch.ones(channels, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Weight and variance 1, for code that asks every module for that."""
+        nn.init.ones_(self.weight)
+        nn.init.ones_(self.running_var)
+
     def forward(self, first: Tensor, norm: nn.BatchNorm2d, moments) -> Tensor:
         """Compute the factors `[M]` for the map `first * x`, and update `running_var` as `norm` is going to.
 
@@ -129,5 +134,5 @@ class NormedConv(torch.autograd.Function):
         d_z, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             d_out, z, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True])
         d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
-            d_z, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False])
+            d_z.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False])
         return d_x, d_kernel, d_weight, d_bias, None, None

@@ -1,8 +1,7 @@
 """Put blocks into a network; dbb.deploy takes them out again."""
 
-import copy
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from dbb.block import BLOCKS, ReparamConv2d
+from dbb.block import BLOCKS, ReparamConv2d, copied
 from dbb.flow import Flow, after_norm, partner
 from dbb.subclass import inner_convolution, without_weight
 from dbb.transforms import fill
 
 INITS = ("mean", "ones", "third", "single")  # see replace_convs
+FUSE_STEPS = ("fuse", "reparam", "switch_to_deploy", "convert_to_deploy", "merge_kernel")  # names begin so; see merges_itself
 Block = str | Sequence[str] | Callable[..., ReparamConv2d] | None
 
 
@@ -124,8 +124,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
             return f"{type(conv).__name__} is no Conv2d"
         if max(conv.kernel_size) not in kernel_sizes:
             return f"only kernel sizes {', '.join(map(str, kernel_sizes))} become blocks"
-        host = merges_itself(result, name) if include is None else None
-        if host is not None:
+        host = merges_itself(result, name, convs)
+        if host is not None and include is None:
             return host
         norm = partner(conv, flow, names)
         if isinstance(norm, str):
@@ -136,6 +136,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
         rest = after_norm(norm)
         if rest is None:
             return f"its norm is a {type(norm).__name__}, which does more than is known here"
+        if host is not None:  # whose own step must fail, since it would leave out the merged bias
+            rest = nn.Sequential(*rest.children())
         if type(conv) is nn.Conv2d:
             return make, norm, rest, vars(conv)
         inner = inner_convolution(conv, flow.inputs[conv])
@@ -164,29 +166,25 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
     return result, report
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A copy of a network.
-
-    Raises:
-        ValueError: if it cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:  # torch.nn.utils.prune and the old weight_norm keep a computed weight
-        raise ValueError(f"the network cannot be copied ({error}): make pruning or weight norms permanent first") from error
-
-
-def merges_itself(model: nn.Module, name: str) -> str | None:
+def merges_itself(model: nn.Module, name: str, convs: Collection[str]) -> str | None:
     """The reason why a convolution stays that lies inside a module with a fuse step of its own; None if it does not.
 
     Such a step (timm's `fuse` and `reparameterize`, `switch_to_deploy` of many) takes no argument, and reads the pairs of
-    convolution and norm that it knows. The network itself may have one: what it calls is judged by itself.
+    convolution and norm that it knows. A network as a whole may have one: what it calls is judged by itself.
+
+    Args:
+        model: the network.
+        name: of the convolution.
+        convs: the names of all convolutions, which tell a network from its units.
     """
     parts = name.split(".")
     for depth in range(1, len(parts)):
-        kind = type(model.get_submodule(".".join(parts[:depth])))
+        path = ".".join(parts[:depth])
+        if all(other.startswith(f"{path}.") for other in convs):
+            continue
+        kind = type(model.get_submodule(path))
         for method, function in getmembers(kind, isfunction):
-            if not method.startswith("_") and any(word in method for word in ("fuse", "reparam", "deploy")):
+            if method.startswith(FUSE_STEPS):
                 try:
                     signature(function).bind(None)  # self alone
                 except TypeError:
@@ -215,7 +213,7 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
     if init == "single" and "kxk" not in block.branches:
         raise ValueError(f"{name}: init=single, a warm start, needs a kxk branch; the block has {', '.join(block.branches)}")
     for outer in block.norms():
-        outer.eps, outer.momentum = norm.eps, norm.momentum
+        outer.eps, outer.momentum, outer.track_running_stats = norm.eps, norm.momentum, norm.track_running_stats
         nn.init.zeros_(outer.bias)
         fill(outer.weight, norm.weight, f"{name}: the norm's weight")
     in_sum = 1 if block.bn is not None else len(block.branches)  # a norm behind the sum makes up for any size
@@ -246,5 +244,6 @@ def _make(name: str, make: Callable[..., ReparamConv2d], conv: nn.Conv2d, inner:
         block = block.to(memory_format=torch.channels_last)
     block.requires_grad_(conv.weight.requires_grad)  # a frozen layer stays frozen
     for outer in block.norms():
-        outer.requires_grad_(norm.weight.requires_grad)
+        outer.weight.requires_grad_(norm.weight.requires_grad)
+        outer.bias.requires_grad_(norm.bias.requires_grad)
     return block

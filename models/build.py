@@ -78,6 +78,11 @@ OF_TIMM = {
 BACKBONES = UNTRAINED | OF_TIMM
 
 
+def timms_name(name: str) -> tuple[str, dict]:
+    """Name and arguments by which timm builds what has a name of ours; any other name is timm's."""
+    return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
+
+
 def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224, pretrained: bool = False,
                 weights: Mapping[str, Tensor] | None = None, init: str | None = "auto",
                 weights_of: str | None = None, **surgery) -> nn.Module:
@@ -116,6 +121,9 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         raise ValueError(f"model.name={name} has ReLU; these weights are of timm's network with ReLU6, or "
                          f"do not say of which: take model=timm model.name={theirs}, which has ReLU6, or by "
                          f"model.weights=FILE a checkpoint or model.safetensors of {name} from here")
+    if weights_of is not None and timms_name(weights_of) != timms_name(name):
+        raise ValueError(f"model.weights: the file says that its weights are of {weights_of}, which is another network than "
+                         f"{name}: take model=timm model.name={weights_of}, or model.name={weights_of} if it is one of ours")
     if name in UNTRAINED:
         make, *arguments = UNTRAINED[name]
         net = make(*arguments, num_classes)

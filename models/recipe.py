@@ -1,6 +1,6 @@
 """The lines that rebuild a plain network without this repository."""
 
-from models.build import OF_TIMM, SMALL_IMAGE, UNTRAINED
+from models.build import OF_TIMM, SMALL_IMAGE, UNTRAINED, timms_name
 
 SMALL_STEM = {
     "resnet": ["net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)", "net.maxpool = torch.nn.Identity()"],
@@ -13,11 +13,6 @@ def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
     if name in UNTRAINED or (name in OF_TIMM and image_size <= SMALL_IMAGE):
         return None
     return timms_name(name)
-
-
-def timms_name(name: str) -> tuple[str, dict]:
-    """Name and arguments by which timm builds what has a name of ours; any other name is timm's."""
-    return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
 
 
 def recipe(name: str, num_classes: int, image_size: int) -> str:

@@ -35,11 +35,12 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for key in list(weights):
         if key.endswith("running_var") and f"{key.removesuffix('running_var')}num_batches_tracked" in own:
             weights.setdefault(f"{key.removesuffix('running_var')}num_batches_tracked", own[key].new_zeros((), dtype=int))
-    head = next(f"{name}." for name, module in reversed(list(net.named_modules())) if isinstance(module, nn.Linear))
+    linear = nn.Linear | nn.Conv2d  # some end in a convolution
+    head = next(f"{name}." for name, module in reversed(list(net.named_modules())) if isinstance(module, linear))
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError("these weights are not all finite numbers")
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
-    if theirs is not None and theirs.ndim == 2 and theirs.shape[0] != ours.shape[0] and theirs.shape[1] == ours.shape[1]:
+    if theirs is not None and theirs.ndim == ours.ndim and theirs.shape[0] != ours.shape[0] and theirs.shape[1:] == ours.shape[1:]:
         fresh = {key: value for key, value in own.items() if key.startswith(head)}
         rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
                               f"and so drawn at random: {', '.join(fresh)}")

@@ -1,13 +1,17 @@
 """Cases from public bug reports about neighbouring software: where a plain convolution and its norm work, a block does."""
 
 import copy
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import torchvision
 from timm.layers import ConvNormAct
+from timm.models.byobnet import RepVggBlock
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -266,6 +270,113 @@ def test_a_branch_whose_weight_is_computed(mode, hang: Callable):
         for p in behind:
             p.add_(1)
     assert relative_error(block(x), merged) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_pruned_norm(kind, groups):
+    """Network slimming prunes gammas, and moves what is behind them."""
+    block, x = kind(8, 8, 3, padding=1, groups=groups), torch.randn(4, 8, 10, 10)
+    block.init_gamma(1.0)
+    for norm in block.norms():
+        prune.l1_unstructured(norm, "weight", 0.5)
+    for _ in range(2):
+        block(x).square().mean().backward()
+    before = block.eval()(x)
+    with torch.no_grad():
+        for norm in block.norms():
+            norm.weight_orig.mul_(3)
+    assert relative_error(block(x), before) > 0.5
+
+
+def test_a_swap_keeps_what_is_frozen():
+    """Per parameter, and for Lightning's way to freeze a norm, which is before the swap."""
+    net = pair()
+    net[1].track_running_stats = False
+    net[0].weight.requires_grad_(False)
+    net[1].weight.requires_grad_(False)
+    new, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 8, 9, 9))
+    assert {key.split(".")[-1] for key, p in new.named_parameters() if p.requires_grad} == {"bias"}
+    before = copy.deepcopy(new.state_dict())
+    new.train()(torch.randn(4, 8, 9, 9))
+    assert all(torch.equal(value, before[key]) for key, value in new.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", ["dataclass", "mapping", "object", "nested"])
+def test_an_output_in_a_container_that_torch_does_not_know(wrap):
+    @dataclass
+    class Out:
+        pre: torch.Tensor
+        post: torch.Tensor
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = pair()
+
+        def forward(self, x):
+            pre = self.conv(x)
+            parts = {"pre": pre, "post": self.norm(pre)}
+            nested = SimpleNamespace(inner=UserDict(parts))
+            nested.itself = nested
+            return {"dataclass": Out(**parts), "mapping": UserDict(parts), "object": SimpleNamespace(**parts), "nested": nested}[wrap]
+
+    with pytest.raises(NothingSwappedError, match="also goes to the network's output"):
+        replace_convs(Both(), "dbb", example_input=torch.zeros(1, 8, 9, 9))
+
+
+@pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])
+def test_every_module_resets_its_parameters(kind):
+    """As code does that builds on meta: `to_empty`, then `reset_parameters` of all modules that have it."""
+    with torch.device("meta"):
+        block = kind(8, 8, 3, padding=1)
+    block.to_empty(device="cpu")
+    for tensor in [*block.parameters(), *block.buffers()]:
+        tensor.data.fill_(3)
+    for module in block.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    torch.manual_seed(0)
+    fresh = dict(kind(8, 8, 3, padding=1).state_dict())
+    for key, value in block.state_dict().items():
+        assert value.float().mean() == pytest.approx(fresh[key].float().mean().item(), abs=0.2), key
+        if value.ndim == 4:
+            assert value.std() == pytest.approx(fresh[key].std().item(), rel=0.3, abs=1e-9), key
+        else:
+            assert torch.equal(value, fresh[key]), key
+
+
+@pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])
+def test_half_precision_with_norms_in_float32(kind):
+    block = kind(8, 8, 3, padding=1).bfloat16()
+    for norm in block.norms():
+        norm.float()
+    x = torch.randn(4, 8, 10, 10, dtype=torch.bfloat16)
+    block(x).float().square().mean().backward()
+    y = block.eval()(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(reparameterize(block)(x), y) < 0.02
+
+
+def test_an_included_host_fails_loudly():
+    """Its step would leave out the merged bias."""
+    net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), RepVggBlock(8, 8, 3))).eval()
+    new, _ = replace_convs(net, "acb", include=["1.*"], example_input=torch.zeros(1, 3, 9, 9))
+    for network in (new, reparameterize(new)):
+        with pytest.raises(AttributeError, match="running_mean"):
+            network[1].reparameterize()
+
+
+def test_a_network_in_a_wrapper_is_no_unit():
+    class Detector(nn.Sequential):
+        def fuse(self):
+            raise AssertionError
+
+        def is_fused(self):
+            return False
+
+    _, report = replace_convs(nn.Sequential(Detector(*pair(), *pair())), "dbb", example_input=torch.zeros(1, 8, 9, 9))
+    assert all(row.block for row in report)
 
 
 def test_inputs_by_name_and_their_errors():

@@ -69,6 +69,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     prefix = r"(module\.|_orig_mod\.)+"
     if isinstance(weights, dict) and "dbb" in weights:
         prefix, network = r"net\.", weights["dbb"]["settings"]["model"]["name"]
+    elif isinstance(weights, dict) and isinstance(weights.get("arch"), str):  # of timm's training script
+        network = weights["arch"].split(".")[0]
     for wrapper in WRAPPERS:
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
