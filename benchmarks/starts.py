@@ -17,22 +17,16 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dbb import INITS, ReparamConv2d, replace_convs
+from dbb import INITS, replace_convs
 from models import build_model
+from training.checkpoint import blocks_of
+from training.settings import BlockConf
 
 NETWORKS = ("resnet20", "vgg16_narrow", "mobilenet_v1")
-BLOCKS = {"dbb": ("kxk", "1x1", "1x1_avg", "1x1_kxk"), "acb": ("kxk", "1xk", "kx1"), "repvgg": ("kxk", "1x1", "identity"),
-          "mobileone": ("kxk", "kxk", "kxk", "kxk", "1x1", "identity")}
-DEPTHWISE = BLOCKS | {"dbb": ("kxk", "avg", "1x1_kxk")}
+BLOCKS = {"dbb": BlockConf(branches=["kxk", "1x1", "1x1_avg", "1x1_kxk"], depthwise=["kxk", "avg", "1x1_kxk"]),
+          "acb": BlockConf(branches=["kxk", "1xk", "kx1"]), "repvgg": BlockConf(branches=["kxk", "1x1", "identity"]),
+          "mobileone": BlockConf(branches=["kxk", "1x1", "identity"], copies=4)}  # as in configs/block/
 COLUMNS = ["network", "block", "init", "layer", "branches", "variance", "speed"]
-
-
-def maker(block: str):
-    """A callable for `replace_convs`, with the lists of configs/block/."""
-    def make(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, **kwargs):
-        lists = DEPTHWISE if groups == in_channels == out_channels else BLOCKS
-        return ReparamConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, lists[block], **kwargs)
-    return make
 
 
 def inputs_of(net: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
@@ -64,7 +58,7 @@ def main() -> None:
         plain = build_model(network, 10, image_size=32)
         for block in BLOCKS:
             for init in (init for init in INITS if init != "single"):
-                net, report = replace_convs(plain, maker(block), example_input=images[:1], init=init)
+                net, report = replace_convs(plain, blocks_of(BLOCKS[block]), example_input=images[:1], init=init)
                 swapped = [row for row in report if row.block]
                 seen = inputs_of(plain, [row.module for row in swapped], images)
                 found = []
