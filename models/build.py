@@ -83,6 +83,11 @@ def timms_name(name: str) -> tuple[str, dict]:
     return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
 
 
+def named_start(init: str | None, trained: bool) -> str:
+    """The start of blocks that "auto" stands for, or None in old files, by its name in `dbb.INITS`."""
+    return "single" if trained else {"auto": "mean", None: "ones"}[init]
+
+
 def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224, pretrained: bool = False,
                 weights: Mapping[str, Tensor] | None = None, init: str | None = "auto",
                 weights_of: str | None = None, **surgery) -> nn.Module:
@@ -111,7 +116,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     """
     trained = pretrained or weights is not None
     if init in ("auto", None):
-        init = "single" if trained else {"auto": "mean", None: "ones"}[init]
+        init = named_start(init, trained)
     elif trained and block is not None and init != "single":
         raise ValueError(f"block.init={init} would change what the trained weights compute: leave it out, or take single")
     if pretrained and name in UNTRAINED:

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from models.build import named_start
 from training.settings import OF_THE_COMMAND, TENSOR_SETS, DataConf, Settings, flat
 
 SAME_RUN = (*OF_THE_COMMAND, "logger", "data.num_workers", "data.download")  # with whatever values of these
@@ -106,7 +107,7 @@ def with_start(settings: Settings) -> Settings:
     if settings.block.init != "auto":
         return settings
     warm = settings.model.pretrained or settings.model.weights is not None
-    return replace(settings, block=replace(settings.block, init="single" if warm else "mean"))
+    return replace(settings, block=replace(settings.block, init=named_start("auto", warm)))
 
 
 def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
