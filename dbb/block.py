@@ -14,8 +14,9 @@ from dbb.branches import BRANCHES
 from dbb.geometry import Geometry
 from dbb.modes import MODES
 from dbb.norms import uses_batch_statistics
+from dbb.rows import beside, stacked, weighted
 from dbb.subclass import Intercept, lend_weight, with_weight
-from dbb.transforms import add_branches, fill, fuse_conv_norm
+from dbb.transforms import embed_kernel, fill, fuse_conv_norm
 
 POSITIONS = 256  # see benchmarks/README.md
 
@@ -116,17 +117,18 @@ class ReparamConv2d(nn.Module):
         return self._sum(input)
 
     def _sum(self, x: Tensor) -> Tensor:
-        x_padded = self.geometry.pad(x)
+        g = self.geometry
         if self.reparam is not None:
-            return self.geometry.conv(x_padded, self.reparam.weight, self.reparam.bias)
+            return g.conv(g.pad(x), self.reparam.weight, self.reparam.bias)
         by_batch = self._uses_batch_statistics()
         if not by_batch and not self.branchwise:
-            return self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
+            return g.conv(g.pad(x), *self.get_equivalent_kernel_bias())
         self._run_hooks()
         if by_batch and x.numel():
-            return MODES[self.mode](self, x, x_padded)
+            return MODES[self.mode](self, x)
         # An empty batch, too, goes through the norms themselves: it has no statistics.
-        first, *others = (branch.normed(branch.drawn(x_padded)) for branch in self.branches.values())
+        padded = g.pad(x)
+        first, *others = (branch.normed(branch.drawn(padded)) for branch in self.branches.values())
         total = sum(others, first)
         return total if self.bn is None else self.bn(total)
 
@@ -146,9 +148,14 @@ class ReparamConv2d(nn.Module):
     def _uses_batch_statistics(self) -> bool:
         return any(uses_batch_statistics(norm) for norm in self.norms())
 
-    def summed(self) -> tuple[Tensor, Tensor]:
+    def summed(self) -> tuple[Tensor, Tensor | float]:
         """Sum of the branches' kernels `[O, I/G, KH, KW]` and biases `[O]`, each with its norm or factor."""
-        return add_branches(*zip(*[branch.equivalent() for branch in self.branches.values()], strict=True), self.kernel_size)
+        g, branches = self.geometry, self.branches.values()
+        scales, biases = zip(*[branch.affine() for branch in branches], strict=True)
+        rows = stacked([embed_kernel(branch.kernel(), g.kernel_size) for branch in branches], g.groups)
+        rows, scale = (part.unflatten(1, (len(branches), -1)) for part in (rows, beside(scales, g.groups)))
+        kernel = weighted(rows, scale)
+        return kernel.reshape(g.out_channels, -1, *g.kernel_size), sum(biases[1:], biases[0])
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel `[C_out, C_in/groups, KH, KW]` and bias `[C_out]` of the merged convolution.

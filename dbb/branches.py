@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbb.geometry import Geometry, average
-from dbb.moments import Moments, Sample, Statistics, full_precision
+from dbb.moments import full_precision
 from dbb.norms import Scale
-from dbb.transforms import fuse_conv_norm, identity_kernel, merge_1x1_kxk
+from dbb.transforms import identity_kernel, merge_1x1_kxk, norm_affine
 
 BRANCHES: dict[str, type["Branch"]] = {}
 
@@ -41,7 +41,7 @@ class Branch(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.bn = nn.BatchNorm2d(geometry.out_channels, device=device, dtype=dtype)
-        self.factor = None
+        self.scale = self.factor = None
 
     def linearize(self) -> None:
         """Trade the norms for one learned factor per output channel, with OREPA's initial values (its code)."""
@@ -74,17 +74,27 @@ class Branch(nn.Module):
     def forward(self) -> None:
         """Nothing: a block asks for kernels. It calls this for its hooks, in which pruning and the old weight norm set a weight."""
 
-    def kernel(self, moments: Moments | Sample | None = None) -> Tensor:
+    def inner(self) -> Tensor:
+        """The 1x1 kernel `[M, I/G, 1, 1]` in front of the inner norm, in a branch that has one, its `scale`."""
+        raise NotImplementedError
+
+    def scaled(self) -> Tensor:
+        """`inner` times the inner norm's factors with running statistics; without a norm, in a linear block, as it is."""
+        first = self.inner()
+        return first if self.scale is None else first * self.scale.factors()[:, None, None, None]
+
+    def kernel(self, first: Tensor | None = None) -> Tensor:
         """Compute the kernel `[O, I/G, h, w]`, differentiable; its centre tap lies on the block's.
 
         Args:
-            moments: the batch's, for branches with an inner norm; None stands for running statistics.
+            first: in a branch with an inner norm, `inner` times the norm's factors with the batch's statistics; None stands
+                for `scaled`.
         """
         raise NotImplementedError
 
-    def response(self, x: Tensor, moments: Moments | Sample | None = None) -> Tensor:
+    def response(self, x: Tensor, first: Tensor | None = None) -> Tensor:
         """The map that the norm sees, `[N, O, H', W']`, at the least cost. Overridden where that is not `kernel`."""
-        return self.geometry.conv(x, self.kernel(moments))
+        return self.geometry.conv(x, self.kernel(first))
 
     def drawn(self, x: Tensor) -> Tensor:
         """The same map in eval, layer by layer as the paper draws it: independent of how kernels are merged."""
@@ -94,18 +104,17 @@ class Branch(nn.Module):
         """Run the norm on the branch's map, or multiply it with the factor."""
         return self.bn(response) if self.factor is None else response * self.factor[:, None, None].to(response.dtype)
 
-    def folded(self, kernel: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
-        """Kernel and bias `[O]` of a kernel and what follows it: the norm, with these statistics or the running ones, or the factor."""
+    def affine(self) -> tuple[Tensor, Tensor | float]:
+        """What follows the kernel, as a factor and a shift `[O]`: the norm with running statistics, or the learned factor."""
         if self.factor is not None:
-            return kernel * self.factor[:, None, None, None], torch.zeros_like(self.factor)
+            return self.factor, 0.0
         bn = self.bn
-        mean, var = (bn.running_mean, bn.running_var) if statistics is None else statistics[:2]
-        fused, bias = fuse_conv_norm(kernel, 0.0, mean, var, bn.weight, bn.bias, bn.eps)
-        return fused.to(kernel.dtype), bias.to(kernel.dtype)  # of half precision, while the batch's statistics are in float32
+        return norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
         """Kernel `[O, I/G, h, w]` and bias `[O]` of the whole branch with its running statistics."""
-        return self.folded(self.kernel())
+        scale, bias = self.affine()
+        return self.kernel() * scale[:, None, None, None], bias
 
 
 class KxK(Branch, name="kxk"):
@@ -118,7 +127,7 @@ class KxK(Branch, name="kxk"):
         size = self.taps(*geometry.kernel_size)
         self.weight = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, size, device, dtype)
 
-    def kernel(self, moments=None):
+    def kernel(self, first=None):
         return self.weight
 
 
@@ -143,8 +152,8 @@ class PointBranch(Branch):
 
     window = "centre"
 
-    def point(self, moments: Moments | Sample | None = None) -> Tensor:
-        """The 1x1 kernel `[O, I/G, 1, 1]`; `moments` as in `kernel`."""
+    def point(self, first: Tensor | None = None) -> Tensor:
+        """The 1x1 kernel `[O, I/G, 1, 1]`; `first` as in `kernel`."""
         raise NotImplementedError
 
     def spread(self, point: Tensor) -> Tensor:
@@ -152,20 +161,23 @@ class PointBranch(Branch):
         if self.window == "centre":
             return point
         kh, kw = self.geometry.kernel_size
-        return (point / (kh * kw)).expand(-1, -1, kh, kw)
+        return point.expand(-1, -1, kh, kw) / (kh * kw)
 
-    def kernel(self, moments=None):
-        return self.spread(self.point(moments))
+    def kernel(self, first=None):
+        return self.spread(self.point(first))
 
-    def response(self, x, moments=None):
-        g, point = self.geometry, self.point(moments)
-        if self.window == "average" and g.stride == (1, 1):
+    def response(self, x, first=None):
+        g, point = self.geometry, self.point(first)
+        if self.window == "centre":
+            return g.conv(x, point)
+        if g.stride == (1, 1):
             return average(g, F.conv2d(x, point, groups=g.groups))  # keeps x, which is kept anyway
-        return F.conv2d(g.window(x, self.window), point, groups=g.groups)
+        return F.conv2d(average(g, x), point, groups=g.groups)
 
     def drawn(self, x):
-        u = F.conv2d(x, self.point(), groups=self.geometry.groups)
-        return average(self.geometry, u) if self.window == "average" else self.geometry.window(u, "centre")
+        if self.window == "centre":
+            return self.response(x)
+        return average(self.geometry, F.conv2d(x, self.point(), groups=self.geometry.groups))
 
 
 class Pointwise(PointBranch, name="1x1"):
@@ -179,7 +191,7 @@ class Pointwise(PointBranch, name="1x1"):
     def taps(kh, kw):
         return 1, 1
 
-    def point(self, moments=None):
+    def point(self, first=None):
         return self.weight
 
 
@@ -194,7 +206,7 @@ class Identity(PointBranch, name="identity"):
     def taps(kh, kw):
         return 1, 1
 
-    def point(self, moments=None):
+    def point(self, first=None):
         like = self.bn.weight if self.factor is None else self.factor
         return identity_kernel(self.geometry.in_channels, self.geometry.groups, like.dtype, like.device)
 
@@ -225,8 +237,11 @@ class PointwiseAverage(PointBranch, name="1x1_avg"):
         self.first = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
         self.scale = Scale(geometry.out_channels, self.bn.eps, device, dtype)
 
-    def point(self, moments=None):
-        return scaled(self, self.first, moments)
+    def inner(self):
+        return self.first
+
+    def point(self, first=None):
+        return self.scaled() if first is None else first
 
 
 class PointwiseKxK(Branch, name="1x1_kxk"):
@@ -248,28 +263,26 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
         if len(self.first) == self.geometry.in_channels:
             nn.init.zeros_(self.first)
 
-    def pointwise(self) -> Tensor:
-        """The 1x1 kernel, `[M, I/G, 1, 1]`."""
+    def inner(self):
         if len(self.first) != self.geometry.in_channels:
             return self.first
-        return self.first + identity_kernel(len(self.first), self.geometry.groups, self.first.dtype, self.first.device)
+        first = self.first.view(self.geometry.groups, -1, *self.first.shape[1:])
+        return (first + torch.eye(first.shape[1], dtype=first.dtype, device=first.device)[..., None, None]).flatten(0, 1)
 
-    def kernel(self, moments=None):
-        with full_precision(self.second.device):
-            return merge_1x1_kxk(scaled(self, self.pointwise(), moments), self.second, self.geometry.groups)[0]
+    def kernel(self, first=None):
+        return merge_1x1_kxk(self.scaled() if first is None else first, self.second, self.geometry.groups)[0]
 
-    def response(self, x, moments=None):
+    def response(self, x, first=None):
         # Composing the kernel takes the 1x1 layer's products once a tap and output channel, running it once a position.
         g = self.geometry
         if g.depthwise or g.out_channels // g.groups * g.kernel_size[0] * g.kernel_size[1] < len(x) * x.shape[2] * x.shape[3]:
-            return super().response(x, moments)
-        return g.conv(F.conv2d(x, scaled(self, self.pointwise(), moments), groups=g.groups), self.second)
+            return super().response(x, first)
+        return g.conv(F.conv2d(x, self.scaled() if first is None else first, groups=g.groups), self.second)
 
     def drawn(self, x):
-        first = self.pointwise()
-        u = F.conv2d(x, first, groups=self.geometry.groups)
+        u = F.conv2d(x, self.inner(), groups=self.geometry.groups)
         if self.scale is not None:
-            u = u * self.scale(first, self.bn, None)[:, None, None]
+            u = u * self.scale.factors()[:, None, None]
         return self.geometry.conv(u, self.second)
 
 
@@ -306,7 +319,7 @@ class PointwisePrior(Branch, name="1x1_prior"):
         super()._load_from_state_dict(*args, **kwargs)
         self.prior = self._frequencies()
 
-    def kernel(self, moments=None):
+    def kernel(self, first=None):
         return self.first * self.prior
 
     def drawn(self, x):
@@ -325,7 +338,7 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
         self.first = conv_weight(channels, 1, geometry.kernel_size, device, dtype)
         self.second = conv_weight(geometry.out_channels, channels // geometry.groups, (1, 1), device, dtype)
 
-    def kernel(self, moments=None):
+    def kernel(self, first=None):
         groups = self.geometry.groups
         first = self.first.reshape(groups, -1, self.multiplier, *self.geometry.kernel_size)  # [G, I/G, 8, KH, KW]
         second = self.second.reshape(groups, -1, *first.shape[1:3])  # [G, O/G, I/G, 8]
@@ -334,13 +347,6 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
 
     def drawn(self, x):
         return F.conv2d(self.geometry.conv(x, self.first, groups=self.geometry.in_channels), self.second, groups=self.geometry.groups)
-
-
-def scaled(branch: Branch, first: Tensor, moments: Moments | Sample | None) -> Tensor:
-    """A branch's 1x1 kernel `[M, I/G, 1, 1]` times the factors of the norm behind it, where it has one."""
-    if branch.scale is None:
-        return first
-    return first * branch.scale(first, branch.bn, moments)[:, None, None, None]
 
 
 def conv_weight(out_channels: int, in_channels: int, kernel_size: tuple[int, int], device=None, dtype=None):

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 from torch.nn.modules.utils import _pair
 
+from dbb.convs import FixedConv
+from dbb.moments import wide
 from dbb.transforms import average_kernel, offsets
 
 
@@ -106,46 +108,61 @@ class Geometry:
         total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return self.stride == (1, 1) and self.pads == [(b, t - b) for b, t in zip(before, total, strict=True)]
 
-    def window(self, x: Tensor, name: str) -> Tensor:
-        """What a 1x1 kernel sees at every position of the output, `[N, C, H', W']`: the "centre" pixel, or the "average"."""
-        if name == "average":
-            return average(self, x)
-        x, padding = self.aligned(x, (1, 1))
-        if any(padding):
-            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-        return x if self.stride == (1, 1) else x[:, :, ::self.stride[0], ::self.stride[1]].clone()
+    @cached_property
+    def pixelwise(self) -> "Geometry":
+        """That of a 1x1 convolution on the same input, which sees every pixel by itself."""
+        return Geometry(self.in_channels, self.in_channels, 1, groups=self.groups)
 
-    def patches(self, x: Tensor, lattice: "Lattice") -> Tensor:
-        """The windows of some positions of the output, at least in float32: `[G, n, C/G, KH, KW]`.
+    def windows(self, x: Tensor, lattice: "Lattice") -> Tensor:
+        """What the kernel sees at some positions of the output: a view `[n, C, rows, columns, KH, KW]`.
 
         Args:
             x: what `pad` returned, `[N, C, H, W]`.
             lattice: the positions.
         """
-        x, lattice = self._placed(x, lattice)
-        return _Patches.apply(x, self, lattice)
-
-    def mean_patch(self, x: Tensor) -> Tensor:
-        """The mean window over all positions of the output, at least in float32: `[G, 1, C/G, KH, KW]`; `x` as in `patches`."""
-        height, width = self.positions(x)
-        x = x.mean(0, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # first over images: the rest is small
-        x, lattice = self._placed(x, Lattice(1, ((0, 1, height), (0, 1, width))))
-        means = torch.stack([tap.mean((0, 2, 3)) for tap in _taps(x, self, lattice)], -1)
-        return means.unflatten(-1, self.kernel_size).unflatten(0, (self.groups, 1, -1))
-
-    def _placed(self, x: Tensor, lattice: "Lattice") -> tuple[Tensor, "Lattice"]:
-        """A map with the zeros that windows reach into, and the first pixels of the windows in it."""
         pads, places = [], []
-        for dim, (first, step, count) in enumerate(lattice.places):
-            before, _ = self.pads[dim] if self.padding_mode == "zeros" else (0, 0)
-            start, step = first * self.stride[dim] - before, step * self.stride[dim]
-            end = start + (count - 1) * step + self.dilation[dim] * (self.kernel_size[dim] - 1) + 1
-            pads.append((max(0, -start), max(0, end - x.shape[2 + dim])))
-            places.append((start + pads[-1][0], step, count))
+        for dim, (first, step, count) in enumerate(self.placed(lattice)):
+            last = first + (count - 1) * step + self.spans[dim]
+            pads.append((max(0, -first), max(0, last - x.shape[2 + dim])))
+            places.append((first + pads[-1][0], step, last - first))
         (top, bottom), (left, right) = pads
         if any((top, bottom, left, right)):
             x = F.pad(x, (left, right, top, bottom))
-        return x, Lattice(lattice.images, tuple(places))
+        x = x[::lattice.images]
+        for dim, (first, step, length) in enumerate(places):
+            x = x.narrow(2 + dim, first, length).unfold(2 + dim, self.spans[dim], step)[..., ::self.dilation[dim]]
+        return x
+
+    def placed(self, lattice: "Lattice") -> list[tuple[int, int, int]]:
+        """First pixel, step and number of a lattice's windows, by rows and by columns; zeros around a map count from -1."""
+        before = [pad[0] if self.padding_mode == "zeros" else 0 for pad in self.pads]
+        return [(first * self.stride[dim] - before[dim], step * self.stride[dim], count)
+                for dim, (first, step, count) in enumerate(lattice.places)]
+
+    @property
+    def spans(self) -> list[int]:
+        """How many rows and columns of pixels the kernel reaches over."""
+        return [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+
+    def sample(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the kernel sees at about so many positions of the output, over all images.
+
+        Args:
+            x: what `pad` returned, `[N, C, H, W]`.
+            positions: how many.
+
+        Returns:
+            `x`, to go on with, so that backward adds to its gradient in place; what the kernel sees, `[G, C/G * KH * KW, n]`,
+            float32 at least; and what its centre tap sees, `[G, C/G, n]`.
+        """
+        return _Sample.apply(x, self, Lattice.within(len(x), *self.positions(x), positions))
+
+    def mean_window(self, x: Tensor) -> Tensor:
+        """The mean of what the kernel sees over all positions of the output, `[G, C/G * KH * KW, 1]`; `x` as in `sample`."""
+        height, width = self.positions(x)
+        x = x.mean(0, keepdim=True, dtype=wide(x.dtype))  # first over images: the rest is small
+        windows = self.windows(x, Lattice(1, ((0, 1, height), (0, 1, width))))
+        return windows.mean((0, 2, 3)).view(self.groups, -1, 1)
 
     def positions(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output for what `pad` returned."""
@@ -178,55 +195,44 @@ class Lattice(NamedTuple):
         return x[::self.images, :, rows, columns]
 
 
-class _Patches(torch.autograd.Function):
-    """Backward adds tap by tap into one map; slices and unfold would make a whole map each."""
+class _Sample(torch.autograd.Function):
+    """Keeps nothing. Backward folds the sample's gradient back, and adds it to the map's own."""
 
     @staticmethod
     def forward(ctx, x, geometry, lattice):
-        ctx.geometry, ctx.lattice, ctx.shape, ctx.dtype = geometry, lattice, x.shape, x.dtype
-        patches = torch.stack(_taps(x, geometry, lattice), -1).unflatten(-1, geometry.kernel_size).unflatten(1, (geometry.groups, -1))
-        patches = patches.permute(1, 0, 3, 4, 2, 5, 6)  # [G, N, rows, columns, C/G, KH, KW]
-        return patches.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 3)
+        ctx.geometry, ctx.lattice, ctx.shape = geometry, lattice, x.shape
+        ctx.set_materialize_grads(False)
+        seen = geometry.windows(x, lattice).unflatten(1, (geometry.groups, -1)).permute(1, 2, 5, 6, 0, 3, 4)
+        sample = seen.new_empty(seen.shape, dtype=wide(x.dtype)).copy_(seen).flatten(4)
+        return x.view_as(x), sample.flatten(1, 3), _centre(sample, geometry)
 
     @staticmethod
-    def backward(ctx, d_patches):
-        g, (rows, columns) = ctx.geometry, (count for _, _, count in ctx.lattice.places)
-        d_x = d_patches.new_zeros(ctx.shape)
-        d_taps = d_patches.unflatten(1, (-1, rows, columns)).permute(1, 0, 4, 2, 3, 5, 6).flatten(1, 2)  # [N, C, rows, columns, KH, KW]
-        for i in range(g.kernel_size[0]):
-            for j in range(g.kernel_size[1]):
-                _tap(d_x, g, ctx.lattice, i, j).add_(d_taps[..., i, j])
-        return d_x.to(ctx.dtype), None, None
+    def backward(ctx, d_x, d_sample, d_centre):
+        g, places = ctx.geometry, ctx.geometry.placed(ctx.lattice)
+        d_sample = d_sample.unflatten(1, (-1, *g.kernel_size))
+        if torch.is_grad_enabled():  # gradients that are differentiated may not be added to in place
+            d_x, d_sample = d_x.clone(), d_sample.clone()
+        if d_centre is not None:
+            _centre(d_sample, g).add_(d_centre)
+        lengths = [(count - 1) * step + span for (_, step, count), span in zip(places, g.spans, strict=True)]
+        columns = d_sample.reshape(-1, len(range(0, ctx.shape[0], ctx.lattice.images)), math.prod(c for *_, c in places))
+        folded = F.fold(columns.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, [step for _, step, _ in places])
+        target, source = [slice(None, None, ctx.lattice.images), slice(None)], [slice(None), slice(None)]
+        for (first, _, _), length, size in zip(places, lengths, ctx.shape[2:], strict=True):  # what lies on the map
+            target.append(slice(max(first, 0), min(first + length, size)))
+            source.append(slice(max(-first, 0), min(size - first, length)))
+        d_x[tuple(target)].add_(folded[tuple(source)])
+        return d_x, None, None
 
 
-def _taps(x: Tensor, geometry: Geometry, lattice: Lattice) -> list[Tensor]:
-    """`_tap` for all taps, row by row."""
-    return [_tap(x, geometry, lattice, i, j) for i in range(geometry.kernel_size[0]) for j in range(geometry.kernel_size[1])]
-
-
-def _tap(x: Tensor, geometry: Geometry, lattice: Lattice, i: int, j: int) -> Tensor:
-    """The pixels under tap (i, j) of some windows, whose first pixels the lattice has: a view `[N, C, rows, columns]`."""
-    (top, down, rows), (left, across, columns) = lattice.places
-    top, left = top + i * geometry.dilation[0], left + j * geometry.dilation[1]
-    return x[::lattice.images, :, top:top + (rows - 1) * down + 1:down, left:left + (columns - 1) * across + 1:across]
+def _centre(sample: Tensor, geometry: Geometry) -> Tensor:
+    """What the centre taps see of `[G, C/G, KH, KW, n]`."""
+    kh, kw = geometry.kernel_size
+    return sample[:, :, (kh - 1) // 2, (kw - 1) // 2]
 
 
 def average(geometry: Geometry, x: Tensor) -> Tensor:
     """Average pooling as a depthwise convolution: it can be dilated, and is ten times faster on a CPU."""
     box = average_kernel(x.shape[1], geometry.kernel_size, x.shape[1], x.dtype, x.device)
     x, padding = geometry.aligned(x, geometry.kernel_size)
-    return _Fixed.apply(x, box, (geometry.stride, padding, geometry.dilation, len(box)))
-
-
-class _Fixed(torch.autograd.Function):
-    """A convolution whose kernel is a constant: unlike `F.conv2d` it keeps no input for backward."""
-
-    @staticmethod
-    def forward(ctx, x, kernel, conv):
-        ctx.kernel, ctx.shape, ctx.conv = kernel, x.shape, conv
-        return F.conv2d(x, kernel, None, *conv)
-
-    @staticmethod
-    def backward(ctx, d_y):
-        stride, padding, dilation, groups = ctx.conv
-        return conv2d_input(ctx.shape, ctx.kernel.to(d_y.dtype), d_y, stride, padding, dilation, groups), None, None
+    return FixedConv.apply(x, box, (geometry.stride, padding, geometry.dilation, len(box)))

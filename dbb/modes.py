@@ -1,127 +1,153 @@
 """How the sum of a block's branches is run in training, with the statistics of the batch.
 
 `exact` and `online` have the same parameters and the same running statistics; `linear` has one norm, behind the sum.
+Statistics are taken, and running ones moved, here and nowhere else.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dbb.geometry import Lattice
-from dbb.moments import Moments, Sample, Statistics, batch_moments, is_synchronized
-from dbb.norms import NormedConv, track, uses_batch_statistics
-from dbb.transforms import add_branches, offsets
+from dbb.convs import CentredConv, NormedConv, as_autocast
+from dbb.moments import ONE_VALUE, covariance, full_precision, process_group
+from dbb.norms import count_batch, follow, uses_batch_statistics
+from dbb.rows import CovarianceSum, SampledSum, apart, beside, stacked
+from dbb.transforms import embed_kernel
 
 
-def exact(block, x: Tensor, padded: Tensor) -> Tensor:
+def exact(block, x: Tensor) -> Tensor:
     """Every branch with the statistics of its whole map: the published training function.
 
-    Branches with 1x1 kernels on the centre pixel share its moments with the inner norms, and run as one convolution: no map
-    of theirs is kept. In a depthwise block every branch is one depthwise convolution, made again in backward instead of kept.
+    What a norm behind a 1x1 kernel needs follows from the covariance of the block's input. So no map is made for an
+    inner norm, and branches that are a 1x1 kernel on every pixel are one convolution.
 
     Args:
         block: a `ReparamConv2d`.
         x: its input, `[N, C, H, W]`.
-        padded: the same after `Geometry.pad`.
 
     Returns:
         `[N, O, H', W']`.
     """
-    g, inner = block.geometry, _inner_moments(block, x)
-    terms, centred = [], []
-    for branch in block.branches.values():
-        if g.depthwise and type(branch.bn) is nn.BatchNorm2d and uses_batch_statistics(branch.bn):
-            terms.append(_made_again(branch, padded, inner))
-        elif branch.window == "centre":
-            centred.append(branch)
-        else:
-            terms.append(branch.bn(branch.response(padded, inner)))
-    if centred:
-        seen, folded = g.window(padded, "centre"), []
-        moments = inner if inner is not None and seen is x else _moments_for(centred, seen, g.groups)
-        for branch in centred:
-            point = branch.point(inner)
-            folded.append(branch.folded(point, _tracked(branch.bn, moments, point)))
-        kernel, bias = add_branches(*zip(*folded, strict=True), (1, 1))
-        terms.append(F.conv2d(seen, kernel, bias, groups=g.groups))
+    g, live, inner = block.geometry, *_taking_part(block)
+    points = [branch for branch in live if branch.window == "centre" and g.keeps_size and not g.depthwise]
+    firsts, terms = {}, []
+    if inner or points:
+        with full_precision(x.device):
+            mean, spread, count = covariance(x, g.groups, process_group(live[0].bn))
+            kernels = [branch.inner() for branch in inner] + [branch.point() for branch in points]
+            norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
+            rows, gamma, eps = _rows(kernels, norms, g.groups, mean.dtype)
+            scaled, variance = CovarianceSum.apply(rows[:, None], gamma[:, None], spread, eps)
+            sizes = [len(kernel) for kernel in kernels]
+            variances = apart(variance[:, 0] * (count / (count - 1)), sizes)
+            with torch.no_grad():
+                means = apart((rows @ mean)[..., 0], sizes)[len(inner):] if points else []
+            _follow(inner, points, variances, means)
+            scaled = apart(scaled, sizes)
+        firsts = {branch: kernel[..., None, None] for branch, kernel in zip(inner, scaled, strict=False)}
+    if points:
+        kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])[..., None, None]
+        terms.append(_centred(g.pixelwise, x, kernel, points, mean))
+    padded = g.pad(x)
+    terms += [_normed(branch, padded, firsts.get(branch)) for branch in block.branches.values() if branch not in points]
     return sum(terms[1:], terms[0])
 
 
-def online(block, x: Tensor, padded: Tensor) -> Tensor:
+def _normed(branch, padded: Tensor, first: Tensor | None) -> Tensor:
+    """A branch and its norm. Its map is made again in backward where that costs less than keeping it."""
+    g, bn = branch.geometry, branch.bn
+    again = g.depthwise or branch.window == "centre"
+    if not again or type(bn) is not nn.BatchNorm2d or not uses_batch_statistics(bn) or bn.momentum is None:
+        return bn(branch.response(padded, first))
+    if padded.numel() // padded.shape[1] < 2:
+        raise ValueError(ONE_VALUE)
+    kernel = branch.kernel(first)
+    x, padding = g.aligned(padded, kernel.shape[2:])
+    running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
+    if bn.track_running_stats:
+        count_batch([bn])
+    return NormedConv.apply(*as_autocast(x, kernel), bn.weight, bn.bias, *running, bn.momentum, bn.eps,
+                            (g.stride, padding, g.dilation, g.groups))
+
+
+def online(block, x: Tensor) -> Tensor:
     """One convolution, with the branches' variances over a lattice of about `block.positions` positions.
 
-    Their means are those of the whole maps, which one pass over the input gives: half of what sampling costs in training loss
-    (benchmarks/README.md).
+    Their means are those of the whole maps, which one pass over the input gives: half of what sampling costs in training
+    loss (benchmarks/README.md).
 
     Arguments and result as `exact`, which is run where there are no more positions than that.
     """
-    g = block.geometry
-    height, width = g.positions(padded)
-    synchronized = any(is_synchronized(norm) for norm in block.norms())  # processes must agree, whatever their share
+    height, width = block.geometry.positions(block.geometry.pad(x))
+    synchronized = any(process_group(norm) is not None for norm in block.norms())  # all must agree, whatever their share
     if len(x) * height * width <= block.positions and not synchronized:
-        return exact(block, x, padded)
-    return merged_online(block, x, padded)
+        return exact(block, x)
+    return merged_online(block, x)
 
 
-def merged_online(block, x: Tensor, padded: Tensor) -> Tensor:
+def merged_online(block, x: Tensor) -> Tensor:
     """As `online`, whatever the number of positions."""
-    g = block.geometry
-    norm = next(norm for norm in block.norms() if uses_batch_statistics(norm))
-    patches = g.patches(padded, Lattice.within(len(x), *g.positions(padded), block.positions))  # [G, n, C/G, KH, KW]
-    mean = g.mean_patch(padded)
-    if g.keeps_size:
-        pixels = patches[..., (g.kernel_size[0] - 1) // 2, (g.kernel_size[1] - 1) // 2]
-    else:
-        pixels = Lattice.within(len(x), *x.shape[2:], block.positions).of(x).permute(0, 2, 3, 1).flatten(0, 2)  # [n, C]
-        pixels = pixels.to(patches.dtype).unflatten(1, (g.groups, -1)).transpose(0, 1)
-    inner = Sample(pixels, norm, pixels.mean(1, keepdim=True))  # of the input, for the norms behind a first 1x1 kernel
-    parts = []
-    for branch in block.branches.values():
-        kernel = branch.kernel(inner) if branch.window is None else branch.point(inner)
-        if branch.window == "average":
-            seen = [part.mean((3, 4)) for part in (patches, mean)]
-        else:
-            (top, left), (h, w) = offsets(kernel.shape[2:], g.kernel_size), kernel.shape[2:]
-            seen = [part[..., top:top + h, left:left + w].flatten(2) for part in (patches, mean)]
-        kernel, bias = branch.folded(kernel, _tracked(branch.bn, Sample(seen[0], norm, seen[1]), kernel))
-        parts.append((kernel if branch.window is None else branch.spread(kernel), bias))
-    return g.conv(padded, *add_branches(*zip(*parts, strict=True), g.kernel_size))
+    g, live, inner = block.geometry, *_taking_part(block)
+    group, firsts, variances = process_group(live[0].bn), {}, []
+    with full_precision(x.device):
+        if inner and not g.keeps_size:
+            x, pixels, _ = g.pixelwise.sample(x, block.positions)
+        padded, sample, centre = g.sample(g.pad(x), block.positions)
+        if sample.shape[2] < 2 and group is None:
+            raise ValueError(ONE_VALUE)
+        if inner:
+            pixels = centre if g.keeps_size else pixels
+            kernels = [branch.inner() for branch in inner]
+            rows, gamma, eps = _rows(kernels, [branch.scale for branch in inner], g.groups, sample.dtype)
+            scaled, variance = SampledSum.apply(rows[:, None], gamma[:, None], pixels, eps, group)
+            sizes = [len(kernel) for kernel in kernels]
+            variances += apart(variance[:, 0], sizes)
+            firsts = {branch: kernel[..., None, None] for branch, kernel in zip(inner, apart(scaled, sizes), strict=True)}
+        kernels = [embed_kernel(branch.kernel(firsts.get(branch)), g.kernel_size) for branch in live]
+        rows, gamma, eps = _rows(kernels, [branch.bn for branch in live], g.groups, sample.dtype)
+        rows, gamma = (part.unflatten(1, (len(live), -1)) for part in (rows, gamma))
+        kernel, variance = SampledSum.apply(rows, gamma, sample, eps, group)
+        with torch.no_grad():
+            mean = g.mean_window(padded)
+            means = (rows.flatten(1, 2) @ mean).view(variance.shape)
+        outer = torch.stack([variance, means]).transpose(1, 2).flatten(2)  # [2, B, O]
+        _follow(inner, live, [*variances, *outer[0]], list(outer[1]))
+        kernel = kernel.reshape(g.out_channels, -1, *g.kernel_size)
+    return _centred(g, padded, kernel, live, mean)
 
 
-def linear(block, x: Tensor, padded: Tensor) -> Tensor:
+def _taking_part(block) -> tuple[list, list]:
+    """The branches whose norm uses the batch's statistics, and those of them that have an inner norm too."""
+    live = [branch for branch in block.branches.values() if uses_batch_statistics(branch.bn)]
+    return live, [branch for branch in live if branch.scale is not None]
+
+
+def _rows(kernels: list[Tensor], norms: list[nn.Module], groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Kernels in rows `[G, R/G, J]`, gammas `[G, R/G]` and epsilon of the norms behind them."""
+    rows = stacked(kernels, groups).to(dtype)
+    gamma = beside([norm.weight for norm in norms], groups).to(dtype)
+    eps = {norm.eps for norm in norms}
+    return rows, gamma, eps.pop()
+
+
+def _follow(inner: list, outer: list, variances: list[Tensor], means: list[Tensor]) -> None:
+    """Move the running statistics: variances of the inner norms and the outer ones, and means of the outer ones."""
+    running = [branch.scale.running_var for branch in inner] + [branch.bn.running_var for branch in outer]
+    running += [branch.bn.running_mean for branch in outer]
+    follow([branch.bn for branch in [*inner, *outer, *outer]], running, variances + means)
+    count_batch([branch.bn for branch in outer])
+
+
+def _centred(g, x: Tensor, kernel: Tensor, branches: list, mean: Tensor) -> Tensor:
+    x, padding = g.aligned(x, kernel.shape[2:])
+    beta = torch.stack([branch.bn.bias for branch in branches])
+    conv = g.stride, padding, g.dilation, g.groups
+    return CentredConv.apply(*as_autocast(x, kernel.to(x.dtype)), beta, mean, conv, process_group(branches[0].bn))
+
+
+def linear(block, x: Tensor) -> Tensor:
     """One convolution with the sum of the branches' kernels, each times its factors, and the block's norm (OREPA)."""
     kernel, _ = block.summed()
-    return block.bn(block.geometry.conv(padded, kernel))
+    return block.bn(block.geometry.conv(block.geometry.pad(x), kernel))
 
 
 MODES = {"exact": exact, "online": online, "linear": linear}
-
-
-def _inner_moments(block, x: Tensor) -> Moments | None:
-    return _moments_for([branch for branch in block.branches.values() if hasattr(branch, "scale")], x, block.geometry.groups)
-
-
-def _moments_for(branches, seen: Tensor, groups: int) -> Moments | None:
-    """The moments of a map, if one of the branches is about to use them."""
-    norms = [branch.bn for branch in branches if uses_batch_statistics(branch.bn)]
-    return batch_moments(seen, groups, norms[0]) if norms else None
-
-
-def _tracked(norm: nn.BatchNorm2d, source: Moments | Sample, kernel: Tensor) -> Statistics | None:
-    """Statistics of what a kernel makes of the source, which the norm's running ones follow; None if it uses those."""
-    if not uses_batch_statistics(norm):
-        return None
-    statistics = source.through(kernel)
-    track(norm, statistics)
-    return statistics
-
-
-def _made_again(branch, padded: Tensor, inner: Moments | None) -> Tensor:
-    """A branch and its norm in training, its map not kept for backward."""
-    g, bn, kernel = branch.geometry, branch.bn, branch.kernel(inner)
-    x, padding = g.aligned(padded, kernel.shape[2:])
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
-        x, kernel = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, kernel))  # since backward runs without
-    out, mean, inverse = NormedConv.apply(x, kernel, bn.weight, bn.bias, bn.eps, (g.stride, padding, g.dilation, g.groups))
-    track(bn, Statistics(mean, (inverse.pow(-2) - bn.eps).clamp_min(0), out.numel() // out.shape[1]))
-    return out

@@ -1,11 +1,11 @@
 """BatchNorm's rules, for where the block takes statistics itself instead of running the norm on a map."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dbb.moments import ONE_VALUE, Statistics
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
@@ -16,32 +16,27 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
     return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
 
 
-def track(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
-    """Update running statistics as a norm that sees a map of these statistics does.
-
-    Raises:
-        ValueError: if they are those of one value, which has no variance (BatchNorm's rule).
-    """
-    if isinstance(statistics.count, int) and statistics.count < 2:
-        raise ValueError(ONE_VALUE)
-    if norm.training and norm.track_running_stats:
-        with torch.no_grad():
-            norm.num_batches_tracked += 1
-            momentum = _momentum(norm, norm.num_batches_tracked)
-            _average(norm.running_mean, statistics.mean, momentum)
-            _average(norm.running_var, _unbiased(statistics), momentum)
-
-
-def _momentum(norm: nn.BatchNorm2d, batches: Tensor) -> Tensor | float:
-    return 1 / batches.double() if norm.momentum is None else norm.momentum
+@torch.no_grad()
+def follow(norms: list[nn.BatchNorm2d], running: list[Tensor], values: list[Tensor]) -> None:
+    """Move running statistics `[C]` towards a batch's, each with the momentum of a norm that has yet to count this batch."""
+    moving = defaultdict(lambda: ([], []))
+    for norm, tensor, value in zip(norms, running, values, strict=True):
+        if not (norm.training and norm.track_running_stats):
+            continue
+        if norm.momentum is None:  # the mean of all batches
+            tensor.lerp_(value.to(tensor.dtype), (1 / (norm.num_batches_tracked + 1)).to(tensor.dtype))
+        else:
+            moving[norm.momentum][0].append(tensor)
+            moving[norm.momentum][1].append(value.to(tensor.dtype))
+    for momentum, (tensors, values) in moving.items():
+        torch._foreach_lerp_(tensors, values, momentum)
 
 
-def _unbiased(statistics: Statistics) -> Tensor:
-    return statistics.var * (statistics.count / (statistics.count - 1))
-
-
-def _average(running: Tensor, value: Tensor, momentum: Tensor | float) -> None:
-    running.copy_((1 - momentum) * running + momentum * value)
+def count_batch(norms: list[nn.BatchNorm2d]) -> None:
+    """Count a batch, where a norm's running statistics have followed it."""
+    counts = [norm.num_batches_tracked for norm in norms if norm.training and norm.track_running_stats]
+    if counts:
+        torch._foreach_add_(counts, 1)
 
 
 class PassedNorm(nn.Sequential):
@@ -92,47 +87,6 @@ class Scale(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.ones_(self.running_var)
 
-    def forward(self, first: Tensor, norm: nn.BatchNorm2d, moments) -> Tensor:
-        """Compute the factors `[M]` for the map `first * x`, and update `running_var` as `norm` is going to.
-
-        Args:
-            first: 1x1 kernel `[M, I/G, 1, 1]`.
-            norm: the branch's outer one, which has not seen this batch yet.
-            moments: the batch's `Moments` or `Sample`, used if `norm` uses batch statistics.
-        """
-        if moments is None or not uses_batch_statistics(norm):
-            return self.weight * (self.running_var + self.eps).rsqrt()
-        statistics = moments.through(first)
-        if norm.training and norm.track_running_stats:
-            with torch.no_grad():
-                _average(self.running_var, _unbiased(statistics), _momentum(norm, norm.num_batches_tracked + 1))
-        return self.weight * (statistics.var + self.eps).rsqrt().to(self.weight.dtype)
-
-
-class NormedConv(torch.autograd.Function):
-    """A convolution and the norm on it, with the statistics of the batch: keeps its input, and makes the map again in backward.
-
-    Worth it where a convolution costs less than keeping its result: in depthwise blocks, which have three of them.
-
-    Arguments: `x` `[N, C, H, W]`, `kernel` `[O, C/G, KH, KW]`, the norm's `weight` and `bias` `[O]`, `eps`, and the `conv`
-    arguments (stride, padding, dilation, groups). Returns the normalised map, and its mean and 1 / sqrt(var + eps) `[O]`.
-    """
-
-    @staticmethod
-    def forward(ctx, x, kernel, weight, bias, eps, conv):
-        out, mean, inverse = torch.native_batch_norm(F.conv2d(x, kernel, None, *conv), weight, bias, None, None, True, 0.0, eps)
-        ctx.save_for_backward(x, kernel, weight, mean, inverse)
-        ctx.eps, ctx.conv = eps, conv
-        ctx.mark_non_differentiable(mean, inverse)
-        return out, mean, inverse
-
-    @staticmethod
-    def backward(ctx, d_out, _, __):
-        x, kernel, weight, mean, inverse = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.conv
-        z = F.conv2d(x, kernel, None, *ctx.conv)
-        d_z, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            d_out, z, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True])
-        d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
-            d_z.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False])
-        return d_x, d_kernel, d_weight, d_bias, None, None
+    def factors(self) -> Tensor:
+        """With running statistics, `[M]`."""
+        return self.weight * (self.running_var + self.eps).rsqrt()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dbb.moments import full_precision
+
 
 @torch.no_grad()
 def fill(target: Tensor, value: Tensor, name: str) -> None:
@@ -43,8 +45,14 @@ def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tens
     Returns:
         Kernel `[O, I/G, KH, KW]` and bias `[O]`.
     """
+    scale, shift = norm_affine(mean, var, weight, beta, eps)
+    return kernel * scale[:, None, None, None], shift + bias * scale
+
+
+def norm_affine(mean: Tensor, var: Tensor, weight: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm with fixed statistics multiplies with, and what it adds; arguments as in `fuse_conv_norm`."""
     scale = weight / (var + eps).sqrt()
-    return kernel * scale[:, None, None, None], beta + (bias - mean) * scale
+    return scale, beta - mean * scale
 
 
 def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor], kernel_size: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -55,33 +63,8 @@ def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor], kernel_siz
         biases: `[O]` each.
         kernel_size: `(KH, KW)` of the sum.
     """
-    if len(kernels) == 1 and kernels[0].shape[2:] == tuple(kernel_size):
-        return kernels[0], biases[0]
-    return _Added.apply(tuple(kernel_size), *kernels), sum(biases[1:], biases[0])
-
-
-class _Added(torch.autograd.Function):
-    """Adds in place and keeps nothing: in deep layers kernels are larger than maps."""
-
-    @staticmethod
-    def forward(ctx, kernel_size, *kernels):
-        ctx.sizes, ctx.places = [kernel.shape[2:] for kernel in kernels], [_place(kernel.shape[2:], kernel_size) for kernel in kernels]
-        large = [kernel for kernel in kernels if kernel.shape[2:] == kernel_size]
-        total = sum(large[1:], kernels[0].new_zeros(()) + large[0]) if large else kernels[0].new_zeros(*kernels[0].shape[:2], *kernel_size)
-        for kernel, (rows, columns) in zip(kernels, ctx.places, strict=True):
-            if kernel.shape[2:] != kernel_size:
-                total[:, :, rows, columns] += kernel
-        return total
-
-    @staticmethod
-    def backward(ctx, d_total):
-        # Not views of one another: autograd may keep what it gets here as a leaf's gradient, and add to it in place.
-        return None, *(d_total if size == d_total.shape[2:] else d_total[:, :, rows, columns].clone()
-                       for size, (rows, columns) in zip(ctx.sizes, ctx.places, strict=True))
-
-
-def _place(small: Sequence[int], large: Sequence[int]) -> list[slice]:
-    return [slice(first, first + k) for first, k in zip(offsets(small, large), small, strict=True)]
+    embedded = [embed_kernel(kernel, kernel_size) for kernel in kernels]
+    return sum(embedded[1:], embedded[0]), sum(biases[1:], biases[0])
 
 
 def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Tensor | None = None,
@@ -100,9 +83,8 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     Returns:
         Kernel `[O, I/G, KH, KW]` and bias `[O]`, None if both biases are.
     """
-    kernel = _Composed.apply(first, second, groups)
-    # A convolution takes over its kernel's memory format; a view anew, since the strides of a channel alone could mean either.
-    kernel = kernel.reshape(-1).view(kernel.shape) if second.is_contiguous() else kernel.contiguous(memory_format=torch.channels_last)
+    dtype = max(first.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    kernel = _Composed.apply(first.to(dtype), second.to(dtype), groups)
     if first_bias is None:
         return kernel, second_bias
     bias = torch.einsum("gomhw,gm->go", second.unflatten(0, (groups, -1)), first_bias.reshape(groups, -1)).flatten()
@@ -110,31 +92,38 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
 
 
 class _Composed(torch.autograd.Function):
-    """One matrix product `[O*KH*KW, M] @ [M, I]` in each group; keeps the two kernels only, not the copies made for it."""
+    """The 1x1 kernel, turned round, run over the KxK kernels as over images; in full precision, backward too."""
 
     @staticmethod
     def forward(ctx, first, second, groups):
         ctx.save_for_backward(first, second)
         ctx.groups = groups
-        return _kernel(_rows(second, groups) @ _rows(first, groups), second.shape[2:])
+        with full_precision(first.device):
+            return _below(F.conv2d(_beside(second, groups), _turned(first, groups), groups=groups), groups)
 
     @staticmethod
     def backward(ctx, d_kernel):
-        first, second = ctx.saved_tensors
-        with torch.autocast(first.device.type, enabled=False):
-            d_rows = _rows(d_kernel, ctx.groups)
-            d_first, d_second = _rows(second, ctx.groups).mT @ d_rows, d_rows @ _rows(first, ctx.groups).mT
-        return _kernel(d_first, (1, 1)), _kernel(d_second, second.shape[2:]), None
+        (first, second), groups = ctx.saved_tensors, ctx.groups
+        with full_precision(first.device):
+            d_second, d_first, _ = torch.ops.aten.convolution_backward(
+                _beside(d_kernel, groups), _beside(second, groups), _turned(first, groups), None, [1, 1], [0, 0], [1, 1],
+                False, [0, 0], groups, [True, True, False])
+        return _turned(d_first, groups), _below(d_second, groups), None
 
 
-def _rows(kernel: Tensor, groups: int) -> Tensor:
-    """`[O, C, KH, KW]` to `[G, O/G*KH*KW, C]`."""
-    return kernel.permute(0, 2, 3, 1).reshape(groups, -1, kernel.shape[1])
+def _beside(kernel: Tensor, groups: int) -> Tensor:
+    """`[G * a, b, KH, KW]` to `[a, G * b, KH, KW]`: the groups' channels side by side, as in a map."""
+    return kernel.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _kernel(rows: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """The way back; in channels_last."""
-    return rows.reshape(-1, *kernel_size, rows.shape[-1]).permute(0, 3, 1, 2)
+def _below(kernel: Tensor, groups: int) -> Tensor:
+    """The way back."""
+    return kernel.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _turned(kernel: Tensor, groups: int) -> Tensor:
+    """`[G * a, b, 1, 1]` to `[G * b, a, 1, 1]`."""
+    return kernel.reshape(groups, -1, kernel.shape[1]).mT.reshape(-1, kernel.shape[0] // groups, 1, 1)
 
 
 def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -152,7 +141,8 @@ def average_kernel(channels: int, kernel_size: tuple[int, int], groups: int = 1,
 def identity_kernel(channels: int, groups: int = 1, dtype: torch.dtype | None = None,
                     device: torch.device | None = None) -> Tensor:
     """The 1x1 kernel that changes nothing, an identity matrix within each group: `[C, C/G, 1, 1]`."""
-    return torch.eye(channels // groups, dtype=dtype, device=device).repeat(groups, 1)[:, :, None, None]
+    eye = torch.eye(channels // groups, dtype=dtype, device=device)
+    return eye.expand(groups, -1, -1).flatten(0, 1)[:, :, None, None]
 
 
 def embed_kernel(kernel: Tensor, kernel_size: tuple[int, int]) -> Tensor:
@@ -164,6 +154,8 @@ def embed_kernel(kernel: Tensor, kernel_size: tuple[int, int]) -> Tensor:
         kernel: `[O, I/G, h, w]` with h <= KH and w <= KW.
         kernel_size: `(KH, KW)`.
     """
+    if kernel.shape[2:] == tuple(kernel_size):
+        return kernel
     top, left = offsets(kernel.shape[2:], kernel_size)
     bottom, right = kernel_size[0] - kernel.shape[2] - top, kernel_size[1] - kernel.shape[3] - left
     return F.pad(kernel, (left, right, top, bottom))  # F.pad counts from the last dimension: W before H

@@ -1,0 +1,95 @@
+"""Convolutions with a backward of their own, which keep less or launch less than torch's with a norm behind them."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from dbb.moments import full_precision, over_processes, wide
+
+
+def as_autocast(*parts: Tensor) -> list[Tensor]:
+    """In the type that autocast gives to a convolution: a backward of one's own runs without autocast."""
+    kind = parts[0].device.type
+    if not torch.is_autocast_enabled(kind) or parts[0].dtype == torch.float64:  # which autocast leaves alone
+        return list(parts)
+    return [part.to(torch.get_autocast_dtype(kind)) for part in parts]
+
+
+class CentredConv(Function):
+    """A convolution with a bias that gives its map the mean `beta.sum(0)`, as the norms of its branches would.
+
+    Arguments: `x` `[N, C, H, W]`; `kernel` `[O, C/G, KH, KW]`; `beta` `[B, O]`; `mean`, of what the kernel sees,
+    `[G, C/G * KH * KW, 1]`, a constant; `conv` arguments (stride, padding, dilation, groups); process group.
+
+    Keeps `x` and the kernel. Since the map's mean does not depend on them, their gradients are those of a convolution
+    without a bias for a gradient of the map that is centred itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, kernel, beta, mean, conv, group):
+        ctx.save_for_backward(x, kernel)
+        ctx.conv, ctx.group, ctx.branches = conv, group, len(beta)
+        with full_precision(x.device):
+            rows = kernel.to(mean.dtype).reshape(len(mean), -1, mean.shape[1])
+            bias = torch.baddbmm(beta.sum(0).view(len(mean), -1, 1), rows, mean, alpha=-1).flatten()
+        return F.conv2d(x, kernel, bias.to(x.dtype), *conv)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, kernel = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        count = d_y.numel() // d_y.shape[1]
+        d_beta = total = d_y.sum((0, 2, 3), dtype=wide(d_y.dtype))
+        if ctx.group is not None:
+            total, positions = over_processes(ctx.group, total, total.new_tensor([count]))
+            total, count = total / positions, 1
+        centred = torch.sub(d_y, total.to(d_y.dtype)[:, None, None], alpha=1 / count)
+        d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
+            centred.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups,
+            [*ctx.needs_input_grad[:2], False])
+        return d_x, d_kernel, d_beta.repeat(ctx.branches, 1), None, None, None
+
+
+class NormedConv(Function):
+    """A convolution and the norm on it, with the statistics of the batch: keeps its input, and makes the map again.
+
+    Worth it where a convolution costs less than keeping its result: in depthwise blocks, and for 1x1 kernels.
+
+    Arguments: `x` `[N, C, H, W]`, `kernel` `[O, C/G, KH, KW]`, the norm's `weight` and `bias` `[O]`, running mean and variance
+    `[O]`, moved as the norm would, its momentum and eps, and the `conv` arguments (stride, padding, dilation, groups).
+    """
+
+    @staticmethod
+    def forward(ctx, x, kernel, weight, bias, running_mean, running_var, momentum, eps, conv):
+        z = F.conv2d(x, kernel, None, *conv)
+        out, mean, inverse = torch.native_batch_norm(z, weight, bias, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, kernel, weight, mean, inverse)
+        ctx.eps, ctx.conv = eps, conv
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, kernel, weight, mean, inverse = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        z = F.conv2d(x, kernel, None, *ctx.conv)
+        d_z, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            d_out, z, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True])
+        d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
+            d_z.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups,
+            [*ctx.needs_input_grad[:2], False])
+        return d_x, d_kernel, d_weight, d_bias, *[None] * 5
+
+
+class FixedConv(Function):
+    """A convolution whose kernel is a constant: unlike `F.conv2d` it keeps no input for backward."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, conv):
+        ctx.kernel, ctx.shape, ctx.conv = kernel, x.shape, conv
+        return F.conv2d(x, kernel, None, *conv)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        stride, padding, dilation, groups = ctx.conv
+        return nn.grad.conv2d_input(ctx.shape, ctx.kernel.to(d_y.dtype), d_y, stride, padding, dilation, groups), None, None

@@ -1,0 +1,150 @@
+"""Stacked rows: the kernels of several branches at once, each divided by how much its response varies, and summed.
+
+A row is the kernel of one output channel of one branch, so that rows are `[G, B, O/G, C/G * KH * KW]`: groups, branches,
+output channels of the group, weights. Whatever the number of branches, the arithmetic takes as many operators.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from dbb.moments import full_precision, over_processes
+
+
+class SampledSum(Function):
+    """The sum over branches of `rows * gamma / sqrt(var + eps)`, var being that of the rows' responses to a sample.
+
+    Arguments: rows `[G, B, O/G, J]`, gamma `[G, B, O/G]`, sample `[G, J, n]`, eps, process group.
+
+    Returns: the sum `[G, O/G, J]`, and the unbiased variances `[G, B, O/G]`, which are not differentiable.
+
+    Keeps rows, gamma, the sample and the normalised responses. With `s = gamma / sqrt(var + eps)`, z a normalised response
+    and D the gradient of the sum:
+
+        d_gamma = (D . row) / sqrt(var + eps)
+        d_row = s D - (s d_gamma / n) z @ sample'
+        d_sample = - rows' @ (s d_gamma / n) z
+    """
+
+    @staticmethod
+    def forward(ctx, rows, gamma, sample, eps, group):
+        with full_precision(rows.device):
+            z, inverse, variance = _normalised(rows, sample, eps, group)
+            scale = inverse * gamma
+            ctx.save_for_backward(rows, gamma, sample, z, inverse, scale)
+            ctx.eps, ctx.group = eps, group
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(variance)
+            return weighted(rows, scale), variance
+
+    @staticmethod
+    def backward(ctx, d_sum, _):
+        rows, gamma, sample, z, inverse, scale = ctx.saved_tensors
+        with full_precision(rows.device):
+            if torch.is_grad_enabled():  # this backward is going to be differentiated: these three depend on the rest
+                z, inverse, _ = _normalised(rows, sample, ctx.eps, ctx.group)
+                scale = inverse * gamma
+            d_gamma, count = inverse * dots(rows, d_sum), sample.shape[2]
+            factor = scale * d_gamma
+            if ctx.group is not None:
+                factor, total = over_processes(ctx.group, factor, factor.new_tensor([count]))
+                factor = factor * (count / total)
+            d_z, flat = (z * factor[..., None]).flatten(1, 2), rows.flatten(1, 2)
+            d_rows = torch.baddbmm((scale[..., None] * d_sum[:, None]).flatten(1, 2), d_z, sample.mT, alpha=-1 / count)
+            d_sample = torch.baddbmm(sample, flat.mT, d_z, beta=0, alpha=-1 / count) if ctx.needs_input_grad[2] else None
+            return by_branch(d_rows.view_as(rows)), by_branch(d_gamma), d_sample, None, None
+
+
+def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Responses with mean 0 and variance 1 `[G, B, O/G, n]`, 1 / sqrt(var + eps) and unbiased variance `[G, B, O/G]`."""
+    z = rows.flatten(1, 2) @ sample
+    shape, count = rows.shape[:3], sample.shape[2]
+    if group is None and not torch.is_grad_enabled():  # the same in one operator: a norm whose running variance is the batch's
+        running = z.new_zeros(2, z.shape[0] * z.shape[1])
+        z, _, inverse = torch.native_batch_norm(z.flatten(0, 1)[None], None, None, *running, True, 1.0, eps)
+        return z.view(*shape, count), inverse.view(shape), running[1].view(shape)
+    total, count = over_processes(group, z.sum(2), z.new_tensor([count]))
+    z = z - (total / count)[..., None]
+    squares, = over_processes(group, z.square().sum(2))
+    inverse = (squares / count + eps).rsqrt()
+    return (z * inverse[..., None]).view(*shape, -1), inverse.view(shape), (squares / (count - 1)).view(shape)
+
+
+class CovarianceSum(Function):
+    """As `SampledSum` for 1x1 kernels, the variances following from the covariance of what they see.
+
+    Arguments: rows `[G, B, O/G, C/G]`, gamma `[G, B, O/G]`, covariance `[G, C/G, C/G]`, eps. Returns the sum `[G, O/G, C/G]`
+    and the biased variances `[G, B, O/G]`, which are not differentiable. Keeps its arguments, products and 1 / sqrt(var + eps).
+    """
+
+    @staticmethod
+    def forward(ctx, rows, gamma, covariance, eps):
+        with full_precision(rows.device):
+            products, inverse, variance = _varied(rows, covariance, eps)
+            scale = inverse * gamma
+            ctx.save_for_backward(rows, gamma, covariance, products, inverse, scale)
+            ctx.eps = eps
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(variance)
+            return weighted(rows, scale), variance
+
+    @staticmethod
+    def backward(ctx, d_sum, _):
+        rows, gamma, covariance, products, inverse, scale = ctx.saved_tensors
+        with full_precision(rows.device):
+            if torch.is_grad_enabled():
+                products, inverse, _ = _varied(rows, covariance, ctx.eps)
+                scale = inverse * gamma
+            d_gamma = inverse * dots(rows, d_sum)
+            factor = (scale * inverse * d_gamma)[..., None]  # -2 d_var
+            d_rows = torch.addcmul(scale[..., None] * d_sum[:, None], factor, products, value=-1)
+            weighted = (factor * rows).flatten(1, 2)
+            d_covariance = torch.baddbmm(covariance, rows.flatten(1, 2).mT, weighted, beta=0, alpha=-0.5)
+            return d_rows, d_gamma, d_covariance, None
+
+
+def _varied(rows: Tensor, covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Products `rows @ covariance`, 1 / sqrt(var + eps) and var, `[G, B, O/G]`."""
+    products = (rows.flatten(1, 2) @ covariance).view_as(rows)
+    variance = (products * rows).sum(3).clamp_min(0)
+    return products, (variance + eps).rsqrt(), variance
+
+
+def weighted(rows: Tensor, scale: Tensor) -> Tensor:
+    """The sum over branches of `scale * row`."""
+    if rows.shape[1] == 1:
+        return (scale[..., None] * rows).squeeze(1)
+    return (scale.transpose(1, 2)[:, :, None] @ rows.transpose(1, 2)).squeeze(2)
+
+
+def dots(rows: Tensor, d_sum: Tensor) -> Tensor:
+    """Products of every row with the gradient of their sum `[G, O/G, J]`."""
+    return (rows.transpose(1, 2) @ d_sum[..., None]).squeeze(3).transpose(1, 2)
+
+
+def stacked(kernels: Sequence[Tensor], groups: int) -> Tensor:
+    """Kernels `[O, C/G, KH, KW]` of several branches, below one another in each group: `[G, sum of O/G, J]`."""
+    return _cat([kernel.reshape(groups, -1, kernel[0].numel()) for kernel in kernels])
+
+
+def beside(vectors: Sequence[Tensor], groups: int) -> Tensor:
+    """Vectors `[O]` of several branches in the order of `stacked`: `[G, sum of O/G]`."""
+    return _cat([vector.view(groups, -1) for vector in vectors])
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def by_branch(stack: Tensor) -> Tensor:
+    """The same values, with each branch's part `[:, b]` in one piece of memory."""
+    return stack.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def apart(stack: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Each branch's part of what `stacked` or `beside` made, `[O, J]` or `[O]`, for branches of these O."""
+    if len(sizes) == 1:
+        return [stack.flatten(0, 1)]
+    return [part.flatten(0, 1) for part in stack.split([size // len(stack) for size in sizes], 1)]
