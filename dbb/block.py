@@ -64,6 +64,7 @@ class ReparamConv2d(nn.Module):
             raise ValueError(f"positions={positions}: online variances need 4 positions at least")
         self.geometry = Geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode,
                                  internal_channels)
+        self.pixelwise = Geometry(in_channels, in_channels, 1, groups=groups)  # sees every pixel of the input by itself
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
             setattr(self, name, getattr(self.geometry, name))  # for code that asks a convolution
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
@@ -154,8 +155,8 @@ class ReparamConv2d(nn.Module):
         scales, biases = zip(*[branch.affine() for branch in branches], strict=True)
         rows = stacked([embed_kernel(branch.kernel(), g.kernel_size) for branch in branches], g.groups)
         rows, scale = (part.unflatten(1, (len(branches), -1)) for part in (rows, beside(scales, g.groups)))
-        kernel = weighted(rows, scale)
-        return kernel.reshape(g.out_channels, -1, *g.kernel_size), sum(biases[1:], biases[0])
+        kernel = weighted(rows.to(scale.dtype), scale).reshape(g.out_channels, -1, *g.kernel_size)
+        return kernel, sum(biases[1:], biases[0])
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel `[C_out, C_in/groups, KH, KW]` and bias `[C_out]` of the merged convolution.
@@ -165,12 +166,11 @@ class ReparamConv2d(nn.Module):
         if self.reparam is not None:
             return self.reparam.weight, self.reparam.bias
         self._run_hooks()
-        if self.bn is None:
-            return self.summed()
-        bn = self.bn
         kernel, bias = self.summed()
-        fused, shift = fuse_conv_norm(kernel, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-        return fused.to(kernel.dtype), shift.to(kernel.dtype)  # of half precision, while the norm is in float32
+        if (bn := self.bn) is not None:
+            kernel, bias = fuse_conv_norm(kernel, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        dtype = next((p.dtype for p in self.parameters() if p.ndim == 4), kernel.dtype)  # half, while norms are in float32
+        return kernel.to(dtype), bias.to(dtype)
 
     def fuse(self) -> nn.Module:
         """Make the plain convolution that computes the same, in float64, cast back at the end.

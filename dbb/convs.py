@@ -32,7 +32,7 @@ class CentredConv(Function):
         ctx.conv, ctx.group, ctx.branches = conv, group, len(beta)
         with full_precision(x.device):
             rows = kernel.to(mean.dtype).reshape(len(mean), -1, mean.shape[1])
-            bias = torch.baddbmm(beta.sum(0).view(len(mean), -1, 1), rows, mean, alpha=-1).flatten()
+            bias = torch.baddbmm(beta.sum(0, dtype=mean.dtype).view(len(mean), -1, 1), rows, mean, alpha=-1).flatten()
         return F.conv2d(x, kernel, bias.to(x.dtype), *conv)
 
     @staticmethod

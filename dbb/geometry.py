@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -108,11 +107,6 @@ class Geometry:
         total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return self.stride == (1, 1) and self.pads == [(b, t - b) for b, t in zip(before, total, strict=True)]
 
-    @cached_property
-    def pixelwise(self) -> "Geometry":
-        """That of a 1x1 convolution on the same input, which sees every pixel by itself."""
-        return Geometry(self.in_channels, self.in_channels, 1, groups=self.groups)
-
     def windows(self, x: Tensor, lattice: "Lattice") -> Tensor:
         """What the kernel sees at some positions of the output: a view `[n, C, rows, columns, KH, KW]`.
 
@@ -201,7 +195,6 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, geometry, lattice):
         ctx.geometry, ctx.lattice, ctx.shape = geometry, lattice, x.shape
-        ctx.set_materialize_grads(False)
         seen = geometry.windows(x, lattice).unflatten(1, (geometry.groups, -1)).permute(1, 2, 5, 6, 0, 3, 4)
         sample = seen.new_empty(seen.shape, dtype=wide(x.dtype)).copy_(seen).flatten(4)
         return x.view_as(x), sample.flatten(1, 3), _centre(sample, geometry)
@@ -212,8 +205,7 @@ class _Sample(torch.autograd.Function):
         d_sample = d_sample.unflatten(1, (-1, *g.kernel_size))
         if torch.is_grad_enabled():  # gradients that are differentiated may not be added to in place
             d_x, d_sample = d_x.clone(), d_sample.clone()
-        if d_centre is not None:
-            _centre(d_sample, g).add_(d_centre)
+        _centre(d_sample, g).add_(d_centre)
         lengths = [(count - 1) * step + span for (_, step, count), span in zip(places, g.spans, strict=True)]
         columns = d_sample.reshape(-1, len(range(0, ctx.shape[0], ctx.lattice.images)), math.prod(c for *_, c in places))
         folded = F.fold(columns.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, [step for _, step, _ in places])

@@ -4,14 +4,16 @@
 Statistics are taken, and running ones moved, here and nowhere else.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dbb.convs import CentredConv, NormedConv, as_autocast
-from dbb.moments import ONE_VALUE, covariance, full_precision, process_group
+from dbb.moments import ONE_VALUE, covariance, full_precision, mean_over_processes, process_group
 from dbb.norms import count_batch, follow, uses_batch_statistics
 from dbb.rows import CovarianceSum, SampledSum, apart, beside, stacked
-from dbb.transforms import embed_kernel
+from dbb.transforms import add_branches, embed_kernel
 
 
 def exact(block, x: Tensor) -> Tensor:
@@ -37,16 +39,15 @@ def exact(block, x: Tensor) -> Tensor:
             norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
             rows, gamma, eps = _rows(kernels, norms, g.groups, mean.dtype)
             scaled, variance = CovarianceSum.apply(rows[:, None], gamma[:, None], spread, eps)
-            sizes = [len(kernel) for kernel in kernels]
-            variances = apart(variance[:, 0] * (count / (count - 1)), sizes)
+            variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
             with torch.no_grad():
-                means = apart((rows @ mean)[..., 0], sizes)[len(inner):] if points else []
+                means = apart((rows @ mean)[..., 0], kernels)[len(inner):] if points else []
             _follow(inner, points, variances, means)
-            scaled = apart(scaled, sizes)
-        firsts = {branch: kernel[..., None, None] for branch, kernel in zip(inner, scaled, strict=False)}
+            scaled = _as_kernels(scaled, kernels)
+        firsts = dict(zip(inner, scaled, strict=False))
     if points:
-        kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])[..., None, None]
-        terms.append(_centred(g.pixelwise, x, kernel, points, mean))
+        kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])
+        terms.append(_centred(block.pixelwise, x, kernel, points, mean))
     padded = g.pad(x)
     terms += [_normed(branch, padded, firsts.get(branch)) for branch in block.branches.values() if branch not in points]
     return sum(terms[1:], terms[0])
@@ -90,7 +91,7 @@ def merged_online(block, x: Tensor) -> Tensor:
     group, firsts, variances = process_group(live[0].bn), {}, []
     with full_precision(x.device):
         if inner and not g.keeps_size:
-            x, pixels, _ = g.pixelwise.sample(x, block.positions)
+            x, pixels, _ = block.pixelwise.sample(x, block.positions)
         padded, sample, centre = g.sample(g.pad(x), block.positions)
         if sample.shape[2] < 2 and group is None:
             raise ValueError(ONE_VALUE)
@@ -99,20 +100,21 @@ def merged_online(block, x: Tensor) -> Tensor:
             kernels = [branch.inner() for branch in inner]
             rows, gamma, eps = _rows(kernels, [branch.scale for branch in inner], g.groups, sample.dtype)
             scaled, variance = SampledSum.apply(rows[:, None], gamma[:, None], pixels, eps, group)
-            sizes = [len(kernel) for kernel in kernels]
-            variances += apart(variance[:, 0], sizes)
-            firsts = {branch: kernel[..., None, None] for branch, kernel in zip(inner, apart(scaled, sizes), strict=True)}
+            variances += apart(variance[:, 0], kernels)
+            firsts = dict(zip(inner, _as_kernels(scaled, kernels), strict=True))
         kernels = [embed_kernel(branch.kernel(firsts.get(branch)), g.kernel_size) for branch in live]
         rows, gamma, eps = _rows(kernels, [branch.bn for branch in live], g.groups, sample.dtype)
         rows, gamma = (part.unflatten(1, (len(live), -1)) for part in (rows, gamma))
         kernel, variance = SampledSum.apply(rows, gamma, sample, eps, group)
         with torch.no_grad():
-            mean = g.mean_window(padded)
+            mean = mean_over_processes(group, g.mean_window(padded), len(x) * math.prod(g.positions(padded)))
             means = (rows.flatten(1, 2) @ mean).view(variance.shape)
         outer = torch.stack([variance, means]).transpose(1, 2).flatten(2)  # [2, B, O]
         _follow(inner, live, [*variances, *outer[0]], list(outer[1]))
         kernel = kernel.reshape(g.out_channels, -1, *g.kernel_size)
-    return _centred(g, padded, kernel, live, mean)
+    y = _centred(g, padded, kernel, live, mean)
+    frozen = [branch.equivalent() for branch in block.branches.values() if branch not in live]
+    return g.conv(padded, *add_branches(*zip(*frozen, strict=True), g.kernel_size)) + y if frozen else y
 
 
 def _taking_part(block) -> tuple[list, list]:
@@ -127,6 +129,11 @@ def _rows(kernels: list[Tensor], norms: list[nn.Module], groups: int, dtype: tor
     gamma = beside([norm.weight for norm in norms], groups).to(dtype)
     eps = {norm.eps for norm in norms}
     return rows, gamma, eps.pop()
+
+
+def _as_kernels(rows: Tensor, kernels: list[Tensor]) -> list[Tensor]:
+    """What has become of 1x1 kernels in rows, in their shape and type."""
+    return [part.to(kernel.dtype)[..., None, None] for part, kernel in zip(apart(rows, kernels), kernels, strict=True)]
 
 
 def _follow(inner: list, outer: list, variances: list[Tensor], means: list[Tensor]) -> None:
@@ -146,8 +153,8 @@ def _centred(g, x: Tensor, kernel: Tensor, branches: list, mean: Tensor) -> Tens
 
 def linear(block, x: Tensor) -> Tensor:
     """One convolution with the sum of the branches' kernels, each times its factors, and the block's norm (OREPA)."""
-    kernel, _ = block.summed()
-    return block.bn(block.geometry.conv(block.geometry.pad(x), kernel))
+    g, (kernel, _) = block.geometry, block.summed()
+    return block.bn(g.conv(g.pad(x), kernel))
 
 
 MODES = {"exact": exact, "online": online, "linear": linear}

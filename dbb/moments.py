@@ -20,8 +20,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def full_precision(device: torch.device):
-    """Autocast and TF32 off: for statistics and kernels, which are small and must be right."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    """Autocast and TF32 off: for statistics and kernels, which are small and must be right.
+
+    Within `torch.compile` TF32 is as the user set it: a graph has one setting for all of its operators.
+    """
+    switches = () if torch.compiler.is_compiling() else (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"
@@ -47,6 +50,14 @@ def over_processes(group, *parts: Tensor) -> list[Tensor]:
     flat = torch.cat([part.flatten() for part in parts])
     distributed.all_reduce(flat, group=group)
     return [total.view_as(part) for total, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
+
+
+def mean_over_processes(group, mean: Tensor, count: int) -> Tensor:
+    """The mean of all values from each process's mean of `count` ones."""
+    if group is None:
+        return mean
+    total, count = over_processes(group, mean * count, mean.new_tensor([count]))
+    return total / count
 
 
 def covariance(x: Tensor, groups: int, group=None) -> tuple[Tensor, Tensor, Tensor | int]:
@@ -105,7 +116,11 @@ class _Covariance(Function):
 
     @staticmethod
     def backward(ctx, _, d_covariance, __):
+        if d_covariance is None:
+            return None, None, None
         x, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this backward is going to be differentiated: the mean depends on x
+            mean = mean_over_processes(ctx.group, x.to(mean.dtype).mean((0, 2, 3)), x.numel() // x.shape[1])
         d_covariance, = over_processes(ctx.group, d_covariance)
         centred = x.to(mean.dtype) - mean[:, None, None]
         kernel = (d_covariance + d_covariance.mT).flatten(0, 1)[:, :, None, None] / ctx.count

@@ -24,7 +24,7 @@ def follow(norms: list[nn.BatchNorm2d], running: list[Tensor], values: list[Tens
         if not (norm.training and norm.track_running_stats):
             continue
         if norm.momentum is None:  # the mean of all batches
-            tensor.lerp_(value.to(tensor.dtype), (1 / (norm.num_batches_tracked + 1)).to(tensor.dtype))
+            tensor.lerp_(value.to(tensor.dtype), (1 / (norm.num_batches_tracked + 1).double()).to(tensor.dtype))
         else:
             moving[norm.momentum][0].append(tensor)
             moving[norm.momentum][1].append(value.to(tensor.dtype))

@@ -41,6 +41,8 @@ class SampledSum(Function):
 
     @staticmethod
     def backward(ctx, d_sum, _):
+        if d_sum is None:
+            return None, None, None, None, None
         rows, gamma, sample, z, inverse, scale = ctx.saved_tensors
         with full_precision(rows.device):
             if torch.is_grad_enabled():  # this backward is going to be differentiated: these three depend on the rest
@@ -92,6 +94,8 @@ class CovarianceSum(Function):
 
     @staticmethod
     def backward(ctx, d_sum, _):
+        if d_sum is None:
+            return None, None, None, None
         rows, gamma, covariance, products, inverse, scale = ctx.saved_tensors
         with full_precision(rows.device):
             if torch.is_grad_enabled():
@@ -143,8 +147,7 @@ def by_branch(stack: Tensor) -> Tensor:
     return stack.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def apart(stack: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Each branch's part of what `stacked` or `beside` made, `[O, J]` or `[O]`, for branches of these O."""
-    if len(sizes) == 1:
-        return [stack.flatten(0, 1)]
-    return [part.flatten(0, 1) for part in stack.split([size // len(stack) for size in sizes], 1)]
+def apart(stack: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Each branch's part of what `stacked` or `beside` made of kernels like these: `[O, J]` or `[O]`."""
+    parts = [stack] if len(like) == 1 else stack.split([len(kernel) // len(stack) for kernel in like], 1)
+    return [part.flatten(0, 1) for part in parts]

@@ -83,8 +83,7 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     Returns:
         Kernel `[O, I/G, KH, KW]` and bias `[O]`, None if both biases are.
     """
-    dtype = max(first.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).bits)
-    kernel = _Composed.apply(first.to(dtype), second.to(dtype), groups)
+    kernel = _Composed.apply(first, second, groups)
     if first_bias is None:
         return kernel, second_bias
     bias = torch.einsum("gomhw,gm->go", second.unflatten(0, (groups, -1)), first_bias.reshape(groups, -1)).flatten()

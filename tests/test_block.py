@@ -214,7 +214,7 @@ def test_published_branches(block):
 def test_published_initial_values():
     block = DiverseBranchBlock(6, 6, 3, padding=1)
     assert not block.branches["1x1_kxk"].first.any()
-    assert torch.equal(block.branches["1x1_kxk"].pointwise().flatten(1), torch.eye(6))
+    assert torch.equal(block.branches["1x1_kxk"].inner().flatten(1), torch.eye(6))
     block.init_gamma(0.25)
     assert all((branch.bn.weight == 0.25).all() for branch in block.branches.values())
     single = DiverseBranchBlock(6, 6, 3, padding=1, single_init=True)
