@@ -13,7 +13,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from dbb.branches import BRANCHES
 from dbb.geometry import Geometry
 from dbb.modes import MODES
-from dbb.norms import uses_batch_statistics
+from dbb.moments import is_synchronized
+from dbb.norms import running, uses_batch_statistics
 from dbb.subclass import Intercept, lend_weight, with_weight
 from dbb.transforms import add_branches, fill, fuse_conv_norm
 
@@ -101,6 +102,12 @@ class ReparamConv2d(nn.Module):
         """The merged convolution's bias."""
         return self.get_equivalent_kernel_bias()[1]
 
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(f"the {name} of a block is computed from its branches and cannot be set: set that of the "
+                                 "convolution from block.fuse(), or convert the network with reparameterize first")
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.outer is None:
             return self.nonlinear(self._sum(x))
@@ -123,9 +130,9 @@ class ReparamConv2d(nn.Module):
         if not by_batch and not self.branchwise:
             return self.geometry.conv(x_padded, *self.get_equivalent_kernel_bias())
         self._run_hooks()
-        if by_batch and x.numel():
+        if by_batch and (x.numel() or any(is_synchronized(norm) for norm in self.norms())):
             return MODES[self.mode](self, x, x_padded)
-        # An empty batch, too, goes through the norms themselves: it has no statistics.
+        # An empty batch, too, goes through the norms themselves: it has no statistics, unless other processes have images.
         first, *others = (branch.normed(branch.drawn(x_padded)) for branch in self.branches.values())
         total = sum(others, first)
         return total if self.bn is None else self.bn(total)
@@ -160,9 +167,8 @@ class ReparamConv2d(nn.Module):
         self._run_hooks()
         if self.bn is None:
             return self.summed()
-        bn = self.bn
         kernel, bias = self.summed()
-        fused, shift = fuse_conv_norm(kernel, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        fused, shift = fuse_conv_norm(kernel, bias, *running(self.bn))
         return fused.to(kernel.dtype), shift.to(kernel.dtype)  # of half precision, while the norm is in float32
 
     def fuse(self) -> nn.Module:
@@ -180,11 +186,12 @@ class ReparamConv2d(nn.Module):
             conv = with_weight(self.outer, conv)
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
 
+    @torch.no_grad()
     def _merge(self) -> nn.Conv2d:
         if self.training or self._uses_batch_statistics():
             raise ValueError("a block in training mode cannot be converted: call model.eval() first")
-        weight = next(p for p in self.parameters() if p.ndim == 4)
-        conv = self._plain_conv(weight.device, weight.dtype)
+        like = self.get_equivalent_kernel_bias()[0]
+        conv = self._plain_conv(like.device, like.dtype)
         kernel, bias = copied(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
         fill(conv.weight, kernel, "the merged kernel")
         fill(conv.bias, bias, "the merged bias")

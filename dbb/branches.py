@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dbb.geometry import Geometry, average
 from dbb.moments import Moments, Sample, Statistics, full_precision
-from dbb.norms import Scale
+from dbb.norms import Scale, running
 from dbb.transforms import fuse_conv_norm, identity_kernel, merge_1x1_kxk
 
 BRANCHES: dict[str, type["Branch"]] = {}
@@ -98,9 +98,10 @@ class Branch(nn.Module):
         """Kernel and bias `[O]` of a kernel and what follows it: the norm, with these statistics or the running ones, or the factor."""
         if self.factor is not None:
             return kernel * self.factor[:, None, None, None], torch.zeros_like(self.factor)
-        bn = self.bn
-        mean, var = (bn.running_mean, bn.running_var) if statistics is None else statistics[:2]
-        fused, bias = fuse_conv_norm(kernel, 0.0, mean, var, bn.weight, bn.bias, bn.eps)
+        mean, var, *affine = running(self.bn)
+        if statistics is not None:
+            mean, var, _ = statistics
+        fused, bias = fuse_conv_norm(kernel, 0.0, mean, var, *affine)
         return fused.to(kernel.dtype), bias.to(kernel.dtype)  # of half precision, while the batch's statistics are in float32
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
@@ -186,6 +187,10 @@ class Pointwise(PointBranch, name="1x1"):
 class Identity(PointBranch, name="identity"):
     """The input itself (RepVGG, MobileOne)."""
 
+    def __init__(self, geometry: Geometry, device=None, dtype=None):
+        super().__init__(geometry, device, dtype)
+        self.register_buffer("where", torch.empty(0, device=device, dtype=dtype), persistent=False)  # keeps the type
+
     @staticmethod
     def fits(geometry):
         return geometry.in_channels == geometry.out_channels and geometry.stride == (1, 1)
@@ -196,7 +201,7 @@ class Identity(PointBranch, name="identity"):
 
     def point(self, moments=None):
         like = self.bn.weight if self.factor is None else self.factor
-        return identity_kernel(self.geometry.in_channels, self.geometry.groups, like.dtype, like.device)
+        return identity_kernel(self.geometry.in_channels, self.geometry.groups, self.where.dtype, like.device)
 
 
 class Average(Identity, name="avg"):

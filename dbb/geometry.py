@@ -128,7 +128,8 @@ class Geometry:
     def mean_patch(self, x: Tensor) -> Tensor:
         """The mean window over all positions of the output, at least in float32: `[G, 1, C/G, KH, KW]`; `x` as in `patches`."""
         height, width = self.positions(x)
-        x = x.mean(0, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # first over images: the rest is small
+        total = x.sum(0, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # first over images: the rest is small
+        x = total / max(1, len(x))
         x, lattice = self._placed(x, Lattice(1, ((0, 1, height), (0, 1, width))))
         means = torch.stack([tap.mean((0, 2, 3)) for tap in _taps(x, self, lattice)], -1)
         return means.unflatten(-1, self.kernel_size).unflatten(0, (self.groups, 1, -1))
@@ -165,7 +166,7 @@ class Lattice(NamedTuple):
         """About `budget` of the positions (at least that, where there are as many), 2 x 2 or more of each image."""
         images, height, width = [len(range(size)) for size in (images, height, width)]  # numbers to torch.compile too, not symbols
         every = max(1, images * min(4, height * width) // budget)
-        each = budget / -(-images // every)
+        each = budget / max(1, -(-images // every))  # a process may have none, beside others
         columns = min(width, math.ceil(math.sqrt(each * width / height)))
         rows = min(height, math.ceil(each / columns))
         columns = min(width, math.ceil(each / rows))

@@ -74,7 +74,8 @@ class Sample(NamedTuple):
             mean = (self.centre @ columns.mT).flatten()
         if is_synchronized(self.norm):
             _, var, count = batch_moments(z[:, :, None, None], z.shape[1], self.norm)
-            mean = batch_moments(mean[None, :, None, None], z.shape[1], self.norm).mean  # as many images in every process
+            mean = mean[None, :, None, None][:len(z)]  # as many images in every process, or none
+            mean = batch_moments(mean, z.shape[1], self.norm).mean
             return Statistics(mean, var.flatten(), count)
         return Statistics(mean, z.var(0, correction=0), len(z))
 

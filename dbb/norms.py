@@ -1,5 +1,7 @@
 """BatchNorm's rules, for where the block takes statistics itself instead of running the norm on a map."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,26 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
     What libraries freeze norms into (timm's and torchvision's `FrozenBatchNorm2d`) is no BatchNorm, and never would.
     """
     return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
+
+
+def running(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """Mean, variance, weight, bias and epsilon of a norm that uses running statistics.
+
+    Some frozen ones (DETR's) have their epsilon in their code. They are asked: of 1 they make `1 / sqrt(var + eps)`.
+
+    Raises:
+        ValueError: if it holds no such tensors.
+    """
+    try:
+        if not hasattr(norm, "eps"):
+            asked, var = copy.deepcopy(norm).to("cpu", torch.float64), 2.0 ** -40
+            for key, tensor in asked.state_dict().items():
+                tensor.fill_({"weight": 1, "running_var": var}.get(key, 0))
+            norm.eps = float(asked(torch.ones(1, len(norm.weight), 1, 1, dtype=torch.float64)).mean()) ** -2 - var
+        return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    except AttributeError as error:
+        raise ValueError(f"a block's norm was replaced by a {type(norm).__name__}, which is no BatchNorm ({error}): "
+                         "replace norms before the blocks are put in") from error
 
 
 def track(norm: nn.BatchNorm2d, statistics: Statistics) -> None:

@@ -299,6 +299,9 @@ def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
     weights = f"{trained.architecture}.{trained.tag}"
     rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({weights}): "
                           f"{told or 'nothing but what was named'}")
+    if settings.data.name in FILE_SETS and trained.crop_mode != "center":
+        rank_zero_only(print)(f"timm's own crop_mode is {trained.crop_mode} for these weights: it is not followed, "
+                              "test images keep their proportions, and their centre is taken")
 
 
 def _list_changed(overrides: list[str]) -> bool:
