@@ -144,8 +144,8 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
         return f"{names[norm]} normalises other maps too, or not all of this one's"
     if norm in flow.odd:
         return f"{names[norm]} is called with more than one input, or its parameters are used elsewhere too"
-    if norm.weight is None or norm.running_mean is None:
-        return f"{names[norm]} has no gamma or no running statistics"
+    if norm.weight is None or norm.bias is None or norm.running_mean is None:
+        return f"{names[norm]} has no gamma, no bias or no running statistics"
     return norm
 
 

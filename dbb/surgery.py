@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from dbb.block import BLOCKS, ReparamConv2d, copied
 from dbb.flow import Flow, Inputs, after_norm, partner
@@ -91,10 +92,12 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
 
     Raises:
         ValueError: if a block, branch or `init` is unknown or cannot be, a pattern matches no convolution, the network
-            cannot run on `example_input`, or nothing can become a block (`NothingSwappedError`).
+            cannot run on `example_input` or is lazy, or nothing can become a block (`NothingSwappedError`).
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
+    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        raise ValueError("the network has lazy modules, which have no shapes yet: run it once on an image first")
     makers = {pattern: _maker(choice) for pattern, choice in (block if isinstance(block, Mapping) else {"*": block}).items()}
     result, traced = copied(model), copied(model)  # what a forward pass may change stays in `traced`
     names = {module: name for name, module in traced.named_modules()}

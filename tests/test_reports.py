@@ -537,6 +537,21 @@ def test_a_merged_value_that_half_precision_cannot_hold_is_named():
         block.fuse()
 
 
+def test_a_norm_without_a_bias_stays():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, bias=False))
+    with pytest.raises(NothingSwappedError, match="1 has no gamma, no bias or no running statistics"):
+        replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 9, 9))
+
+
+@pytest.mark.parametrize("layers", [(nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)), (nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())])
+def test_a_lazy_network_is_run_first(layers):
+    net, x = nn.Sequential(*layers), torch.zeros(1, 3, 9, 9)
+    with pytest.raises(ValueError, match="has lazy modules, which have no shapes yet"):
+        replace_convs(net, "dbb", example_input=x)
+    net(x)
+    assert replace_convs(net, "dbb", example_input=x)[1][0].block
+
+
 def test_torchvisions_frozen_backbones_say_why():
     net = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
     with pytest.raises(NothingSwappedError, match="no BatchNorm2d follows"):
