@@ -189,7 +189,12 @@ class Identity(PointBranch, name="identity"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.register_buffer("where", torch.empty(0, device=device, dtype=dtype), persistent=False)  # keeps the type
+        self.dtype = self.bn.weight.dtype  # of the kernel; the norm may be moved to float32 alone
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        return self
 
     @staticmethod
     def fits(geometry):
@@ -201,7 +206,7 @@ class Identity(PointBranch, name="identity"):
 
     def point(self, moments=None):
         like = self.bn.weight if self.factor is None else self.factor
-        return identity_kernel(self.geometry.in_channels, self.geometry.groups, self.where.dtype, like.device)
+        return identity_kernel(self.geometry.in_channels, self.geometry.groups, self.dtype, like.device)
 
 
 class Average(Identity, name="avg"):

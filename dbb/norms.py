@@ -82,6 +82,11 @@ class PassedNorm(nn.Sequential):
         self.num_features = norm.num_features
         self.register_buffer("where", norm.weight.new_empty(0), persistent=False)  # keeps device and type
 
+    def _apply(self, fn, recurse=True):
+        if self.where.is_meta:  # no file holds it, so that it may be the only tensor that is left there
+            self.where = torch.empty(0, dtype=self.where.dtype, device="cpu")
+        return super()._apply(fn, recurse)
+
     @property
     def weight(self) -> Tensor:
         """One, `[C]`, as is `running_var`."""

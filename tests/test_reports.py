@@ -198,6 +198,18 @@ def test_a_network_on_meta_is_swapped_as_one_with_values():
     assert [row.block is None for row in reports[1]] == [False, True, True]
 
 
+@pytest.mark.parametrize("block", [EVERY_BRANCH, "orepa"])
+def test_a_network_filled_on_meta_can_be_moved(block):
+    full, empty = (replace_convs(pair().to(device), block, example_input=torch.zeros(1, 8, 9, 9, device=device))[0].eval()
+                   for device in ("cpu", "meta"))
+    empty.load_state_dict(full.state_dict(), assign=True)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    expected = full.double()(x)
+    assert relative_error(empty.double()(x), expected) < 1e-12
+    assert relative_error(reparameterize(empty)(x), expected) < 1e-12
+    assert empty[1].weight.device.type == "cpu"
+
+
 @pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])
 @pytest.mark.parametrize("assign", [False, True])
 def test_what_no_file_holds_is_made_anew(kind, assign):
