@@ -105,9 +105,19 @@ def shows_progress_bar(settings: Settings) -> bool:
 
 def make_loggers(settings: Settings, run_dir: Path) -> list[Logger]:
     """CSV, and with it W&B or TensorBoard as `logger.name` says; all go on where an earlier session of the same run stopped."""
-    more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [lambda settings, run_dir: TensorBoardLogger(run_dir, "", "")]}
+    more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, run_dir) for make in more[settings.logger.name]]
     return [_csv(run_dir), *(logger for logger in made if logger is not None)]
+
+
+def tensorboard_logger(settings: Settings, run_dir: Path) -> TensorBoardLogger | None:
+    """TensorBoard's files in a run's folder; None, with a sentence, where it is not installed."""
+    try:
+        return TensorBoardLogger(run_dir, "", "")
+    except ImportError:
+        rank_zero_only(print)("logger=tensorboard: it is not installed (pip install tensorboard): the run goes on "
+                              "without it; metrics.csv has all of its metrics")
+        return None
 
 
 def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
