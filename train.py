@@ -100,8 +100,9 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         trainer.loggers[-1].log_hyperparams(asdict(settings))
         activations = activations_of_a_batch(model.net, settings.data.batch_size, data.image_size) / 2**20
         parameters = sum(p.numel() for p in model.net.parameters())
-        print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
-              f"at {data.image_size} pixels, {activations:.0f} MiB of activations a batch, on {trainer.strategy.root_device}",
+        reduced = f", images of {data.image_size} pixels reduced {model.net.total_stride} times" * bool(model.net.total_stride)
+        print(f"{settings.model.name} with block={settings.block.name}, on {trainer.strategy.root_device}: {parameters:,} parameters, "
+              f"{activations:.0f} MiB of activations a batch{reduced}",
               *[mode_line(settings), model.net.report] * bool(model.net.report), *rough_start(settings) * (checkpoint is None),
               f"run folder: {run_dir}", sep="\n")
         log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
