@@ -77,7 +77,7 @@ class OnnxNetwork(nn.Module):
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own, one a cause, which share no base of theirs
+        except Exception as error:  # onnxruntime's own kinds, which share no base class
             raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         self.about = parse_about(self.session.get_modelmeta().custom_metadata_map.get("dbb"), path)
 
