@@ -205,7 +205,8 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path], ba
             wanted = f"not run yet: train it with trainer.max_epochs={row['wanted_epochs']:.0f}"
             equal.append([row["variant"], row["equal_time"] if near else wanted,
                           f"{row['time_ratio']:.2f}" if near else "", *difference(row, "_equal_time")])
-    others = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
+    more = len(folders) - 1
+    others = f" and {more} more folder{'s' * (more > 1)}" if more else ""
     parts = [f"# {folders[0].name}{others}",
              f"Each row is a *variant*: all n runs that differ only in their seed. Its name is what tells it from the others (`none` is "
              f"the plain network), and differences are to {baseline or 'the plain network of otherwise the same settings'}.",
