@@ -44,7 +44,7 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if theirs is not None and theirs.ndim == ours.ndim and theirs.shape[0] != ours.shape[0] and theirs.shape[1:] == ours.shape[1:]:
         fresh = {key: value for key, value in own.items() if key.startswith(head)}
         rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
-                              f"and so drawn at random: {', '.join(fresh)}")
+                              f"so they start at random: {', '.join(fresh)}")
         weights |= fresh
     load_weights(net, weights)
 
