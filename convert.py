@@ -1,4 +1,4 @@
-"""Fold every block of a trained network into one plain convolution, prove that nothing changed, and write files that stock libraries load.
+"""Fold every block of a trained network into one plain convolution, prove that nothing changed, and write files that other libraries load.
 
 `python convert.py --help` says what to type (its text is in configs/convert.yaml).
 """

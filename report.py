@@ -3,8 +3,8 @@
     python train.py -m model=resnet20 block=none,dbb 'seed=range(5)' out=outputs/study
     python report.py outputs/study [--out results/study] [--baseline LABEL]
 
-Runs that differ in their seed alone are one arm. Each arm is compared with the plain network (block=none) of otherwise the same
-settings, seed by seed. Writes report.md, arms.csv, runs.csv, epochs.csv and curves.png.
+Runs that differ only in their seed are one variant. Each variant is compared, seed by seed, with the plain network
+(block=none) of otherwise the same settings. Writes report.md, variants.csv, runs.csv, epochs.csv and curves.png.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from training.runs import LOCK, of_the_training, read_config, read_result
 
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
-SAME_TIME = (0.8, 1.25)  # runs whose training times have a ratio within these count as runs of equal compute
+SAME_TIME = (0.8, 1.25)  # ratios of training times that count as about equal
 
 
 def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -89,36 +89,37 @@ def read_epochs(place: Path) -> pd.DataFrame:
     return rows.assign(folder=str(place), epoch=rows.index.astype(int) + 1)
 
 
-def name_arms(runs: pd.DataFrame) -> pd.Series:
-    """By run, its arm: the settings in which the finished ones differ; of the block only what tells two apart.
+def name_variants(runs: pd.DataFrame) -> pd.Series:
+    """By run, its variant: the settings in which the finished ones differ; of the block only what tells two apart.
 
-    A run whose settings no finished one has is of no arm.
+    A run whose settings no finished run has belongs to no variant.
     """
-    arms = [dict(settings) for settings in {tuple(sorted(s.items())) for s in runs[runs["state"] == "finished"]["settings"]}]
-    differ = sorted(key for key in {key for arm in arms for key in arm} if len({str(arm.get(key)) for arm in arms}) > 1)
+    variants = [dict(settings) for settings in {tuple(sorted(s.items())) for s in runs[runs["state"] == "finished"]["settings"]}]
+    keys = {key for variant in variants for key in variant}
+    differ = sorted(key for key in keys if len({str(variant.get(key)) for variant in variants}) > 1)
 
     def apart(keys):
-        return len({tuple(str(arm.get(key)) for key in keys) for arm in arms})
+        return len({tuple(str(variant.get(key)) for key in keys) for variant in variants})
     names = [key for key in differ if not key.startswith("block.") or key == "block.name"]
     for key in differ:
         if apart([*names, key]) > apart(names):
             names.append(key)
 
     def label(settings):
-        of_block = settings.get("block.name") != "none"  # the knobs of no block say nothing
+        of_block = settings.get("block.name") != "none"  # without a block, its knobs mean nothing
         return ", ".join(str(settings.get(key)) if key == "block.name" else f"{key}={settings.get(key)}"
                          for key in names if key == "block.name" or of_block or not key.startswith("block."))
-    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings in arms else "")
+    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings in variants else "")
 
 
-def paired(runs: pd.DataFrame, arm: str, base: str) -> dict[str, Any]:
-    """Difference in top-1 (points) of the seeds that two arms share, with the 95% confidence interval of Student's t."""
-    both = runs[runs["arm"] == arm].set_index("seed")["top1"] - runs[runs["arm"] == base].set_index("seed")["top1"]
+def paired(runs: pd.DataFrame, variant: str, base: str) -> dict[str, Any]:
+    """Difference in top-1 (points) of the seeds that two variants share, with the 95% confidence interval of Student's t."""
+    both = runs[runs["variant"] == variant].set_index("seed")["top1"] - runs[runs["variant"] == base].set_index("seed")["top1"]
     both = 100 * both.dropna()
     if both.empty:
         return {"pairs": 0}
     mean, half = mean_and_half_width(both)
-    known = half > 1e-9  # else it is one pair, or all differ by the same, as on few test images: no estimate of a spread
+    known = half > 1e-9  # one pair, or the same difference in all (few test images), gives no spread
     return {"pairs": len(both), "difference": mean} | ({"low": mean - half, "high": mean + half} if known else {})
 
 
@@ -127,55 +128,55 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return np.mean(values), stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else np.nan
 
 
-def compare_arms(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
-    """An arm a row: accuracy, cost, and the differences to its baseline at equal epochs and at equal compute.
+def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
+    """A variant a row: accuracy, cost, and the differences to its baseline after the same epochs and after about equal training time.
 
     Raises:
-        ValueError: if there is no arm of the baseline's name, or a seed ran twice in an arm.
+        ValueError: if there is no variant of the baseline's name, or a seed ran twice in a variant.
     """
     done = runs[runs["state"] == "finished"]
-    twice = done[done.duplicated(["arm", "seed"])]
+    twice = done[done.duplicated(["variant", "seed"])]
     if len(twice):
-        raise ValueError(f"seed {twice['seed'].iloc[0]:.0f} of {twice['arm'].iloc[0]} is there twice, in {twice['folder'].iloc[0]} and "
+        raise ValueError(f"seed {twice['seed'].iloc[0]:.0f} of {twice['variant'].iloc[0]} is there twice, in {twice['folder'].iloc[0]} and "
                          "elsewhere: name the folder of one study")
-    if baseline is not None and baseline not in set(done["arm"]):
-        raise ValueError(f"--baseline {baseline}: there is no such arm; the arms are {'; '.join(sorted(set(done['arm'])))}")
-    first = done.drop_duplicates("arm").set_index("arm")["settings"]
-    lengths = {arm: sorted(set(group["epochs"].astype(int))) for arm, group in done.groupby("arm")}
+    if baseline is not None and baseline not in set(done["variant"]):
+        raise ValueError(f"--baseline {baseline}: there is no such variant; the variants are {'; '.join(sorted(set(done['variant'])))}")
+    first = done.drop_duplicates("variant").set_index("variant")["settings"]
+    lengths = {variant: sorted(set(group["epochs"].astype(int))) for variant, group in done.groupby("variant")}
 
-    def family(arm: str) -> dict:
-        return {k: v for k, v in first[arm].items() if not k.startswith("block.") and k != "trainer.max_epochs"}
+    def family(variant: str) -> dict:
+        return {k: v for k, v in first[variant].items() if not k.startswith("block.") and k != "trainer.max_epochs"}
 
-    def is_base(arm: str) -> bool:
+    def is_base(variant: str) -> bool:
         if baseline is None:
-            return first[arm]["block.name"] == "none"
-        return first[arm] | {"trainer.max_epochs": 0} == first[baseline] | {"trainer.max_epochs": 0}
+            return first[variant]["block.name"] == "none"
+        return first[variant] | {"trainer.max_epochs": 0} == first[baseline] | {"trainer.max_epochs": 0}
 
     rows = []
-    for arm, group in done.groupby("arm", sort=False):
-        row = {"arm": arm, "n": len(group), "epochs": "-".join(map(str, lengths[arm][:1] + lengths[arm][1:][-1:])),
+    for variant, group in done.groupby("variant", sort=False):
+        row = {"variant": variant, "n": len(group), "epochs": "-".join(map(str, lengths[variant][:1] + lengths[variant][1:][-1:])),
                "train_loss": group["train_loss"].mean(skipna=False), "train_loss_std": group["train_loss"].std(skipna=False),
                "top1": 100 * group["top1"].mean(), "top1_std": 100 * group["top1"].std(),
                "converted_top1": 100 * group["converted_top1"].mean(), "predictions_changed": int(group["predictions_changed"].sum()),
                "milliseconds_per_step": 1e3 * group["seconds_per_step"].median(), "activations_mib": group["activations_mib"].iloc[0],
                "seconds": group["seconds"].median()}
-        bases = [a for a in first.index if a != arm and is_base(a) and (baseline is not None or family(a) == family(arm))]
-        base = next((a for a in bases if lengths[a] == lengths[arm]), None)
+        bases = [a for a in first.index if a != variant and is_base(a) and (baseline is not None or family(a) == family(variant))]
+        base = next((a for a in bases if lengths[a] == lengths[variant]), None)
         if base is not None:
-            row |= {"baseline": base} | paired(done, arm, base)
-        times = {a: row["seconds"] / done[done["arm"] == a]["seconds"].median() for a in bases}
+            row |= {"baseline": base} | paired(done, variant, base)
+        times = {a: row["seconds"] / done[done["variant"] == a]["seconds"].median() for a in bases}
         times = {a: ratio for a, ratio in times.items() if np.isfinite(ratio)}
-        if times and not is_base(arm):
+        if times and not is_base(variant):
             nearest = min(times, key=lambda a: abs(np.log(times[a])))
-            row |= {"equal_compute": nearest, "time_ratio": times[nearest],
+            row |= {"equal_time": nearest, "time_ratio": times[nearest],
                     "wanted_epochs": round(times[nearest] * lengths[nearest][-1])}
             if SAME_TIME[0] <= times[nearest] <= SAME_TIME[1]:
-                row |= {f"{key}_equal_compute": value for key, value in paired(done, arm, nearest).items()}
+                row |= {f"{key}_equal_time": value for key, value in paired(done, variant, nearest).items()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def markdown(runs: pd.DataFrame, arms: pd.DataFrame, folders: list[Path], baseline: str | None = None) -> str:
+def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path], baseline: str | None = None) -> str:
     """The report, for people."""
     def cell(row, key, form):
         return form.format(row[key]) if key in row and pd.notna(row[key]) else ""
@@ -190,51 +191,58 @@ def markdown(runs: pd.DataFrame, arms: pd.DataFrame, folders: list[Path], baseli
 
     plain = baseline or "plain"
     first, equal = [], []
-    for _, row in arms.iterrows():
-        base = arms[arms["arm"] == row.get("baseline")]
+    for _, row in variants.iterrows():
+        base = variants[variants["variant"] == row.get("baseline")]
         ratio = [f" ({row[key] / base[key].iloc[0]:.2f}x)" if len(base) and base[key].notna().all() else ""
                  for key in ("milliseconds_per_step", "activations_mib")]
-        first.append([row["arm"], str(row["n"]), row["epochs"], f"{row['train_loss']:.4f}" + cell(row, "train_loss_std", " ± {:.4f}"),
+        first.append([row["variant"], str(row["n"]), str(row["epochs"]),
+                      f"{row['train_loss']:.4f}" + cell(row, "train_loss_std", " ± {:.4f}"),
                       f"{row['top1']:.2f}" + cell(row, "top1_std", " ± {:.2f}"), *difference(row),
                       f"{row['converted_top1']:.2f} ({row['predictions_changed']} changed)",
                       cell(row, "milliseconds_per_step", f"{{:.0f}}{ratio[0]}"), f"{row['activations_mib']:.1f}{ratio[1]}"])
-        if cell(row, "equal_compute", "{}"):
-            near = cell(row, "pairs_equal_compute", "{}")
-            wanted = f"none yet: trainer.max_epochs={row['wanted_epochs']:.0f}, from the start, would do"
-            equal.append([row["arm"], row["equal_compute"] if near else wanted,
-                          f"{row['time_ratio']:.2f}" if near else "", *difference(row, "_equal_compute")])
-    parts = [f"# {', '.join(folder.name for folder in folders)}", "![curves](curves.png)", "## At equal epochs",
-             table(["arm", "n", "epochs", "final training loss", "test top-1, %", f"difference to {plain}, points", "95% interval",
-                     "converted top-1, % (predictions)", "ms a step", "activations a batch, MiB"], first),
-             "± is the standard deviation over seeds. Differences are paired by seed; one whose interval holds 0 is not significant. Each "
-             "interval is for one comparison: of twenty without any effect, one misses 0. It is over seeds, for these test images: which "
-             "images they happen to be is not in it, and counts where they are few. Time is what the runs logged, on a machine that "
-             "may have done other things; activations are what a forward pass in float32 leaves for backward."]
+        if cell(row, "equal_time", "{}"):
+            near = cell(row, "pairs_equal_time", "{}")
+            wanted = f"not run yet: train it with trainer.max_epochs={row['wanted_epochs']:.0f}"
+            equal.append([row["variant"], row["equal_time"] if near else wanted,
+                          f"{row['time_ratio']:.2f}" if near else "", *difference(row, "_equal_time")])
+    more = len(folders) - 1
+    others = f" and {more} more folder{'s' * (more > 1)}" if more else ""
+    parts = [f"# {folders[0].name}{others}",
+             f"Each row is a *variant*: all n runs that differ only in their seed. Its name is what tells it from the others (`none` is "
+             f"the plain network), and differences are to {baseline or 'the plain network of otherwise the same settings'}.",
+             "![curves](curves.png)", "## After the same number of epochs",
+             table(["variant", "n", "epochs", "final training loss", "test top-1, %", f"difference to {plain}, points", "95% interval",
+                     "top-1 after conversion, % (predictions)", "ms a step", "activations a batch, MiB"], first),
+             "± is the standard deviation over seeds. A difference is the mean over pairs of runs with the same seed; if its interval "
+             "contains 0, it is not significant. Each interval is for one comparison: without any effect, one in twenty still misses 0. "
+             "It covers the chance in the seeds, not in the choice of the test images, which matters where they are few. Times are as "
+             "logged, on a machine that may have been busy with other work. Activations are the memory that a forward pass in float32 "
+             "keeps for the backward pass."]
     if equal:
-        head = ["arm", f"{plain}, of equal training time", "time ratio", "difference, points", "95% interval"]
-        parts += ["## At equal compute", table(head, equal)]
+        head = ["variant", f"{plain}, trained for about the same time", f"its time / that of {plain}", "difference, points", "95% interval"]
+        parts += ["## At about equal training time", table(head, equal)]
     left = [f"- `{row.folder}`: {row.state}" for row in runs[runs["state"] != "finished"].itertuples()]
     parts.append("\n".join([f"## Not in the tables: {len(left)} of {len(runs)} runs\n", *left]) if left else
                  f"All {len(runs)} runs found are finished.")
-    seeds = {arm: set(group["seed"].astype(int)) for arm, group in runs[runs["state"] == "finished"].groupby("arm")}
-    lacking = {arm: sorted(set().union(*seeds.values()) - of) for arm, of in seeds.items()}
+    seeds = {variant: set(group["seed"].astype(int)) for variant, group in runs[runs["state"] == "finished"].groupby("variant")}
+    lacking = {variant: sorted(set().union(*seeds.values()) - of) for variant, of in seeds.items()}
     if any(lacking.values()):
         parts.append("Seeds that others have: " + "; ".join(
-            f"{arm} lacks {', '.join(map(str, of))}" for arm, of in lacking.items() if of) + ".")
+            f"{variant} lacks {', '.join(map(str, of))}" for variant, of in lacking.items() if of) + ".")
     return "\n\n".join(parts) + "\n"
 
 
 def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
-    """Training loss and test top-1 by epoch, an arm a line; the band is a standard deviation to each side."""
+    """Training loss and test top-1 by epoch, a variant a line; the band is a standard deviation to each side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
     for axis, (column, title, scale) in zip(figure.subplots(1, 2), shown, strict=True):
-        for arm, group in epochs.groupby("arm", sort=False):
+        for variant, group in epochs.groupby("variant", sort=False):
             curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")
             mean, std = curve.mean(axis=1, skipna=False), curve.std(axis=1).fillna(0)  # one that diverged ends the line
-            [line] = axis.plot(mean.index, mean, label=f"{arm} (n={group['folder'].nunique()})")
+            [line] = axis.plot(mean.index, mean, label=f"{variant} (n={group['folder'].nunique()})")
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -247,21 +255,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="of runs, or of folders of runs")
     parser.add_argument("--out", type=Path, help="where to write; by default into the first folder")
-    parser.add_argument("--baseline", help="the arm to compare all others with; by default the plain network of the same settings")
+    parser.add_argument("--baseline", help="the variant to compare all others with; by default the plain network of the same settings")
     options = parser.parse_args()
     with plain_errors():
         runs, epochs = read_runs(options.folders)
-        runs["arm"] = name_arms(runs)
-        arms = compare_arms(runs, options.baseline)
-        epochs = epochs.merge(runs[["folder", "arm", "seed", "state"]], on="folder")
+        runs["variant"] = name_variants(runs)
+        variants = compare_variants(runs, options.baseline)
+        epochs = epochs.merge(runs[["folder", "variant", "seed", "state"]], on="folder")
         out = output_folder(options.out or options.folders[0])
-        text = markdown(runs, arms, options.folders, options.baseline)
+        text = markdown(runs, variants, options.folders, options.baseline)
         (out / "report.md").write_text(text)
         draw_curves(epochs[epochs["state"] == "finished"], out / "curves.png")
-        arms.to_csv(out / "arms.csv", index=False, float_format="%.6g")
+        variants.to_csv(out / "variants.csv", index=False, float_format="%.6g")
         runs.drop(columns="settings").to_csv(out / "runs.csv", index=False, float_format="%.6g")
         epochs.to_csv(out / "epochs.csv", index=False, float_format="%.6g")
-        print(text, f"written to {out}: report.md, curves.png, arms.csv, runs.csv, epochs.csv", sep="\n")
+        print(text, f"written to {out}: report.md, curves.png, variants.csv, runs.csv, epochs.csv", sep="\n")
 
 
 if __name__ == "__main__":

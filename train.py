@@ -60,7 +60,7 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         print(f"{run_dir} is finished: {sentence(result, last)}")
         return result
     if settings.source is not None:
-        raise ValueError(f"source={settings.source}: train.py goes on with its own checkpoints only; model.weights=FILE starts from "
+        raise ValueError(f"source={settings.source}: train.py continues its own checkpoints only; model.weights=FILE starts from "
                          "a plain network's weights, convert.py reads published files")
     if settings.logger.id is None or (wanted is not None and not last.exists()):
         # The id in a checkpoint belongs to its own folder.
@@ -76,9 +76,9 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
         if done >= settings.trainer.max_epochs and evaluated:
             raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has {done} "
-                             "epochs; set more to train on")
+                             "epochs; set more to continue")
         if optimizer != settings.optim.name:
-            raise ValueError(f"optim.name={settings.optim.name} cannot go on with the state of {optimizer} in the checkpoint")
+            raise ValueError(f"optim.name={settings.optim.name} cannot continue with the state of {optimizer} in the checkpoint")
     data = ImageData(settings.data, settings.seed, first_epoch=done)
     print(f"loading the images of data={settings.data.name}", flush=True)
     data.load(train=True)
@@ -100,8 +100,9 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         trainer.loggers[-1].log_hyperparams(asdict(settings))
         activations = activations_of_a_batch(model.net, settings.data.batch_size, data.image_size) / 2**20
         parameters = sum(p.numel() for p in model.net.parameters())
-        print(f"{settings.model.name} with block={settings.block.name}: {parameters:,} parameters, total stride {model.net.total_stride} "
-              f"at {data.image_size} pixels, {activations:.0f} MiB of activations a batch, on {trainer.strategy.root_device}",
+        reduced = f", images of {data.image_size} pixels reduced {model.net.total_stride} times" * bool(model.net.total_stride)
+        print(f"{settings.model.name} with block={settings.block.name}, on {trainer.strategy.root_device}: {parameters:,} parameters, "
+              f"{activations:.0f} MiB for the activations of a batch{reduced}",
               *[mode_line(settings), model.net.report] * bool(model.net.report), *rough_start(settings) * (checkpoint is None),
               f"run folder: {run_dir}", sep="\n")
         log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
@@ -131,7 +132,7 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
     if isinstance(launcher, _SubprocessScriptLauncher) and HydraConfig.initialized() \
             and HydraConfig.get().mode is RunMode.MULTIRUN:
         raise ValueError(f"trainer.devices={settings.trainer.devices}: each of the {trainer.world_size} "
-                         "processes of this job would start the whole sweep again: say trainer.devices=1, or "
+                         "processes of this job would start the whole sweep again: set trainer.devices=1, or "
                          "start every job by itself, without -m")
     try_optimizer(settings, trainer.strategy.root_device)
     return trainer
@@ -144,7 +145,7 @@ def mode_line(settings: Settings) -> str:
         return f"block.mode={mode}: benchmarks/README.md has what a training step costs"
     time, activations = MEASURED[model][mode]
     return (f"block.mode={mode}: expect a training step of {time:.1f} times the plain {model}'s time and "
-            f"{activations:.1f} times its activations (measured on a CPU with images of 32 pixels)")
+            f"{activations:.1f} times its memory for activations (measured on a CPU, 32x32 images)")
 
 
 def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path, cost: dict[str, float]) -> dict[str, float]:

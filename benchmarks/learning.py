@@ -1,6 +1,6 @@
-"""Do the modes learn the same? Trains ResNet-8 on CIFAR-10 (16x16 images) in every arm and seed, and writes a table.
+"""Do the modes learn the same? Trains ResNet-8 on CIFAR-10 (16x16 images) in every variant and seed, and writes a table.
 
-    python benchmarks/learning.py --data data/cifar10 [--arms plain exact] [--seeds 0 1 2]
+    python benchmarks/learning.py --data data/cifar10 [--variants plain exact] [--seeds 0 1 2]
 
 Each run is a call of train.py in outputs/learning/; finished ones are not repeated, so that an interrupted study goes on.
 The table has every run that is finished, and benchmarks/results/learning.csv their raw numbers, an epoch a line.
@@ -25,18 +25,18 @@ EPOCHS = 8
 MODES = {"plain": ["block=none"], "exact": ["block=dbb"], "online": ["block=dbb", "block.mode=online"], "linear": ["block=orepa"]}
 # Equal time: the epochs that fit into the time of plain's twelve, by the seconds of a step on one thread (4.0, 1.8, 1.26 times plain's).
 EQUAL_TIME = {"plain": 12, "exact": 3, "online": 7, "linear": 10}
-ARMS = {name: (EPOCHS, overrides) for name, overrides in MODES.items()} | {
+VARIANTS = {name: (EPOCHS, overrides) for name, overrides in MODES.items()} | {
     f"{name}, equal time": (epochs, MODES[name]) for name, epochs in EQUAL_TIME.items()}
-COLUMNS = ["arm", "seed", "epoch", "train_loss", "test_loss", "test_top1"]
+COLUMNS = ["variant", "seed", "epoch", "train_loss", "test_loss", "test_top1"]
 
 
-def folder(arm: str, seed: int) -> Path:
-    return ROOT / "outputs" / "learning" / f"{arm.replace(', ', '_').replace(' ', '_')}_{seed}"
+def folder(variant: str, seed: int) -> Path:
+    return ROOT / "outputs" / "learning" / f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
 
 
-def train(arm: str, seed: int, data: str) -> None:
+def train(variant: str, seed: int, data: str) -> None:
     """Run train.py, unless the run is there already."""
-    (epochs, overrides), out = ARMS[arm], folder(arm, seed)
+    (epochs, overrides), out = VARIANTS[variant], folder(variant, seed)
     if len(read(out)) < epochs:
         ckpt = out / "checkpoints" / "last.ckpt"
         start = [f"ckpt={ckpt}"] if ckpt.exists() else [*RECIPE, *overrides, f"trainer.max_epochs={epochs}", f"seed={seed}", f"out={out}"]
@@ -56,25 +56,27 @@ def read(out: Path) -> list[dict[str, str]]:
 
 def table(seeds: list[int]) -> None:
     """Write the raw numbers; print mean, standard deviation, and the paired difference to plain with its 95% confidence interval."""
-    runs = {arm: {seed: read(folder(arm, seed)) for seed in seeds} for arm in ARMS}
-    runs = {arm: {seed: rows for seed, rows in of.items() if len(rows) == ARMS[arm][0]} for arm, of in runs.items()}
+    runs = {variant: {seed: read(folder(variant, seed)) for seed in seeds} for variant in VARIANTS}
+    runs = {variant: {seed: rows for seed, rows in of.items() if len(rows) == VARIANTS[variant][0]} for variant, of in runs.items()}
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({"arm": arm, "seed": seed} | row for arm, of in runs.items() for seed, rows in of.items() for row in rows)
-    last = {arm: {seed: rows[-1] for seed, rows in of.items()} for arm, of in runs.items() if of}
+        writer.writerows({"variant": variant, "seed": seed} | row
+                         for variant, of in runs.items() for seed, rows in of.items() for row in rows)
+    last = {variant: {seed: rows[-1] for seed, rows in of.items()} for variant, of in runs.items() if of}
 
-    def values(arm, column, seeds):
-        return [float(last[arm][seed][column]) for seed in seeds]
+    def values(variant, column, seeds):
+        return [float(last[variant][seed][column]) for seed in seeds]
 
-    print("| arm | epochs | n | final training loss | test top-1, % | difference to plain, points | 95% interval |\n" + "|---" * 7 + "|")
-    for arm in last:
-        seeds, base = sorted(last[arm]), last.get("plain, equal time" if "," in arm else "plain", {})
-        loss, top1 = values(arm, "train_loss", seeds), [100 * value for value in values(arm, "test_top1", seeds)]
-        row = [arm, str(ARMS[arm][0]), str(len(seeds))]
+    print("| variant | epochs | n | final training loss | test top-1, % | difference to plain, points | 95% interval |")
+    print("|---" * 7 + "|")
+    for variant in last:
+        seeds, base = sorted(last[variant]), last.get("plain, equal time" if "," in variant else "plain", {})
+        loss, top1 = values(variant, "train_loss", seeds), [100 * value for value in values(variant, "test_top1", seeds)]
+        row = [variant, str(VARIANTS[variant][0]), str(len(seeds))]
         for v, digits in ((loss, 4), (top1, 2)):
             row.append(f"{statistics.mean(v):.{digits}f} ± {statistics.stdev(v) if len(v) > 1 else 0:.{digits}f}")
-        if base is not last[arm] and len(d := [100 * (float(last[arm][s]["test_top1"]) - float(base[s]["test_top1"]))
+        if base is not last[variant] and len(d := [100 * (float(last[variant][s]["test_top1"]) - float(base[s]["test_top1"]))
                                                for s in seeds if s in base]) > 1:
             mean, half = mean_and_half_width(d)
             row += [f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
@@ -84,12 +86,12 @@ def table(seeds: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     for seed in options.seeds:
-        for arm in options.arms:
-            train(arm, seed, options.data)
+        for variant in options.variants:
+            train(variant, seed, options.data)
     table(options.seeds)
 
 

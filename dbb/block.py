@@ -13,7 +13,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from dbb.branches import BRANCHES
 from dbb.geometry import Geometry
 from dbb.modes import MODES
-from dbb.norms import uses_batch_statistics
+from dbb.moments import process_group
+from dbb.norms import running, uses_batch_statistics
 from dbb.rows import beside, stacked, weighted
 from dbb.subclass import Intercept, lend_weight, with_weight
 from dbb.transforms import embed_kernel, fill, fuse_conv_norm
@@ -103,6 +104,12 @@ class ReparamConv2d(nn.Module):
         """The merged convolution's bias."""
         return self.get_equivalent_kernel_bias()[1]
 
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(f"the {name} of a block is computed from its branches and cannot be set: set that of the "
+                                 "convolution from block.fuse(), or convert the network with reparameterize first")
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.outer is None:
             return self.nonlinear(self._sum(x))
@@ -125,9 +132,9 @@ class ReparamConv2d(nn.Module):
         if not by_batch and not self.branchwise:
             return g.conv(g.pad(x), *self.get_equivalent_kernel_bias())
         self._run_hooks()
-        if by_batch and x.numel():
+        if by_batch and (x.numel() or any(process_group(norm) is not None for norm in self.norms())):
             return MODES[self.mode](self, x)
-        # An empty batch, too, goes through the norms themselves: it has no statistics.
+        # An empty batch, too, goes through the norms themselves: it has no statistics, unless other processes have images.
         padded = g.pad(x)
         first, *others = (branch.normed(branch.drawn(padded)) for branch in self.branches.values())
         total = sum(others, first)
@@ -167,9 +174,9 @@ class ReparamConv2d(nn.Module):
             return self.reparam.weight, self.reparam.bias
         self._run_hooks()
         kernel, bias = self.summed()
-        if (bn := self.bn) is not None:
-            kernel, bias = fuse_conv_norm(kernel, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-        dtype = next((p.dtype for p in self.parameters() if p.ndim == 4), kernel.dtype)  # half, while norms are in float32
+        if self.bn is not None:
+            kernel, bias = fuse_conv_norm(kernel, bias, *running(self.bn))
+        dtype = next(iter(self.branches.values())).kernel().dtype  # perhaps half precision, while norms are in float32
         return kernel.to(dtype), bias.to(dtype)
 
     def fuse(self) -> nn.Module:
@@ -187,11 +194,12 @@ class ReparamConv2d(nn.Module):
             conv = with_weight(self.outer, conv)
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
 
+    @torch.no_grad()
     def _merge(self) -> nn.Conv2d:
         if self.training or self._uses_batch_statistics():
             raise ValueError("a block in training mode cannot be converted: call model.eval() first")
-        weight = next(p for p in self.parameters() if p.ndim == 4)
-        conv = self._plain_conv(weight.device, weight.dtype)
+        like = self.get_equivalent_kernel_bias()[0]
+        conv = self._plain_conv(like.device, like.dtype)
         kernel, bias = copied(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
         fill(conv.weight, kernel, "the merged kernel")
         fill(conv.bias, bias, "the merged bias")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dbb.geometry import Geometry, average
 from dbb.moments import full_precision
-from dbb.norms import Scale
+from dbb.norms import Scale, running
 from dbb.transforms import identity_kernel, merge_1x1_kxk, norm_affine
 
 BRANCHES: dict[str, type["Branch"]] = {}
@@ -108,8 +108,7 @@ class Branch(nn.Module):
         """What follows the kernel, as a factor and a shift `[O]`: the norm with running statistics, or the learned factor."""
         if self.factor is not None:
             return self.factor, 0.0
-        bn = self.bn
-        return norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        return norm_affine(*running(self.bn))
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
         """Kernel `[O, I/G, h, w]` and bias `[O]` of the whole branch with its running statistics."""
@@ -198,6 +197,15 @@ class Pointwise(PointBranch, name="1x1"):
 class Identity(PointBranch, name="identity"):
     """The input itself (RepVGG, MobileOne)."""
 
+    def __init__(self, geometry: Geometry, device=None, dtype=None):
+        super().__init__(geometry, device, dtype)
+        self.dtype = self.bn.weight.dtype  # of the kernel; the norm may be moved to float32 alone
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        return self
+
     @staticmethod
     def fits(geometry):
         return geometry.in_channels == geometry.out_channels and geometry.stride == (1, 1)
@@ -208,7 +216,7 @@ class Identity(PointBranch, name="identity"):
 
     def point(self, first=None):
         like = self.bn.weight if self.factor is None else self.factor
-        return identity_kernel(self.geometry.in_channels, self.geometry.groups, like.dtype, like.device)
+        return identity_kernel(self.geometry.in_channels, self.geometry.groups, self.dtype, like.device)
 
 
 class Average(Identity, name="avg"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dbb.block import ReparamConv2d, copied
+from dbb.flow import Inputs, call
 from dbb.surgery import NothingSwappedError, Report, replace_convs
 from dbb.transforms import fill
 
@@ -30,7 +31,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
     return model
 
 
-def fold_norms(model: nn.Module, example_input: Tensor) -> nn.Module:
+def fold_norms(model: nn.Module, example_input: Inputs) -> nn.Module:
     """The network to deploy: `reparameterize`, and every norm that a convolution feeds folded into it, whatever its size.
 
     Args:
@@ -50,7 +51,7 @@ def fold_norms(model: nn.Module, example_input: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: Iterable[Inputs]) -> nn.Module:
     """Fill the plain network that the blocks were put into, under its own keys, with what `model` computes.
 
     A merged convolution `y + b` goes into the convolution and the norm behind it: its mean m and variance v over `batches`
@@ -61,7 +62,7 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
         model: in eval.
         report: what `replace_convs` said when the blocks were put in.
         plain: the network from before, with any weights; left as it is.
-        batches: images `[N, C, H, W]` like those that fine-tuning will see.
+        batches: images `[N, C, H, W]` like those that fine-tuning will see; or several inputs, in order or by name.
 
     Returns:
         A copy of `plain`, filled, in eval.
@@ -95,7 +96,7 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
     return plain
 
 
-def _output_moments(model: nn.Module, names: list[str], batches: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _output_moments(model: nn.Module, names: list[str], batches: Iterable[Inputs]) -> list[tuple[Tensor, Tensor]]:
     """Mean and unbiased variance `[C]` of some convolutions' outputs, in float64."""
     sums = [torch.zeros(3, 1, dtype=torch.float64) for _ in names]  # of ones, values and squares
 
@@ -107,7 +108,7 @@ def _output_moments(model: nn.Module, names: list[str], batches: Iterable[Tensor
 
     handles = [model.get_submodule(name).register_forward_hook(record(index)) for index, name in enumerate(names)]
     for batch in batches:
-        model(batch)
+        call(model, batch)
     for handle in handles:
         handle.remove()
     return [(total / n, ((square - total.square() / n) / (n - 1)).clamp_min(0)) for n, total, square in sums]

@@ -1,6 +1,5 @@
 """Which norm is fed by which convolution: pairs are found by where tensors flow, not by names."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,8 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dbb.norms import PassedNorm
+from dbb.subclass import with_values
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a network on one tensor, or on several inputs, in order or by name."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
 
 
 class Flow(TorchDispatchMode):
@@ -84,21 +92,20 @@ class Flow(TorchDispatchMode):
             if id(tensor) in self.owner and self.owner[id(tensor)] is not self.working:
                 self.odd.add(self.owner[id(tensor)])
 
-    def run(self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]):
+    def run(self, model: nn.Module, inputs: Inputs):
         """One forward pass in eval, without gradients; the model is as before but for its mode.
 
         Args:
             model: the network.
-            inputs: its arguments, in order or by name.
+            inputs: see `call`.
         """
-        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         with ExitStack() as stack:
             for handle in self.handles:
                 stack.callback(handle.remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(self)
             try:
-                output = model.eval()(*args, **kwargs)
+                output = call(model.eval(), inputs)
             except Exception as error:  # whatever a network raises
                 shapes = [f"shape {list(x.shape)}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
                 shapes = ", ".join(shapes) or "no tensor"
@@ -137,8 +144,8 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
         return f"{names[norm]} normalises other maps too, or not all of this one's"
     if norm in flow.odd:
         return f"{names[norm]} is called with more than one input, or its parameters are used elsewhere too"
-    if norm.weight is None or norm.running_mean is None:
-        return f"{names[norm]} has no gamma or no running statistics"
+    if norm.weight is None or norm.bias is None or norm.running_mean is None:
+        return f"{names[norm]} has no gamma, no bias or no running statistics"
     return norm
 
 
@@ -150,12 +157,12 @@ def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module | None:
     """
     if type(norm) in NORMS:
         return PassedNorm(norm)
-    asked = copy.deepcopy(norm)  # in training it moves its statistics
-    rest, probe = PassedNorm(asked), torch.linspace(-3, 3, 6 * norm.num_features).to(norm.weight).reshape(1, -1, 2, 3)
+    asked = with_values(norm)
+    rest, probe = PassedNorm(asked), torch.linspace(-3, 3, 6 * norm.num_features).to(asked.weight).reshape(1, -1, 2, 3)
     # SyncBatchNorm cannot be asked in training mode on a CPU.
     for training in [False] if isinstance(norm, nn.SyncBatchNorm) else [False, True]:
-        statistics = [None, None] if training else [norm.running_mean, norm.running_var]
-        plain = F.batch_norm(probe, *statistics, norm.weight, norm.bias, training, eps=norm.eps)
+        statistics = [None, None] if training else [asked.running_mean, asked.running_var]
+        plain = F.batch_norm(probe, *statistics, asked.weight, asked.bias, training, eps=norm.eps)
         try:
             with torch.random.fork_rng(devices=[]):
                 if not torch.equal(rest.train(training)(plain), asked.train(training)(probe)):

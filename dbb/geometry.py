@@ -154,7 +154,7 @@ class Geometry:
     def mean_window(self, x: Tensor) -> Tensor:
         """The mean of what the kernel sees over all positions of the output, `[G, C/G * KH * KW, 1]`; `x` as in `sample`."""
         height, width = self.positions(x)
-        x = x.mean(0, keepdim=True, dtype=wide(x.dtype))  # first over images: the rest is small
+        x = x.mean(0, keepdim=True, dtype=wide(x.dtype)) if len(x) else x.new_zeros(1, *x.shape[1:])  # the rest is small
         windows = self.windows(x, Lattice(1, ((0, 1, height), (0, 1, width))))
         return windows.mean((0, 2, 3)).view(self.groups, -1, 1)
 
@@ -176,7 +176,7 @@ class Lattice(NamedTuple):
         """About `budget` of the positions (at least that, where there are as many), 2 x 2 or more of each image."""
         images, height, width = [len(range(size)) for size in (images, height, width)]  # numbers to torch.compile too, not symbols
         every = max(1, images * min(4, height * width) // budget)
-        each = budget / -(-images // every)
+        each = budget / max(1, -(-images // every))  # a process may have none, beside others
         columns = min(width, math.ceil(math.sqrt(each * width / height)))
         rows = min(height, math.ceil(each / columns))
         columns = min(width, math.ceil(each / rows))
@@ -207,7 +207,8 @@ class _Sample(torch.autograd.Function):
             d_x, d_sample = d_x.clone(), d_sample.clone()
         _centre(d_sample, g).add_(d_centre)
         lengths = [(count - 1) * step + span for (_, step, count), span in zip(places, g.spans, strict=True)]
-        columns = d_sample.reshape(-1, len(range(0, ctx.shape[0], ctx.lattice.images)), math.prod(c for *_, c in places))
+        images = len(range(0, ctx.shape[0], ctx.lattice.images))
+        columns = d_sample.flatten(0, 3).unflatten(1, (images, math.prod(count for *_, count in places)))
         folded = F.fold(columns.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, [step for _, step, _ in places])
         target, source = [slice(None, None, ctx.lattice.images), slice(None)], [slice(None), slice(None)]
         for (first, _, _), length, size in zip(places, lengths, ctx.shape[2:], strict=True):  # what lies on the map

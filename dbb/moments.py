@@ -94,7 +94,7 @@ class _Covariance(Function):
                 ctx.count, ctx.group = count, group
                 ctx.mark_non_differentiable(mean)
                 return mean.view(groups, 1, 1), variance.view(groups, 1, 1), count
-            mean = values.mean((0, 2, 3))
+            mean = values.sum((0, 2, 3)) / max(1, count)
             if group is not None:
                 total, count = over_processes(group, mean * count, mean.new_tensor([count]))
                 mean = total / count

@@ -1,11 +1,11 @@
 """BatchNorm's rules, for where the block takes statistics itself instead of running the norm on a map."""
 
+import copy
 from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
@@ -14,6 +14,26 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
     What libraries freeze norms into (timm's and torchvision's `FrozenBatchNorm2d`) is no BatchNorm, and never would.
     """
     return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
+
+
+def running(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """Mean, variance, weight, bias and epsilon of a norm that uses running statistics.
+
+    Some frozen ones (DETR's) have their epsilon in their code. They are asked: of 1 they make `1 / sqrt(var + eps)`.
+
+    Raises:
+        ValueError: if it holds no such tensors.
+    """
+    try:
+        if not hasattr(norm, "eps"):
+            asked, var = copy.deepcopy(norm).to("cpu", torch.float64), 2.0 ** -40
+            for key, tensor in asked.state_dict().items():
+                tensor.fill_({"weight": 1, "running_var": var}.get(key, 0))
+            norm.eps = float(asked(torch.ones(1, len(norm.weight), 1, 1, dtype=torch.float64)).mean()) ** -2 - var
+        return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    except AttributeError as error:
+        raise ValueError(f"a block's norm was replaced by a {type(norm).__name__}, which is no BatchNorm ({error}): "
+                         "replace norms before the blocks are put in") from error
 
 
 @torch.no_grad()
@@ -54,6 +74,11 @@ class PassedNorm(nn.Sequential):
         super().__init__(*norm.children())
         self.num_features = norm.num_features
         self.register_buffer("where", norm.weight.new_empty(0), persistent=False)  # keeps device and type
+
+    def _apply(self, fn, recurse=True):
+        if self.where.is_meta:  # no file holds it, so that it may be the only tensor that is left there
+            self.where = torch.empty(0, dtype=self.where.dtype, device="cpu")
+        return super()._apply(fn, recurse)
 
     @property
     def weight(self) -> Tensor:

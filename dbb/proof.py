@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dbb.block import ReparamConv2d
+from dbb.flow import Inputs, call
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,17 @@ def compare_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
 
 
 @torch.no_grad()
-def compare(a: nn.Module, b: nn.Module, batches: Iterable[Tensor]) -> Comparison:
-    """Run two networks on the same batches `[N, C, H, W]` and compare their logits `[N, classes]`.
+def compare(a: nn.Module, b: nn.Module, batches: Iterable[Inputs]) -> Comparison:
+    """Run two networks on the same batches and compare their logits `[N, classes]`.
+
+    A batch is a tensor `[N, C, H, W]`; or several inputs, in order or by name.
 
     Raises:
         ValueError: if one of them is in training mode.
     """
     if a.training or b.training:
         raise ValueError("networks in training mode cannot be compared: call .eval() on both first")
-    return compare_logits((a(x), b(x)) for x in batches)
+    return compare_logits((call(a, x), call(b, x)) for x in batches)
 
 
 @torch.no_grad()

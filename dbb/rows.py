@@ -52,7 +52,7 @@ class SampledSum(Function):
             factor = scale * d_gamma
             if ctx.group is not None:
                 factor, total = over_processes(ctx.group, factor, factor.new_tensor([count]))
-                factor = factor * (count / total)
+                factor, count = factor / total, 1
             d_z, flat = (z * factor[..., None]).flatten(1, 2), rows.flatten(1, 2)
             d_rows = torch.baddbmm((scale[..., None] * d_sum[:, None]).flatten(1, 2), d_z, sample.mT, alpha=-1 / count)
             d_sample = torch.baddbmm(sample, flat.mT, d_z, beta=0, alpha=-1 / count) if ctx.needs_input_grad[2] else None

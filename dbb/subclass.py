@@ -21,6 +21,16 @@ class Intercept(TorchFunctionMode):
         return (self.respond if func is F.conv2d else func)(*args, **(kwargs or {}))
 
 
+def with_values(module: nn.Module) -> nn.Module:
+    """A copy of a module, to ask it what it does; ones stand for the values that one on `meta` lacks."""
+    module = copy.deepcopy(module)
+    if any(tensor.is_meta for tensor in module.parameters()):
+        module.to_empty(device="cpu")
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.fill_(1)
+    return module
+
+
 @torch.no_grad()
 def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any] | str:
     """What a subclass of Conv2d does with its weight.
@@ -31,7 +41,9 @@ def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any] | str:
     Returns:
         The arguments of that one convolution, as a block takes them; or the reason why the subclass is not of this kind.
     """
-    found, x = [], torch.linspace(-1, 1, x.numel()).to(x).reshape(x.shape)  # an example of zeros would hide factors
+    conv = with_values(conv)
+    # An example of zeros would hide factors.
+    found, x = [], torch.linspace(-1, 1, x.numel()).to(conv.weight.device, x.dtype).reshape(x.shape)
     for training, factor in ((False, 1), (True, 1), (False, 2)):
         asked, calls = copy.deepcopy(conv).train(training), []
         for parameter in asked.parameters(recurse=False):

@@ -9,11 +9,12 @@ from inspect import getmembers, isfunction, signature
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from dbb.block import BLOCKS, ReparamConv2d, copied
-from dbb.flow import Flow, after_norm, partner
+from dbb.flow import Flow, Inputs, after_norm, partner
 from dbb.subclass import inner_convolution, without_weight
 from dbb.transforms import fill
 
@@ -58,7 +59,7 @@ class NothingSwappedError(ValueError):
 
 
 def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", include: Sequence[str] | None = None,
-                  exclude: Sequence[str] | None = None, example_input: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+                  exclude: Sequence[str] | None = None, example_input: Inputs | None = None,
                   kernel_sizes: Container[int] = range(2, 7), init: str = "mean") -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
@@ -91,10 +92,12 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
 
     Raises:
         ValueError: if a block, branch or `init` is unknown or cannot be, a pattern matches no convolution, the network
-            cannot run on `example_input`, or nothing can become a block (`NothingSwappedError`).
+            cannot run on `example_input` or is lazy, or nothing can become a block (`NothingSwappedError`).
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
+    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        raise ValueError("the network has lazy modules, which have no shapes yet: run it once on an image first")
     makers = {pattern: _maker(choice) for pattern, choice in (block if isinstance(block, Mapping) else {"*": block}).items()}
     result, traced = copied(model), copied(model)  # what a forward pass may change stays in `traced`
     names = {module: name for name, module in traced.named_modules()}
@@ -109,7 +112,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb", 
     if example_input is None:
         first = next((module for module in names if isinstance(module, nn.Conv2d | ReparamConv2d)), nn.Conv2d(3, 1, 1))
         example_input = first.weight.new_zeros(1, first.in_channels, 224, 224)
-    flow = Flow(traced).run(traced, [example_input] if isinstance(example_input, Tensor) else example_input)
+    flow = Flow(traced).run(traced, example_input)
 
     def judge(name: str, conv: _ConvNd) -> str | tuple[Any, ...]:
         """Why a convolution stays; or what makes its block, its norm, what that does besides, and the inner convolution."""
@@ -170,7 +173,8 @@ def merges_itself(model: nn.Module, name: str, convs: Collection[str]) -> str | 
     """The reason why a convolution stays that lies inside a module with a fuse step of its own; None if it does not.
 
     Such a step (timm's `fuse` and `reparameterize`, `switch_to_deploy` of many) takes no argument, and reads the pairs of
-    convolution and norm that it knows. A network as a whole may have one: what it calls is judged by itself.
+    convolution and norm that it knows. A network as a whole may have one: what it calls is judged by itself, but for
+    `fuse_model`, which hands all pairs to torch's `fuse_modules`; that takes a `BatchNorm2d`, and nothing in its place.
 
     Args:
         model: the network.
@@ -178,13 +182,12 @@ def merges_itself(model: nn.Module, name: str, convs: Collection[str]) -> str | 
         convs: the names of all convolutions, which tell a network from its units.
     """
     parts = name.split(".")
-    for depth in range(1, len(parts)):
+    for depth in range(len(parts)):
         path = ".".join(parts[:depth])
-        if all(other.startswith(f"{path}.") for other in convs):
-            continue
+        whole = depth == 0 or all(other.startswith(f"{path}.") for other in convs)
         kind = type(model.get_submodule(path))
         for method, function in getmembers(kind, isfunction):
-            if method.startswith(FUSE_STEPS):
+            if method == "fuse_model" or method.startswith(FUSE_STEPS) and not whole:
                 try:
                     signature(function).bind(None)  # self alone
                 except TypeError:

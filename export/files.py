@@ -112,7 +112,7 @@ def parse_about(text: str | None, path: Path) -> dict:
         ValueError: if it does not say what is needed, or of another type.
     """
     try:
-        about = {"interpolation": "bilinear"} | json.loads(text or "null")  # as files from before it was told
+        about = {"interpolation": "bilinear"} | json.loads(text or "null")  # older files do not say
         good = (isinstance(about["model"], str) and all(isinstance(name, str) for name in about["classes"]) and about["classes"]
                 and about["interpolation"] in ("bilinear", "bicubic")
                 and all(isinstance(about[key], int) and 0 < about[key] < 10_000 for key in ("image_size", "resize"))

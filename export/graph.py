@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class OnnxNetwork(nn.Module):
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own, one a cause, which share no base of theirs
+        except Exception as error:  # onnxruntime's own kinds, which share no base class
             raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         self.about = parse_about(self.session.get_modelmeta().custom_metadata_map.get("dbb"), path)
 
@@ -98,7 +99,8 @@ def nodes(path: Path) -> list[Node]:
     import onnx
 
     graph = onnx.load(path).graph
-    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    weights = {name: tensor.dims for name, tensor in tensors.items()}
     found = []
     for node in graph.node:
         if node.op_type == "Constant":
@@ -110,13 +112,23 @@ def nodes(path: Path) -> list[Node]:
             out_channels, in_channels, height, width = sizes[0]
             groups = options["group"].i if "group" in options else 1
             kernel = f"{height}x{width}, {in_channels * groups} to {out_channels}"
-            if groups > 1:
+            if is_average(tensors[node.input[1]]):
+                kernel = f"{height}x{width} average pooling\n{groups} channels"
+            elif groups > 1:
                 kernel += f"\n{groups} groups"
         elif "kernel_shape" in options:
             kernel = "x".join(map(str, options["kernel_shape"].ints))
         inputs = [name for name in node.input if name and name not in weights]
         found.append(Node(node.op_type, inputs, list(node.output), kernel))
     return found
+
+
+def is_average(tensor) -> bool:
+    """Whether a kernel, an ONNX tensor, averages each channel over its window, as average pooling does."""
+    import onnx
+
+    kernel = onnx.numpy_helper.to_array(tensor)
+    return kernel.shape[1] == 1 and kernel[0].size > 1 and np.allclose(kernel, 1 / kernel[0].size)
 
 
 def first_block(net: nn.Module, image: Tensor) -> tuple[str, list[Node], list[Node]]:

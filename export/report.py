@@ -20,7 +20,7 @@ def file_rows(report: dict) -> list[list[str]]:
     result = []
     for name, entry in report["files"].items():
         changed, ties = entry["predictions_changed"], entry["ties"]
-        if "int8" in name:  # errors that large make a tie of nearly everything
+        if "int8" in name:  # with errors that large, nearly every change would count as a tie
             changed, ties = changed + ties, "-"
         top1 = f"{entry['top1']:.4f}" if "top1" in entry else ""
         result.append([name, f"{entry['bytes']:,}", top1, str(changed), str(ties), f"{entry['relative_error']:.1e}"])

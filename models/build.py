@@ -36,7 +36,7 @@ def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bo
     net = timm.create_model(name, pretrained, num_classes=num_classes, **kwargs)
     if image_size <= SMALL_IMAGE:
         strided = [key for key, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
-        for key in strided[:2]:  # the stem and the first strided block: total stride 8 instead of 32
+        for key in strided[:2]:  # the stem and the first strided block: the last map is 8 times smaller than the image, not 32
             net.get_submodule(key).stride = (1, 1)
         if pretrained:
             rank_zero_only(print)(f"model.pretrained=true: at {image_size} pixels the stride is 1 where the "
@@ -45,14 +45,14 @@ def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bo
 
 
 def _start_from_timms(make: Callable[..., nn.Module]) -> nn.Module:
-    """A network with timm's weights. What is not from their file, and so as drawn, is named."""
+    """A network with timm's weights; prints which tensors are not from their file."""
     with torch.random.fork_rng(devices=[]):
         untrained = make(pretrained=False).state_dict()
     net = make(pretrained=True)
     fresh = [key for key, value in net.state_dict().items()
              if value.is_floating_point() and torch.equal(value, untrained[key])]
     if fresh:
-        rank_zero_only(print)(f"model.pretrained=true: not from the file, and so drawn at random: {', '.join(fresh)}")
+        rank_zero_only(print)(f"model.pretrained=true: not from the file, so they start at random: {', '.join(fresh)}")
     return net
 
 
@@ -107,12 +107,12 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         **surgery: further arguments of `dbb.replace_convs`.
 
     Returns:
-        The network. Its attribute `report` says of every convolution what became of it; `total_stride` how many pixels
-        of the image lie between neighbours of the last feature map (None for a network without one).
+        The network. Its attribute `report` says of every convolution what became of it; `total_stride` side of the
+        image over side of the last feature map (None for a network without one).
 
     Raises:
         ValueError: if a name is unknown (with the nearest known ones), the network cannot take images of that size, the
-            weights are another network's or cannot be had, or `init` would change what trained weights compute.
+            weights are another network's or cannot be fetched, or `init` would change what trained weights compute.
     """
     trained = pretrained or weights is not None
     if init in ("auto", None):

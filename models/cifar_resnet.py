@@ -22,7 +22,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-`depth` for small images, `[N, 3, H, W]` to `[N, num_classes]`, total stride 4."""
+    """ResNet-`depth` for small images, `[N, 3, H, W]` to `[N, num_classes]`; the last map is 4 times smaller."""
 
     def __init__(self, depth: int, num_classes: int):
         super().__init__()

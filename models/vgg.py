@@ -6,7 +6,7 @@ WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512
 
 
 class VGG16(nn.Module):
-    """VGG-16 for small images (at least 32 pixels), `[N, 3, H, W]` to `[N, num_classes]`, total stride 32.
+    """VGG-16 for small images (at least 32 pixels), `[N, 3, H, W]` to `[N, num_classes]`; the last map is 32 times smaller.
 
     As in ACNet's code (`base_model/vgg.py`), with the mean over positions, where larger images leave more than one.
     """

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` that names both difference lists.
+    """`load_state_dict` that names what differs.
 
     Raises:
         ValueError: if a key is missing or too many, or a shape differs.
     """
     own = net.state_dict()
     lists = {"missing": sorted(own.keys() - weights.keys()), "unexpected": sorted(weights.keys() - own.keys()),
-             "of another shape": sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)}
+             "of another shape": [f"{key}: {list(weights[key].shape)}, here {list(own[key].shape)}"
+                                  for key in sorted(own.keys() & weights.keys()) if own[key].shape != weights[key].shape]}
     if any(lists.values()):
         text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
@@ -43,7 +44,7 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if theirs is not None and theirs.ndim == ours.ndim and theirs.shape[0] != ours.shape[0] and theirs.shape[1:] == ours.shape[1:]:
         fresh = {key: value for key, value in own.items() if key.startswith(head)}
         rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
-                              f"and so drawn at random: {', '.join(fresh)}")
+                              f"so they start at random: {', '.join(fresh)}")
         weights |= fresh
     load_weights(net, weights)
 

@@ -23,7 +23,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`width` without dropout, `[N, 3, H, W]` to `[N, num_classes]`, total stride 4.
+    """WRN-`depth`-`width` without dropout, `[N, 3, H, W]` to `[N, num_classes]`; the last map is 4 times smaller.
 
     Args:
         depth: 6n + 4: 16, 22, 28, 40.

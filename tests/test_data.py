@@ -345,7 +345,7 @@ def test_mixed_batches(make_settings):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["data=digits", "data.mixup=-1"], "data.mixup=-1.0 must be at least 0"),
-    (["data=digits", "data.trivial_augment=true"], "no such thing"), (["data=imagenet", "data.on_device=true"], "no such thing"),
+    (["data=digits", "data.trivial_augment=true"], "no such option"), (["data=imagenet", "data.on_device=true"], "no such option"),
     (["data.mixup=inf"], "data.mixup=inf must be a finite"), (["optim.lr=nan"], "optim.lr=nan must be a finite"),
     (["optim.momentum=2"], "optim.momentum=2.0 must be"), (["trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 must be"),
     (["data=digits", "data.on_device=true", "data.num_workers=1"], "must be 0"), (["data.image_size=0"], "data.image_size=0 must be"),

@@ -13,7 +13,7 @@ from dbb import MODES
 from tests.conftest import relative_error
 from tests.test_modes import SHAPES, make
 
-CASES = list(product(MODES, SHAPES, ["local", "synchronised"]))
+CASES = list(product(MODES, SHAPES, ["local", "synchronised", "synchronised, one without images"]))
 
 
 class Synchronised(nn.SyncBatchNorm):
@@ -22,7 +22,7 @@ class Synchronised(nn.SyncBatchNorm):
     def forward(self, x):
         if not self.training:
             return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        n = x.numel() // x.shape[1] * 2
+        n = all_reduce(x.new_tensor(x.numel() // x.shape[1]))
         mean = all_reduce(x.sum((0, 2, 3))) / n
         var = all_reduce((x - mean[:, None, None]).square().sum((0, 2, 3))) / n
         with torch.no_grad():
@@ -47,6 +47,11 @@ def case(mode, shape):
     return block, x, torch.randn(8, 8, 9, 8, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
 
 
+def shares_of(norms, x):
+    """The number of images of either process."""
+    return [len(x), 0] if "without" in norms else [len(x) // 2] * 2
+
+
 def process(rank, folder, device):
     """Run every case on one of two processes: on CPUs, or each on a GPU of its own with torch's own synchronised norms."""
     device, backend = (torch.device("cuda", rank), "nccl") if device == "cuda" else (torch.device("cpu"), "gloo")
@@ -54,13 +59,14 @@ def process(rank, folder, device):
     results = []
     for mode, shape, norms in CASES:
         block, x, cotangent = case(mode, shape)
-        block.positions //= 2  # of half the images: the joined sample is that of the joined batch
+        shares = shares_of(norms, x)
+        block.positions = block.positions * shares[0] // len(x)  # so that the joined sample is that of the joined batch
         parallel = DistributedDataParallel(block.to(device))
-        if norms == "synchronised":  # behind the back of DDP, which refuses them on the CPU
+        if norms != "local":  # behind the back of DDP, which refuses them on the CPU
             for module in nn.SyncBatchNorm.convert_sync_batchnorm(block).modules():
                 if isinstance(module, nn.SyncBatchNorm) and device.type == "cpu":
                     module.__class__ = Synchronised
-        found = step(parallel, x.chunk(2)[rank].to(device), cotangent.chunk(2)[rank].to(device))
+        found = step(parallel, x.split(shares)[rank].to(device), cotangent.split(shares)[rank].to(device))
         results.append({key: value.cpu() for key, value in found.items()})
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
@@ -79,7 +85,7 @@ def processes(request, tmp_path_factory):
 def test_two_processes(mode, shape, norms, processes):
     block, x, cotangent = case(mode, shape)
     first, second = processes[mode, shape, norms]
-    if norms == "synchronised":
+    if norms != "local":
         expected = step(block, x, cotangent)
         for key in ("y", "x"):
             assert relative_error(torch.cat([first[key], second[key]]), expected[key]) < 1e-10

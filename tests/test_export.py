@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import convert as convert_script
 import predict as predict_script
+from dbb import DiverseBranchBlock
 from export import files, graph
 from tests.conftest import ROOT, relative_error
 from tests.test_data import write_tree
@@ -242,6 +243,15 @@ def test_predict_refuses_what_convert_did_not_write(converted, tmp_path, capsys)
     for header in (None, "no JSON", json.dumps({"model": ["os"], "classes": 3}), json.dumps(about | {"std": [1.0, 0.0, 1.0]})):
         save_file(weights, path, header and {"dbb": header})
         fails("no header of convert.py", path)
+
+
+def test_the_picture_names_the_average():
+    """Average pooling is a convolution with a constant kernel in the file; its box says what it is."""
+    net = nn.Sequential(DiverseBranchBlock(3, 4, 3, padding=1)).eval()
+    name, before, after = graph.first_block(net, torch.zeros(2, 3, 8, 8))
+    kernels = [node.kernel for node in before if node.kind == "Conv"]
+    assert kernels == ["3x3, 3 to 4", "1x1, 3 to 4", "1x1, 3 to 4", "3x3 average pooling\n4 channels", "1x1, 3 to 3", "3x3, 3 to 4"]
+    assert (name, [(node.kind, node.kernel) for node in after]) == ("0", [("Conv", "3x3, 3 to 4")])
 
 
 def test_a_conversion_does_not_take_the_place_of_something_else(trained, make_settings, tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import wandb
-from pytorch_lightning.loggers import WandbLogger
+from lightning_fabric.loggers import tensorboard
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import convert as convert_script
@@ -60,6 +61,15 @@ def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkey
     assert "final/top1" in (tmp_path / "metrics.csv").read_text(), "the metrics of the training are still there"
     wrong = round((1 - result["top1"]) * 64)
     assert len(list((tmp_path / "wandb").glob("*/files/media/images/wrongly_classified*"))) == min(wrong, 36)
+
+
+def test_tensorboard_that_is_not_installed_costs_no_run(make_settings, tmp_path, monkeypatch, capsys):
+    for package in ("TENSORBOARD", "TENSORBOARDX"):
+        monkeypatch.setattr(tensorboard, f"_{package}_AVAILABLE", False)
+    made = make_loggers(make_settings(*SMALL, "logger=tensorboard"), tmp_path)
+    assert len(made) == 1
+    assert isinstance(made[0], CSVLogger)
+    assert "logger=tensorboard: it is not installed" in capsys.readouterr().out
 
 
 def test_tensorboard_shows_the_same_scalars(make_settings, tmp_path):

@@ -143,7 +143,7 @@ def test_torchvision_weights_are_a_warm_start(name, theirs, capsys):
         assert relative_error(build_model(name, 7, "dbb", weights=plain.state_dict()).eval()(x), plain(x)) < 1e-5
     assert not capsys.readouterr().out
     net = build_model(name, 5, "dbb", weights=plain.state_dict())
-    assert "the file has 7 classes, the data 5: not from the file, and so drawn at random: " in capsys.readouterr().out
+    assert "the file has 7 classes, the data 5: not from the file, so they start at random: " in capsys.readouterr().out
     assert net(x).shape == (2, 5)
     head = next(key for key in reversed(plain.state_dict()) if key.endswith("weight"))
     for wrong, message in ((torch.tensor(3.0), "of another shape"), (torch.zeros(7, 5), "of another shape"),
@@ -186,7 +186,7 @@ def test_what_does_not_come_from_the_file_is_named(timms_file, capsys, name, siz
     torch.manual_seed(1)
     net = build_model(name, classes, image_size=size, pretrained=True)
     printed = capsys.readouterr().out
-    assert printed == (f"model.pretrained=true: not from the file, and so drawn at random: {fresh}\n" if fresh else "")
+    assert printed == (f"model.pretrained=true: not from the file, so they start at random: {fresh}\n" if fresh else "")
     changed = [key for key, value in net.state_dict().items() if not torch.equal(plain[key], value)]
     assert ", ".join(changed) == fresh
 

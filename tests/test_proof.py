@@ -26,10 +26,19 @@ def test_nan_is_no_success():
     assert not result.relative_error <= 1e-4
 
 
+class Named(nn.Module):
+    """Takes more than an image."""
+
+    def forward(self, x, y):
+        return x + y
+
+
 def test_networks():
     a = nn.Linear(3, 2).eval()
     batches = [torch.randn(4, 3), torch.randn(2, 3)]
     assert compare(a, a, batches).images == 6
     assert compare(a, a, batches).relative_error == 0
+    named, x = Named().eval(), torch.randn(3, 2)
+    assert compare(named, named, [{"x": x, "y": 1}, (x, 1)]).images == 6
     with pytest.raises(ValueError, match="eval"):
         compare(a, nn.Linear(3, 2), batches)

@@ -2,12 +2,15 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
 import report as report_script
+from tests.conftest import ROOT
 
 PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
 DBB = {"name": "dbb", "branches": ["kxk", "1x1"], "mode": "exact", "init": None}
@@ -42,18 +45,18 @@ def study(folder, **kwargs):
 
 def compare(folder, baseline=None):
     runs, epochs = report_script.read_runs([folder])
-    runs["arm"] = report_script.name_arms(runs)
-    arms = report_script.compare_arms(runs, baseline)
-    return runs, epochs, arms.set_index("arm"), report_script.markdown(runs, arms, [folder], baseline)
+    runs["variant"] = report_script.name_variants(runs)
+    variants = report_script.compare_variants(runs, baseline)
+    return runs, epochs, variants.set_index("variant"), report_script.markdown(runs, variants, [folder], baseline)
 
 
 def test_paired_difference_and_its_interval(tmp_path):
     study(tmp_path)
-    _, epochs, arms, text = compare(tmp_path)
-    assert list(arms.index) == ["dbb", "none"]
+    _, epochs, variants, text = compare(tmp_path)
+    assert list(variants.index) == ["dbb", "none"]
     differences = np.array([3.0, 1.0, 5.0])
     half = 4.302652729911275 * np.sqrt(((differences - 3) ** 2).sum() / 2) / np.sqrt(3)  # Student's t, 2 degrees of freedom, 97.5%
-    dbb = arms.loc["dbb"]
+    dbb = variants.loc["dbb"]
     assert (dbb["n"], dbb["baseline"]) == (3, "none")
     assert dbb[["difference", "low", "high"]].tolist() == pytest.approx([3, 3 - half, 3 + half])
     assert dbb["top1"] == pytest.approx(74)
@@ -71,31 +74,31 @@ def test_paired_difference_and_its_interval(tmp_path):
     assert epochs["epoch"].max() == 2
 
 
-def test_equal_compute_takes_the_plain_run_of_equal_time(tmp_path):
+def test_equal_time_takes_the_plain_run_of_equal_time(tmp_path):
     study(tmp_path)
-    _, _, arms, text = compare(tmp_path)
-    assert "| dbb | none yet: trainer.max_epochs=6, from the start, would do |" in text
+    _, _, variants, text = compare(tmp_path)
+    assert "| dbb | not run yet: train it with trainer.max_epochs=6 |" in text
     for seed, top1 in enumerate([0.74, 0.75, 0.74]):
         write_run(tmp_path / f"long{seed}", PLAIN, seed, top1, epochs=6)
         write_run(tmp_path / f"other{seed}", PLAIN, seed, 0.9, epochs=6, lr=0.2)
     for baseline in (None, "none, optim.lr=0.1, trainer.max_epochs=6"):
-        _, _, arms, text = compare(tmp_path, baseline)
-        dbb = arms.loc["dbb, optim.lr=0.1, trainer.max_epochs=2"]
-        assert dbb["equal_compute"] == "none, optim.lr=0.1, trainer.max_epochs=6"
+        _, _, variants, text = compare(tmp_path, baseline)
+        dbb = variants.loc["dbb, optim.lr=0.1, trainer.max_epochs=2"]
+        assert dbb["equal_time"] == "none, optim.lr=0.1, trainer.max_epochs=6"
         assert dbb["time_ratio"] == pytest.approx(1)
-        assert dbb["difference_equal_compute"] == pytest.approx(np.mean([-1, -2, 2]))
+        assert dbb["difference_equal_time"] == pytest.approx(np.mean([-1, -2, 2]))
         assert dbb["difference"] == pytest.approx(3), "equal epochs as before"
         assert "| none, optim.lr=0.1, trainer.max_epochs=6 | 1.00 | -0.33 |" in text
-        assert arms["equal_compute"].notna().sum() == (1 if baseline is None else 2), "plain ones are compared only when asked for"
+        assert variants["equal_time"].notna().sum() == (1 if baseline is None else 2), "plain ones are compared only when asked for"
 
 
 @pytest.mark.parametrize(("seconds", "near"), [(0.15, False), (0.128, False), (0.12, True), (0.078, False), (0.083, True)])
-def test_what_equal_compute_is(tmp_path, seconds, near):
+def test_what_equal_time_is(tmp_path, seconds, near):
     for seed in range(2):
         write_run(tmp_path / f"plain{seed}", PLAIN, seed, 0.7, epochs=4)
         write_run(tmp_path / f"dbb{seed}", DBB, seed, 0.7, epochs=4, seconds=seconds)
     _, _, _, text = compare(tmp_path)
-    assert ("none yet: trainer.max_epochs=" not in text) == near
+    assert ("not run yet: " not in text) == near
 
 
 def test_time_counts_batches_not_the_steps_of_the_optimiser(tmp_path):
@@ -104,13 +107,13 @@ def test_time_counts_batches_not_the_steps_of_the_optimiser(tmp_path):
 
 
 def test_seeds_without_a_partner(tmp_path):
-    """Two arms whose seeds are partly the same, and one that shares none."""
+    """Two variants whose seeds are partly the same, and one that shares none."""
     study(tmp_path)
     write_run(tmp_path / "more", DBB, 7, 0.99)
     acb = DBB | {"name": "acb", "branches": ["kxk", "1xk"]}
     write_run(tmp_path / "acb", acb, 8, 0.99)
-    _, _, arms, text = compare(tmp_path)
-    assert arms.loc["dbb", ["n", "pairs", "difference"]].tolist() == [4, 3, pytest.approx(3)]
+    _, _, variants, text = compare(tmp_path)
+    assert variants.loc["dbb", ["n", "pairs", "difference"]].tolist() == [4, 3, pytest.approx(3)]
     assert "+3.00 (3 pairs)" in text
     assert "Seeds that others have: acb lacks 0, 1, 2, 7; dbb lacks 8; none lacks 7, 8." in text
     assert "no seed in common" in text
@@ -133,8 +136,8 @@ def test_unfinished_and_failed_runs_are_listed(tmp_path):
     (tmp_path / "asked" / ".lock").touch()
     (tmp_path / "dbb0" / "wandb").mkdir()  # W&B's own file, of a run online
     (tmp_path / "dbb0" / "wandb" / "config.yaml").write_text("trainer: {value: {max_epochs: 2}}\nseed: {value: 0}\n")
-    runs, epochs, arms, text = compare(tmp_path)
-    assert arms["n"].to_dict() == {"dbb": 3, "none": 3}, "and the names are of what is finished"
+    runs, epochs, variants, text = compare(tmp_path)
+    assert variants["n"].to_dict() == {"dbb": 3, "none": 3}, "and the names are of what is finished"
     assert "Not in the tables: 6 of 12 runs" in text
     assert f"`{tmp_path}/killed`: {tmp_path}/killed/result.json is damaged" in text
     assert f"`{tmp_path}/begun`: not finished (0 of 2 epochs)" in text
@@ -142,18 +145,18 @@ def test_unfinished_and_failed_runs_are_listed(tmp_path):
     assert f"`{tmp_path}/stopped`: not finished (1 of 2 epochs)" in text
     assert f"`{tmp_path}/failed`: error: out of memory (0 of 2 epochs)" in text
     assert f"`{tmp_path}/never`: error: no such data" in text
-    assert runs.set_index("folder").loc[str(tmp_path / "begun"), "arm"] == "", "it has an lr that no finished run has"
-    assert runs.set_index("folder").loc[str(tmp_path / "stopped"), "arm"] == "dbb"
+    assert runs.set_index("folder").loc[str(tmp_path / "begun"), "variant"] == "", "it has an lr that no finished run has"
+    assert runs.set_index("folder").loc[str(tmp_path / "stopped"), "variant"] == "dbb"
 
 
-def test_a_run_that_went_on_with_other_settings_is_no_arm(tmp_path):
+def test_a_run_that_went_on_with_other_settings_is_no_variant(tmp_path):
     study(tmp_path)
     for seed in range(3):
         write_run(tmp_path / f"stretched{seed}", PLAIN, seed, 0.9, epochs=6)
         path = tmp_path / f"stretched{seed}" / "result.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"changed": ["trainer.max_epochs: 2 until epoch 2, then 6"]}))
-    _, _, arms, text = compare(tmp_path)
-    assert set(arms.index) == {"none", "dbb"}
+    _, _, variants, text = compare(tmp_path)
+    assert set(variants.index) == {"none", "dbb"}
     assert "3 of 9 runs" in text
     assert f"`{tmp_path}/stretched2`: went on with other settings (trainer.max_epochs: 2 until epoch 2, then 6)" in text
 
@@ -162,21 +165,21 @@ def test_pairs_that_all_differ_by_the_same_have_no_interval(tmp_path):
     for seed, top1 in enumerate([0.70, 0.72]):
         write_run(tmp_path / f"plain{seed}", PLAIN, seed, top1)
         write_run(tmp_path / f"dbb{seed}", DBB, seed, top1 + 0.0028)
-    _, _, arms, text = compare(tmp_path)
+    _, _, variants, text = compare(tmp_path)
     assert "| +0.28 | no spread |" in text
-    assert "low" not in arms or np.isnan(arms.loc["dbb", "low"])
+    assert "low" not in variants or np.isnan(variants.loc["dbb", "low"])
 
 
-def test_arms_are_named_by_what_differs(tmp_path):
+def test_variants_are_named_by_what_differs(tmp_path):
     for seed in (0, 1):
         for init in ("ones", "third"):
             write_run(tmp_path / f"{init}{seed}", DBB | {"init": init}, seed, 0.5 + 0.01 * seed + 0.1 * (init == "third"))
-    _, _, arms, _ = compare(tmp_path)
-    assert set(arms.index) == {"block.init=ones", "block.init=third"}
-    assert "baseline" not in arms
-    _, _, arms, _ = compare(tmp_path, "block.init=ones")
-    assert arms.loc["block.init=third", "difference"] == pytest.approx(10)
-    with pytest.raises(ValueError, match="--baseline plain: there is no such arm; the arms are block.init=ones; block.init=third"):
+    _, _, variants, _ = compare(tmp_path)
+    assert set(variants.index) == {"block.init=ones", "block.init=third"}
+    assert "baseline" not in variants
+    _, _, variants, _ = compare(tmp_path, "block.init=ones")
+    assert variants.loc["block.init=third", "difference"] == pytest.approx(10)
+    with pytest.raises(ValueError, match="--baseline plain: there is no such variant; the variants are block.init=ones; block.init=third"):
         compare(tmp_path, "plain")
     write_run(tmp_path / "plain", PLAIN, 0, 0.5)
     assert set(compare(tmp_path)[2].index) == {"none", "dbb, block.init=ones", "dbb, block.init=third"}
@@ -186,30 +189,30 @@ def test_a_comparison_does_not_mix_what_else_differs(tmp_path):
     study(tmp_path)
     for seed in range(3):
         write_run(tmp_path / f"fast{seed}", DBB, seed, 0.9, lr=0.2)
-    _, _, arms, _ = compare(tmp_path)
-    assert np.isnan(arms.loc["dbb, optim.lr=0.2", "difference"]), "no plain network was trained with that lr"
-    assert arms.loc["dbb, optim.lr=0.1", "difference"] == pytest.approx(3)
+    _, _, variants, _ = compare(tmp_path)
+    assert np.isnan(variants.loc["dbb, optim.lr=0.2", "difference"]), "no plain network was trained with that lr"
+    assert variants.loc["dbb, optim.lr=0.1", "difference"] == pytest.approx(3)
 
 
 def test_what_a_run_may_lack(tmp_path):
     """Epochs of a single step have no time, evaluation may be rare, a metrics.csv may be gone, a loss may have diverged."""
-    study(tmp_path, workers=2)  # how images are fetched tells no arms apart
+    study(tmp_path, workers=2)  # how images are fetched does not tell variants apart
     write_run(tmp_path / "again", DBB, 3, 0.75, loss=float("nan"))
     path = tmp_path / "plain0" / "metrics.csv"
     path.write_text(path.read_text() + "0,9,,7.0,,,\n")  # an epoch that was run again: its last loss counts
-    runs, epochs, arms, text = compare(tmp_path)
-    assert set(arms.index) == {"none", "dbb"}
+    runs, epochs, variants, text = compare(tmp_path)
+    assert set(variants.index) == {"none", "dbb"}
     assert "| dbb | 4 | 2 | nan |" in text
     assert epochs[(epochs["folder"] == str(tmp_path / "plain0")) & (epochs["epoch"] == 1)]["train_loss"].tolist() == [7.0]
     for name in ("plain0", "plain1", "plain2"):
         (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss_epoch\n0,9,1.0\n1,19,0.5\n")
-    runs, epochs, arms, text = compare(tmp_path)
+    runs, epochs, variants, text = compare(tmp_path)
     assert "| none | 3 | 2 | 0.5000 ± 0.0000 | 71.00 ± 1.00 |  |  | 70.00 (6 changed) |  | 2.0 |" in text
-    epochs = epochs.merge(runs[["folder", "arm", "seed", "state"]], on="folder")
+    epochs = epochs.merge(runs[["folder", "variant", "seed", "state"]], on="folder")
     report_script.draw_curves(epochs, tmp_path / "curves.png")
     path.write_text(path.read_text() + "2,0,1.0" + path.read_text())  # one line torn, the next glued to it
-    runs, _, arms, text = compare(tmp_path)
-    assert arms.loc["none", "n"] == 2
+    runs, _, variants, text = compare(tmp_path)
+    assert variants.loc["none", "n"] == 2
     assert f"{tmp_path}/plain0/metrics.csv is damaged" in text
     for path in tmp_path.glob("*/metrics.csv"):
         path.unlink()
@@ -219,9 +222,9 @@ def test_what_a_run_may_lack(tmp_path):
 def test_runs_cut_short_are_not_at_equal_epochs(tmp_path):
     study(tmp_path)
     write_run(tmp_path / "cut", DBB, 3, 0.75, done=1)  # by trainer.max_time
-    _, _, arms, text = compare(tmp_path)
+    _, _, variants, text = compare(tmp_path)
     assert "| dbb | 4 | 1-2 |" in text
-    assert np.isnan(arms.loc["dbb"].get("difference", np.nan))
+    assert np.isnan(variants.loc["dbb"].get("difference", np.nan))
 
 
 def test_curves_have_a_standard_deviation_to_each_side(tmp_path, monkeypatch):
@@ -251,3 +254,14 @@ def test_what_cannot_be_compared(tmp_path):
     write_run(tmp_path / "again", DBB, 1, 0.9)
     with pytest.raises(ValueError, match="seed 1 of dbb is there twice"):
         compare(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "more", "baseline"), [
+    ("cifar10", 0, None), ("cifar100", 0, None), ("init", 5, "block.init=None")])
+def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
+    """As `report.py` wrote them from the runs; the CSV files beside them hold all that the page needs."""
+    folder = Path(ROOT, "results", name)
+    runs, variants = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "variants.csv")
+    folders = [Path(f"study_{name}"), *[Path("more")] * more]
+    text = report_script.markdown(runs, variants, folders, baseline)
+    assert text == (folder / "report.md").read_text()

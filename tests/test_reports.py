@@ -10,26 +10,31 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import ConvNormAct
+from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models.byobnet import RepVggBlock
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
 from dbb import (
+    MODES,
     AsymmetricConvBlock,
     DiverseBranchBlock,
     NothingSwappedError,
     OnlineReparamBlock,
     ReparamConv2d,
+    branchwise,
     fold_norms,
     reparameterize,
     replace_convs,
+    restore_norms,
 )
+from dbb.norms import running
 from tests.conftest import randomize, relative_error
 
 EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "identity", "avg", "1xk", "kx1")
@@ -42,6 +47,20 @@ class Same(nn.Conv2d):
         assert self.weight.shape == (self.out_channels, 3, 3, 3)
         assert self.weight.device == x.device
         return F.conv2d(F.pad(x, [1] * 4), self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """Computes its kernel."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Odd(nn.BatchNorm2d):
+    """Does more than normalise."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
 
 
 def pair(channels: int = 8) -> nn.Sequential:
@@ -98,13 +117,35 @@ def _torchvisions(net):
     return net
 
 
+class Detrs(nn.Module):
+    """DETR's frozen norm, which has its epsilon in its code."""
+
+    def __init__(self, norm, hidden=1e-5):
+        super().__init__()
+        self.hidden = hidden
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(key, getattr(norm, key).detach().clone())
+
+    def forward(self, x):
+        w, b, mean, var = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+        scale = w * (var + self.hidden).rsqrt()
+        return x * scale + (b - mean * scale)
+
+
+def _detrs(net):
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            net.set_submodule(name, Detrs(module))
+    return net
+
+
 def _timms(net):
     timm.utils.freeze(net, [name for name, _ in net.named_children()])
     return net
 
 
 @pytest.mark.parametrize("block", ["dbb", "acb", "orepa", "online"])
-@pytest.mark.parametrize("freeze", [timm.layers.freeze_batch_norm_2d, _timms, _torchvisions, _eval_and_freeze])
+@pytest.mark.parametrize("freeze", [timm.layers.freeze_batch_norm_2d, _timms, _torchvisions, _detrs, _eval_and_freeze])
 def test_frozen_norms_of_any_class_mean_running_statistics(block, freeze):
     """In training, a block whose norms are frozen computes what it does in eval, and moves no statistic."""
     torch.manual_seed(0)
@@ -127,6 +168,46 @@ def test_frozen_norms_of_any_class_mean_running_statistics(block, freeze):
         if freeze is not _timms:  # which freezes the kernels too
             frozen.train()(x).square().sum().backward()
             assert all(p.grad is not None for p in kernels)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-3])
+def test_an_epsilon_in_the_code_is_found(eps):
+    norm = Detrs(randomize(nn.BatchNorm2d(8)), eps).to(torch.float16)
+    before = copy.deepcopy(norm.state_dict())
+    assert running(norm)[-1] == pytest.approx(eps, rel=1e-12, abs=0)
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("block", ["dbb", "orepa"])
+def test_what_is_no_norm_is_named(block):
+    net, _ = replace_convs(pair(), block, example_input=torch.zeros(1, 8, 9, 9))
+    for outer in net[0].norms():
+        name = next(name for name, module in net.named_modules() if module is outer)
+        net.set_submodule(name, nn.GroupNorm(2, 8))
+    with pytest.raises(ValueError, match="a block's norm was replaced by a GroupNorm, .* no attribute 'running_mean'"):
+        net(torch.zeros(2, 8, 9, 9))
+
+
+def test_a_network_on_meta_is_swapped_as_one_with_values():
+    net = nn.Sequential(Same(3, 8, 3), BatchNormAct2d(8), Standardised(8, 8, 3), nn.BatchNorm2d(8), *pair()[:1], Odd(8))
+    for conv in net[::2]:
+        conv.half()  # and the norms in float32
+    reports = [replace_convs(net.to(device), "dbb", example_input=torch.zeros(1, 3, 12, 12, device=device).half())[1]
+               for device in ("cpu", "meta")]
+    assert reports[0] == reports[1]
+    assert [row.block is None for row in reports[1]] == [False, True, True]
+
+
+@pytest.mark.parametrize("block", [EVERY_BRANCH, "orepa"])
+def test_a_network_filled_on_meta_can_be_moved(block):
+    full, empty = (replace_convs(pair().to(device), block, example_input=torch.zeros(1, 8, 9, 9, device=device))[0].eval()
+                   for device in ("cpu", "meta"))
+    empty.load_state_dict(full.state_dict(), assign=True)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    expected = full.double()(x)
+    assert relative_error(empty.double()(x), expected) < 1e-12
+    assert relative_error(reparameterize(empty)(x), expected) < 1e-12
+    assert empty[1].weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])
@@ -209,6 +290,18 @@ def test_what_merges_itself_can_be_included():
         assert relative_error(folded(x), included(x)) < 1e-4
     left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(".fusion_bn." in name for name in left), "folded inside such modules too, but for norms without a convolution"
+
+
+def test_a_network_that_torch_fuses():
+    """Torch's `fuse_modules` takes a BatchNorm2d and nothing in its place: such a network stays, or gets its norms back."""
+    plain, x = torchvision.models.quantization.shufflenet_v2_x0_5(num_classes=3).eval(), torch.randn(4, 3, 64, 64)
+    with pytest.raises(NothingSwappedError, match=r"part of a QuantizableShuffleNetV2, .* \(fuse_model\)"):
+        replace_convs(plain, "acb", example_input=x)
+    net, report = replace_convs(plain, "acb", include=["*"], example_input=x)
+    with torch.no_grad():
+        restored = restore_norms(net, report, plain, [x])
+        restored.fuse_model(is_qat=False)
+        assert relative_error(restored(x), net(x)) < 1e-4
 
 
 def test_a_network_with_a_fuse_of_its_own_is_swapped():
@@ -358,6 +451,39 @@ def test_half_precision_with_norms_in_float32(kind):
     assert relative_error(reparameterize(block)(x), y) < 0.02
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("groups", [1, 8])
+def test_half_precision_with_norms_in_float32_and_branches_without_a_kernel(mode, groups):
+    block = ReparamConv2d(8, 8, 3, padding=1, groups=groups, branches=["kxk", "identity", "avg"], mode=mode, positions=8).bfloat16()
+    for norm in block.norms():
+        norm.float()
+    x = torch.randn(4, 8, 10, 10, dtype=torch.bfloat16)
+    block(x).float().square().mean().backward()
+    y = block.eval()(x)
+    with branchwise(block):
+        assert relative_error(block(x), y) < 0.02
+    assert relative_error(reparameterize(block)(x), y) < 0.02
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_block_without_a_kernel_of_its_own_is_converted(mode):
+    block = randomize(ReparamConv2d(8, 8, 3, padding=1, branches=["avg", "identity"], mode=mode, dtype=torch.float64)).eval()
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    with branchwise(block):
+        assert relative_error(reparameterize(block)(x), block(x)) < 1e-12
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+@pytest.mark.parametrize("value", [torch.zeros(8), nn.Parameter(torch.zeros(8))])
+def test_what_a_block_computes_cannot_be_set(key, value):
+    block = DiverseBranchBlock(8, 8, 3).eval()
+    with pytest.raises(AttributeError, match=f"the {key} of a block is computed from its branches"):
+        setattr(block, key, value)
+    with pytest.raises(AttributeError, match="the weight of a block is computed from its branches"):
+        fuse_conv_bn_eval(block, nn.BatchNorm2d(8).eval())
+
+
 def test_an_included_host_fails_loudly():
     """Its step would leave out the merged bias."""
     net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), RepVggBlock(8, 8, 3))).eval()
@@ -393,6 +519,11 @@ def test_inputs_by_name_and_their_errors():
     assert report[0].block
     folded = fold_norms(ByName().eval(), {"pixel_values": x, "scale": {"by": 2}})
     assert isinstance(folded.net[0].bias, nn.Parameter)
+    plain = randomize(ByName()).eval()
+    net, report = replace_convs(plain, "dbb", example_input={"pixel_values": x, "scale": {"by": 2}})
+    batch = {"pixel_values": torch.randn(4, 8, 9, 9), "scale": {"by": 2}}
+    restored = restore_norms(net, report, plain, [batch])
+    assert relative_error(restored(**batch), net(**batch)) < 1e-5
     with pytest.raises(ValueError, match=r"example_input of shape \[1, 8, 9, 9\].*TypeError: .*NoneType"):
         replace_convs(ByName(), "dbb", example_input={"pixel_values": x})
     with pytest.raises(ValueError, match="example_input of no tensor.*unexpected keyword argument 'image'"):
@@ -416,6 +547,21 @@ def test_a_merged_value_that_half_precision_cannot_hold_is_named():
         block.branches["kxk"].weight.fill_(2)
     with pytest.raises(ValueError, match="the merged kernel has the value .*, which torch.float16 cannot hold"):
         block.fuse()
+
+
+def test_a_norm_without_a_bias_stays():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, bias=False))
+    with pytest.raises(NothingSwappedError, match="1 has no gamma, no bias or no running statistics"):
+        replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 9, 9))
+
+
+@pytest.mark.parametrize("layers", [(nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)), (nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())])
+def test_a_lazy_network_is_run_first(layers):
+    net, x = nn.Sequential(*layers), torch.zeros(1, 3, 9, 9)
+    with pytest.raises(ValueError, match="has lazy modules, which have no shapes yet"):
+        replace_convs(net, "dbb", example_input=x)
+    net(x)
+    assert replace_convs(net, "dbb", example_input=x)[1][0].block
 
 
 def test_torchvisions_frozen_backbones_say_why():

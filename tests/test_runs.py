@@ -93,11 +93,11 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     report_script.main()
     printed = capsys.readouterr().out
     assert "| dbb | 2 | 1 |" in printed
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"arms.csv", "curves.png", "epochs.csv", "report.md", "runs.csv"}
-    arms = pd.read_csv(tmp_path / "report" / "arms.csv").set_index("arm")
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"variants.csv", "curves.png", "epochs.csv", "report.md", "runs.csv"}
+    variants = pd.read_csv(tmp_path / "report" / "variants.csv").set_index("variant")
     one, two = (json.loads(next(tmp_path.glob(f"sweep/*block-dbb*seed-{seed}*/result.json")).read_text())["top1"] for seed in (0, 1))
-    assert arms.loc["dbb", "top1"] == pytest.approx(50 * (one + two))
-    assert arms.loc["dbb", "predictions_changed"] == 0
+    assert variants.loc["dbb", "top1"] == pytest.approx(50 * (one + two))
+    assert variants.loc["dbb", "predictions_changed"] == 0
     sys.argv[:] = ["report.py", str(tmp_path / "sweep"), "--out", str(tmp_path / "report")]
     with pytest.raises(SystemExit, match="is there twice"):  # with block=none said and unsaid
         report_script.main()

@@ -128,8 +128,8 @@ def test_bad_checkpoints(trained, make_settings, tmp_path):
     fails("cannot be read", f"ckpt={tmp_path}/pickled.ckpt")
     fails("is needed")
     fails("another network: .* missing .* unexpected", f"ckpt={good}", "block=acb")
-    fails("cannot stand beside ckpt", f"ckpt={good}", "experiment=demo")
-    fails("cannot stand beside ckpt", f"ckpt={good}", "model.weights=x.pth")
+    fails("cannot be used with ckpt", f"ckpt={good}", "experiment=demo")
+    fails("cannot be used with ckpt", f"ckpt={good}", "model.weights=x.pth")
 
     from tests.test_data import write_tree
     tree = write_tree(tmp_path / "tree", ("train", "val"), ["a", "b"], 2, (8, 8))
@@ -192,7 +192,7 @@ def test_a_mode_is_a_choice_of_training_alone(make_settings, tmp_path, capsys):
     for mode in ((), ("block.mode=exact",)):
         result = eval_script.evaluate(make_settings(ckpt, *mode, config_name="eval"))
         assert result == {key: pytest.approx(trained[key], rel=1e-6) for key in ("top1", "top5", "loss")}
-    assert "changed beside the checkpoint: block.mode: online -> exact" in capsys.readouterr().out
+    assert "changed from the checkpoint: block.mode: online -> exact" in capsys.readouterr().out
     train_script.train(make_settings(ckpt, "block.mode=exact", "trainer.max_epochs=2"), tmp_path / "online")
 
     train_script.train(make_settings("model=resnet20", "block=orepa", *TINY), tmp_path / "orepa")

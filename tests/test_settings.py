@@ -117,6 +117,13 @@ def test_timms_weights_bring_their_normalisation(make_settings, capsys, override
     assert ("data.mean=" in printed) == (expected[0] not in ([0, 0, 0], [0.305] * 3)), "not what was named"
 
 
+@pytest.mark.parametrize(("data", "name", "told"), [
+    ("imagenet", "dm_nfnet_f0", True), ("digits", "dm_nfnet_f0", False), ("imagenet", "resnet18", False)])
+def test_a_crop_that_is_not_followed_is_told(make_settings, capsys, data, name, told):
+    make_settings("model.pretrained=true", "model=timm", f"model.name={name}", f"data={data}")
+    assert ("crop_mode is squash for these weights: it is not followed" in capsys.readouterr().out) == told
+
+
 def test_seed_zero_is_a_seed(make_settings):
     assert make_settings("seed=0").seed == 0
 

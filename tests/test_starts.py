@@ -90,7 +90,7 @@ def test_what_is_a_rough_start(make_settings, overrides, rough):
 
 def test_a_rough_start_is_named(make_settings, tmp_path, capsys):
     train_script.train(make_settings("model=resnet8_dbb", *TINY, "optim.lr=0.1", "block.init=ones"), tmp_path)
-    assert "block.init=ones with a learning rate of 0.1 and no warm-up starts roughly" in capsys.readouterr().out
+    assert "block.init=ones with a learning rate of 0.1 and no warm-up is a rough start" in capsys.readouterr().out
 
 
 def test_old_settings_mean_the_old_start():
@@ -160,7 +160,7 @@ def test_warm_start_computes_the_same(make_settings, tmp_path):
     (["model=resnet20", "block.branches=[1x1]"], "conv1: branches=.*1x1.* spans the kernel"),
     (["model=resnet20_dbb", "block.include=[layer1.*]"], "include: the pattern .layer1.*. matches no convolution; there are"),
     (["model=timm", "model.name=densenet121", "block=dbb", "data.image_size=32"], "no convolution of the network can become a block"),
-    (["model=resnet20_dbb", "source=dbb"], "source=dbb: train.py goes on with its own checkpoints only"),
+    (["model=resnet20_dbb", "source=dbb"], "source=dbb: train.py continues its own checkpoints only"),
     (["model=resnet20_dbb", "data=none"], "data=none has nothing to train on")])
 def test_wrong_models_and_blocks(make_settings, tmp_path, monkeypatch, overrides, message):
     monkeypatch.chdir(tmp_path)

@@ -107,6 +107,13 @@ def test_a_file_of_ours_says_of_which_network_it_is(make_settings, tmp_path):
         assert relative_error(authors(image("mobilenet_v1").float()), expected) < 1e-4
 
 
+def test_a_large_stem_where_a_small_one_is_built(make_settings, tmp_path):
+    torch.save(timm.create_model("resnet18", num_classes=10).state_dict(), tmp_path / "large.pth")
+    settings = make_settings("model=resnet18", "data=digits", f"model.weights={tmp_path}/large.pth")
+    with pytest.raises(ValueError, match=r"1 of another shape \(conv1.weight: \[64, 3, 7, 7\], here \[64, 3, 3, 3\]\)"):
+        start_network(settings, 10, 32)
+
+
 def test_images_are_prepared_as_the_weights_want(make_settings, tmp_path, monkeypatch, capsys):
     """From the first epoch to predict.py: timm's mean, deviation and crop; an interpolation as named."""
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "theirs.pth")

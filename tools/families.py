@@ -2,8 +2,8 @@
 
     python tools/families.py
 
-For every network: swap with init="single", compare with the original in eval (same function, so nothing was lost on the
-way), then randomise all norms, convert, and compare with the branches as drawn. float64, two random images.
+For every network: put blocks in with init="single" and compare with the original in eval (same function, so nothing was
+lost on the way). Then randomise all norms, convert, and compare with the branches. float64, two random images.
 """
 
 import platform
@@ -61,10 +61,10 @@ def build(library: str, name: str) -> nn.Module:
 
 @torch.no_grad()
 def examine(library: str, name: str) -> Finding:
-    """Swap, compare, convert, compare.
+    """Put blocks in, compare, convert, compare.
 
     Raises:
-        AssertionError: if the converted network has other names or shapes than the original, but for biases.
+        AssertionError: if the converted network has other names or shapes than the original, except for biases.
     """
     net = build(library, name)
     size = IMAGE_SIZE.get(name, 96)
@@ -99,12 +99,13 @@ def reasons(report: Report) -> dict[str, int]:
 
 def main() -> None:
     lines = ["# Which convolutions become blocks", "",
-             "Written by `python tools/families.py`. Swapped are kernel sizes 2 to 6, each with the BatchNorm that alone is fed by",
-             "it. *Same function*: relative difference between the original network and the swapped one with `init=\"single\"`, in eval.",
-             "*After conversion*: between the branches as drawn and the converted network, with random statistics in all norms.",
-             "float64; rounding grows with depth, most in networks with gates and random statistics.", "",
+             "Written by `python tools/families.py`. A convolution becomes a block if its kernel size is 2 to 6 and a BatchNorm",
+             "alone reads its output. *Same function*: relative difference, in eval, between the original network and the one",
+             'with blocks and `init="single"`. *After conversion*: relative difference between the network run branch by branch',
+             "and the converted one, with random statistics in all norms. All in float64; rounding grows with depth, most in",
+             "networks that multiply feature maps.", "",
              f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}, {platform.machine()} CPU", "",
-             "| library | network | swapped | stay, and why | same function | after conversion |", "|---|---|---|---|---|---|"]
+             "| library | network | become blocks | stay plain, and why | same function | after conversion |", "|---|---|---|---|---|---|"]
     for library, names in (("timm", TIMM), ("torchvision", TORCHVISION)):
         for name in names:
             finding = examine(library, name)

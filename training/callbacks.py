@@ -22,7 +22,7 @@ from training.data import ImageData
 from training.settings import LoggerConf, Settings
 
 WANDB_WAIT = 10  # seconds, at the start
-WANDB_FINISH = 600  # seconds, at the end: a server that went away would be waited for without end
+WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server without end
 
 
 class Speed(Callback):
@@ -77,7 +77,7 @@ class Branches(Callback):
                 for name, branch in block.branches.items():
                     gamma = branch.bn.weight if branch.factor is None else branch.factor
                     values[f"gamma/{layer}/{name}"] = gamma.detach().abs().mean().item()
-        for logger in trainer.loggers[1:]:  # the first is the CSV file, which these columns would drown
+        for logger in trainer.loggers[1:]:  # not the CSV file, which would get too many columns
             logger.log_metrics(values, trainer.global_step)
 
 
@@ -105,9 +105,19 @@ def shows_progress_bar(settings: Settings) -> bool:
 
 def make_loggers(settings: Settings, run_dir: Path) -> list[Logger]:
     """CSV, and with it W&B or TensorBoard as `logger.name` says; all go on where an earlier session of the same run stopped."""
-    more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [lambda settings, run_dir: TensorBoardLogger(run_dir, "", "")]}
+    more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, run_dir) for make in more[settings.logger.name]]
     return [_csv(run_dir), *(logger for logger in made if logger is not None)]
+
+
+def tensorboard_logger(settings: Settings, run_dir: Path) -> TensorBoardLogger | None:
+    """TensorBoard's files in a run's folder; None, with a sentence, where it is not installed."""
+    try:
+        return TensorBoardLogger(run_dir, "", "")
+    except ImportError:
+        rank_zero_only(print)("logger=tensorboard: it is not installed (pip install tensorboard): the run goes on "
+                              "without it; metrics.csv has all of its metrics")
+        return None
 
 
 def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
@@ -122,9 +132,9 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
 def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
     """The W&B run of a run's folder, new or not; named by model, block, seed; grouped by model and data.
 
-    Without a key it is offline, to be sent later with `wandb sync`. So it is, with a sentence, where W&B
-    cannot be reached within `WANDB_WAIT` seconds or refuses; None if it cannot write offline either: a logger
-    costs no run.
+    Without a key it is offline, to be sent later with `wandb sync`. It is offline too, with a printed sentence, if W&B
+    cannot be reached within `WANDB_WAIT` seconds or refuses. None if it cannot write offline either: a logger
+    must not stop a run.
     """
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
     conf, model, block = settings.logger, settings.model.name, settings.block.name
@@ -135,7 +145,7 @@ def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
                             (lambda conf: "offline", "without W&B; metrics.csv has all of its metrics")):
         try:
             mode = wanted(conf)
-            # W&B prints nothing of an offline run, and of an online one where to see it.
+            # W&B prints nothing about an offline run, and where to see an online one.
             options = wandb.Settings(init_timeout=WANDB_WAIT, quiet=True, silent=mode != "online")
             logger = WandbLogger(name, run_dir, id=conf.id, project=conf.project, entity=conf.entity,
                                  group=group, tags=tags, mode=mode, settings=options)
@@ -143,7 +153,7 @@ def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
             logger.experiment  # noqa: B018  the run, which W&B starts when it is asked for
             return logger
         except Exception as error:  # of many kinds, W&B's own and others'
-            wandb.teardown()  # it would take the run for started
+            wandb.teardown()  # otherwise W&B would think that the run has started
             why = (str(error) or type(error).__name__).splitlines()[0]
             rank_zero_only(print)(f"logger=wandb: W&B did not start ({why}): the run goes on {instead}")
     return None
@@ -157,7 +167,7 @@ def _wandb_mode(conf: LoggerConf) -> str:
 
 
 def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
-    """Add to W&B the confusion matrix (up to 100 classes), and images of the network's surest mistakes."""
+    """Add to W&B the confusion matrix (up to 100 classes), and images of the network's most confident mistakes."""
     if not isinstance(logger, WandbLogger):
         return
     sure, predicted = logits.softmax(1).max(1)

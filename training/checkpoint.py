@@ -25,7 +25,7 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
         raise ValueError(f"ckpt={path}: there is no such file; a run keeps its own under outputs/.../checkpoints/last.ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, as the bytes happen to be
+    except Exception as error:  # of many kinds, depending on the bytes
         raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain tensors") from error
     if not isinstance(checkpoint, dict) or "settings" not in checkpoint.get("dbb", ()):
         raise ValueError(f"ckpt={path} was not written by train.py: it holds no settings of ours")

@@ -32,7 +32,7 @@ class Classifier(pl.LightningModule):
         settings: of the run; they go into the checkpoint as plain values.
         classes: names of the classes, in the order of the logits.
         image_size: side of the images in pixels.
-        changed: settings that did not stand from the first epoch on, a sentence each; kept in the checkpoint.
+        changed: settings that changed after the first epoch, a sentence each; kept in the checkpoint.
     """
 
     def __init__(self, settings: Settings, classes: list[str], image_size: int, changed: Sequence[str] = ()):
@@ -97,8 +97,8 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        # A checkpoint brings its optimiser's options along; those of the settings, perhaps changed beside it, stand.
-        # So does the schedule's place: epochs done of epochs wanted, whatever the steps an epoch has now.
+        # A checkpoint has its optimiser's options; those of the settings count, as the command line may change them.
+        # The schedule goes on at epochs done out of epochs wanted, however many steps an epoch has now.
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         schedule.last_epoch = int(self.trainer.estimated_stepping_batches) * self.current_epoch // self.trainer.max_epochs
         schedule.base_lrs = [fresh["lr"] for fresh in self.fresh_options]
@@ -129,10 +129,10 @@ def try_optimizer(settings: Settings, device: torch.device) -> None:
             optimizer = make_optimizer(settings, net)
             net["weight"].sum().backward()
             optimizer.step()
-    except Exception as error:  # whatever timm, and the packages that it asks, raise
+    except Exception as error:  # whatever timm and its packages raise
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"optim.name={settings.optim.name} cannot train here ({why}): choose another, such "
-                         "as adamw, or mend what it names") from error
+                         "as adamw, or fix what it names") from error
 
 
 def learning_rate(settings: Settings) -> float:
@@ -142,12 +142,12 @@ def learning_rate(settings: Settings) -> float:
 
 
 def rough_start(settings: Settings) -> list[str]:
-    """A sentence where blocks are known to lose the first epochs (benchmarks/README.md, "The first steps")."""
+    """A sentence if the blocks are known to lose the first epochs (benchmarks/README.md, "The first steps")."""
     block, rate = settings.block, learning_rate(settings)
     with_norms = (block.branches or block.layers) and block.mode != "linear"
     if not with_norms or block.init not in ("ones", None) or settings.optim.warmup_epochs or rate < ROUGH_RATE:
         return []
-    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up starts roughly: expect a test "
+    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up is a rough start: expect a test "
             "accuracy near chance for the first epochs. optim.warmup_epochs=5 or block.init=mean avoids it"]
 
 

@@ -64,7 +64,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
                 weights = {key: torch.as_tensor(value[()]) for key, value in file.items()}
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever its reader raises on a file that nobody vouches for
+    except Exception as error:  # whatever its reader raises on an untrusted file
         raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors") from error
     prefix = r"(module\.|_orig_mod\.)+"
     if isinstance(weights, dict) and "dbb" in weights:
@@ -155,7 +155,7 @@ def _layer(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tenso
             ours = ours.replace("1x1_avg", "avg")
         for key in [key for key in u if key == theirs or key.startswith(f"{theirs}.")]:
             target = ours + key.removeprefix(theirs).removeprefix(".bn")  # the newer layout has a norm inside the padding one
-            if target not in layer:  # a second claim to a name, as of a norm behind a bias, stays behind as unexpected
+            if target not in layer:  # a second tensor for the same name, such as a norm behind a bias, is left over as unexpected
                 layer[target] = u.pop(key)
     for key in [key for key in layer if key.endswith(".running_var")]:  # files of old PyTorch did not count batches
         layer.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
@@ -214,4 +214,4 @@ def _orepa_large(u: dict[str, Tensor]) -> Tensor:
 
 
 OREPA = {"weight_orepa_origin": _orepa, "weight_or1x1_origin": _orepa_1x1, "weight0": _orepa_large,
-         "weight0.weight_orepa_origin": _orepa_large}  # the tensor that gives a kind of unit away
+         "weight0.weight_orepa_origin": _orepa_large}  # the tensor by which a kind of unit is known

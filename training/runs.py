@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: whether it is this one, whether it is finished, and what came of it."""
+"""What a run's folder says of the run: whether it is this one, whether it is finished, and what its result is."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ class FolderTakenError(ValueError):
 
 @contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder; the others of the same run wait for nothing.
+    """Keep other processes from training in a folder; processes of the same run do not wait.
 
     Raises:
         FolderTakenError: if one does.
@@ -36,7 +36,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except NotImplementedError:
-        pass  # a file system without locks keeps nobody out
+        pass  # a file system without locks cannot keep others out
     except Timeout as error:
         raise FolderTakenError(f"another process is training in {run_dir}: let it finish, or choose another folder with out=DIR") from error
     try:
@@ -68,7 +68,7 @@ def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
         return None
     try:
         return dict(parse(path.read_text()))
-    except Exception as error:  # of many kinds, as the text happens to be
+    except Exception as error:  # of many kinds, depending on the text
         raise ValueError(f"{path} is damaged: remove it, and go on with the run by ckpt={path.parent}/checkpoints/last.ckpt") from error
 
 
@@ -87,11 +87,11 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
             raise FolderTakenError(f"{run_dir} already holds another run than ckpt={settings.ckpt}: choose another folder with out=DIR")
         return settings
     stored = read_config(run_dir)
-    if settings.block.init == "auto" and stored is not None:  # a run keeps its start, whatever a new one's would be
+    if settings.block.init == "auto" and stored is not None:  # a run keeps its start, even if a new run would have another
         settings = replace(settings, block=replace(settings.block, init=stored.get("block", {}).get("init")))
     settings = with_start(settings)
     old, new = of_the_training(stored or {}), of_the_training(asdict(settings))
-    before = flat({"data": asdict(DataConf())})  # what a knob means that an older file lacks
+    before = flat({"data": asdict(DataConf())})  # the meaning of a knob that an older file does not have
     different = [key for key, value in new.items() if old.get(key, before.get(key)) != value]
     if stored is not None and not different:
         identity = replace(settings.logger, id=stored["logger"]["id"])

@@ -178,7 +178,7 @@ class Settings:
             for name in names:
                 _one_of(f"block.{knob}", name, list(BRANCHES))
         if not self.block.kernel_sizes:
-            raise ValueError("block.kernel_sizes=[] would swap nothing: name one size or more, or choose block=none")
+            raise ValueError("block.kernel_sizes=[] would make no blocks: name one size or more, or choose block=none")
         _one_of("block.mode", self.block.mode, list(MODES))
         if self.block.init is not None:
             _one_of("block.init", self.block.init, ["auto", *INITS])
@@ -189,7 +189,7 @@ class Settings:
         for kind in self.export:
             _one_of("export", kind, list(KINDS))
         if "int8" in self.export and self.data.name == "none":
-            raise ValueError("export=[int8] needs training images to calibrate with, which data=none has not")
+            raise ValueError("export=[int8] needs training images to calibrate with, and data=none has none")
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
         _one_of("data.interpolation", self.data.interpolation, ["bilinear", "bicubic"])
         _one_of("logger.name", self.logger.name, ["csv", "wandb", "tensorboard"])
@@ -199,7 +199,7 @@ class Settings:
         unused = ["color_jitter", "lighting", "trivial_augment"] if self.data.name in TENSOR_SETS else ["crop_padding", "on_device"]
         for knob in unused:
             if getattr(self.data, knob):
-                raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such thing")
+                raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such option")
         if self.data.name in TENSOR_SETS and self.data.crop_pct != DataConf.crop_pct:
             raise ValueError(f"data.crop_pct={self.data.crop_pct}: data={self.data.name} crops no test "
                              "image: leave it out")
@@ -266,7 +266,7 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
     try:
         if _list_changed(overrides):
             cfg.block.name = "custom"
-        if "block=none" in overrides:  # the plain network of a sweep, whatever else is said of blocks
+        if "block=none" in overrides:  # the plain network of a sweep, whatever the command line says about blocks
             cfg.block = OmegaConf.structured(BlockConf)
         if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, overrides)
@@ -284,7 +284,7 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
 
 
 def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
-    """Prepare images as they were for timm's weights, but for what was named."""
+    """Prepare images as they were for timm's weights, except for what the command line gives."""
     trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
     if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
         return
@@ -298,7 +298,10 @@ def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
     told = " ".join(f"data.{knob}={value}" for knob, value in taken.items())
     weights = f"{trained.architecture}.{trained.tag}"
     rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({weights}): "
-                          f"{told or 'nothing but what was named'}")
+                          f"{told or 'none; the command line sets them all'}")
+    if settings.data.name in FILE_SETS and trained.crop_mode != "center":
+        rank_zero_only(print)(f"timm's own crop_mode is {trained.crop_mode} for these weights: it is not followed, "
+                              "test images keep their proportions, and their centre is taken")
 
 
 def _list_changed(overrides: list[str]) -> bool:
@@ -314,16 +317,16 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     for override in overrides:
         key, plus = override.split("=")[0].lstrip("+~"), override[0] in "+~"
         if key in ("experiment", "debug") or plus:
-            raise ValueError(f"{override} cannot stand beside ckpt=, which takes every setting from the checkpoint: "
+            raise ValueError(f"{override} cannot be used with ckpt=, which takes every setting from the checkpoint: "
                              "name the settings to change themselves")
         if key in ("model.weights", "model.pretrained"):
-            raise ValueError(f"{override} cannot stand beside ckpt=: the checkpoint's own weights are loaded; leave out one of them")
+            raise ValueError(f"{override} cannot be used with ckpt=: the checkpoint's own weights are loaded; leave out one of them")
         for changed in (["model", "block"] if key == "model" else [key]):
             before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
             if before != after:
-                print(f"changed beside the checkpoint: {changed}: {before} -> {after}")
+                print(f"changed from the checkpoint: {changed}: {before} -> {after}")
             OmegaConf.update(result, changed, after, merge=False)
-    if result.block.init == "auto":  # another mode of the same blocks, which have started
+    if result.block.init == "auto":  # another mode of the same blocks, which are trained already
         result.block.init = stored.get("block", {}).get("init")
     return result
 

@@ -306,7 +306,7 @@ def read_image(path: str) -> Image.Image:
                     raise ValueError("more than 16 bits a pixel")
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode == "F":
-                raise ValueError("real numbers, of a range that it does not tell")
+                raise ValueError("real numbers of an unknown range")
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
