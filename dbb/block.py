@@ -160,8 +160,7 @@ class ReparamConv2d(nn.Module):
         """Sum of the branches' kernels `[O, I/G, KH, KW]` and biases `[O]`, each with its norm or factor."""
         g, branches = self.geometry, self.branches.values()
         scales, biases = zip(*[branch.affine() for branch in branches], strict=True)
-        rows = stacked([embed_kernel(branch.kernel(), g.kernel_size) for branch in branches], g.groups)
-        rows, scale = (part.unflatten(1, (len(branches), -1)) for part in (rows, beside(scales, g.groups)))
+        rows, scale = stacked([embed_kernel(branch.kernel(), g.kernel_size) for branch in branches], g.groups), beside(scales, g.groups)
         kernel = weighted(rows.to(scale.dtype), scale).reshape(g.out_channels, -1, *g.kernel_size)
         return kernel, sum(biases[1:], biases[0])
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dbb.geometry import Geometry, average
 from dbb.moments import full_precision
 from dbb.norms import Scale, running
-from dbb.transforms import identity_kernel, merge_1x1_kxk, norm_affine
+from dbb.transforms import average_kernel, identity_kernel, merge_1x1_kxk, norm_affine
 
 BRANCHES: dict[str, type["Branch"]] = {}
 
@@ -224,6 +224,10 @@ class Average(Identity, name="avg"):
 
     window = "average"
     initial_factor = 0.25
+
+    def kernel(self, first=None):
+        g, like = self.geometry, self.bn.weight if self.factor is None else self.factor
+        return average_kernel(g.in_channels, g.kernel_size, g.groups, self.dtype, like.device)
 
     @staticmethod
     def fits(geometry):

@@ -1,18 +1,21 @@
 """How the sum of a block's branches is run in training, with the statistics of the batch.
 
 `exact` and `online` have the same parameters and the same running statistics; `linear` has one norm, behind the sum.
-Statistics are taken, and running ones moved, here and nowhere else.
+Batch statistics are taken, and running ones moved, here; branches only say what their kernels are.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from dbb.branches import Branch
 from dbb.convs import CentredConv, NormedConv, as_autocast
+from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, full_precision, mean_over_processes, process_group
 from dbb.norms import count_batch, follow, uses_batch_statistics
-from dbb.rows import CovarianceSum, SampledSum, apart, beside, stacked
+from dbb.rows import CovarianceSum, SampledSum, apart, beside, joined, stacked
 from dbb.transforms import add_branches, embed_kernel
 
 
@@ -29,65 +32,48 @@ def exact(block, x: Tensor) -> Tensor:
     Returns:
         `[N, O, H', W']`.
     """
-    g, live, inner = block.geometry, *_taking_part(block)
-    points = [branch for branch in live if branch.window == "centre" and g.keeps_size and not g.depthwise]
+    g, (live, inner) = block.geometry, _taking_part(block)
+    points = [b for b in live if b.window == "centre" and g.keeps_size and not g.depthwise]
     firsts, terms = {}, []
     if inner or points:
         with full_precision(x.device):
             mean, spread, count = covariance(x, g.groups, process_group(live[0].bn))
             kernels = [branch.inner() for branch in inner] + [branch.point() for branch in points]
+            rows = joined(kernels, g.groups).to(mean.dtype)
             norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
-            rows, gamma, eps = _rows(kernels, norms, g.groups, mean.dtype)
-            scaled, variance = CovarianceSum.apply(rows[:, None], gamma[:, None], spread, eps)
-            variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
+            scaled, variance = CovarianceSum.apply(rows, *_affine(joined, norms, g.groups, mean.dtype), spread)
             with torch.no_grad():
-                means = apart((rows @ mean)[..., 0], kernels)[len(inner):] if points else []
-            _follow(inner, points, variances, means)
+                variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
+                means = apart((rows[:, 0] @ mean)[..., 0], kernels)[len(inner):] if points else []
+                _follow(inner, points, variances, means)
             scaled = _as_kernels(scaled, kernels)
         firsts = dict(zip(inner, scaled, strict=False))
     if points:
         kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])
         terms.append(_centred(block.pixelwise, x, kernel, points, mean))
     padded = g.pad(x)
-    terms += [_normed(branch, padded, firsts.get(branch)) for branch in block.branches.values() if branch not in points]
+    terms += [_normed(b, padded, firsts.get(b)) for b in block.branches.values() if b not in points]
     return sum(terms[1:], terms[0])
-
-
-def _normed(branch, padded: Tensor, first: Tensor | None) -> Tensor:
-    """A branch and its norm. Its map is made again in backward where that costs less than keeping it."""
-    g, bn = branch.geometry, branch.bn
-    again = g.depthwise or branch.window == "centre"
-    if not again or type(bn) is not nn.BatchNorm2d or not uses_batch_statistics(bn) or bn.momentum is None:
-        return bn(branch.response(padded, first))
-    if padded.numel() // padded.shape[1] < 2:
-        raise ValueError(ONE_VALUE)
-    kernel = branch.kernel(first)
-    x, padding = g.aligned(padded, kernel.shape[2:])
-    running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
-    if bn.track_running_stats:
-        count_batch([bn])
-    return NormedConv.apply(*as_autocast(x, kernel), bn.weight, bn.bias, *running, bn.momentum, bn.eps,
-                            (g.stride, padding, g.dilation, g.groups))
 
 
 def online(block, x: Tensor) -> Tensor:
     """One convolution, with the branches' variances over a lattice of about `block.positions` positions.
 
-    Their means are those of the whole maps, which one pass over the input gives: half of what sampling costs in training
-    loss (benchmarks/README.md).
+    Their means are those of the whole maps, which one pass over the input gives: half of what sampling costs in
+    training loss (benchmarks/README.md).
 
     Arguments and result as `exact`, which is run where there are no more positions than that.
     """
     height, width = block.geometry.positions(block.geometry.pad(x))
-    synchronized = any(process_group(norm) is not None for norm in block.norms())  # all must agree, whatever their share
-    if len(x) * height * width <= block.positions and not synchronized:
+    alone = all(process_group(norm) is None for norm in block.norms())
+    if alone and len(x) * height * width <= block.positions:  # several processes must agree, whatever their share
         return exact(block, x)
     return merged_online(block, x)
 
 
 def merged_online(block, x: Tensor) -> Tensor:
     """As `online`, whatever the number of positions."""
-    g, live, inner = block.geometry, *_taking_part(block)
+    g, (live, inner) = block.geometry, _taking_part(block)
     group, firsts, variances = process_group(live[0].bn), {}, []
     with full_precision(x.device):
         if inner and not g.keeps_size:
@@ -96,65 +82,85 @@ def merged_online(block, x: Tensor) -> Tensor:
         if sample.shape[2] < 2 and group is None:
             raise ValueError(ONE_VALUE)
         if inner:
-            pixels = centre if g.keeps_size else pixels
             kernels = [branch.inner() for branch in inner]
-            rows, gamma, eps = _rows(kernels, [branch.scale for branch in inner], g.groups, sample.dtype)
-            scaled, variance = SampledSum.apply(rows[:, None], gamma[:, None], pixels, eps, group)
-            variances += apart(variance[:, 0], kernels)
+            rows = joined(kernels, g.groups).to(sample.dtype)
+            affine = _affine(joined, [branch.scale for branch in inner], g.groups, sample.dtype)
+            scaled, variance = SampledSum.apply(rows, *affine, centre if g.keeps_size else pixels, group)
             firsts = dict(zip(inner, _as_kernels(scaled, kernels), strict=True))
+            variances += apart(variance[:, 0], kernels)
         kernels = [embed_kernel(branch.kernel(firsts.get(branch)), g.kernel_size) for branch in live]
-        rows, gamma, eps = _rows(kernels, [branch.bn for branch in live], g.groups, sample.dtype)
-        rows, gamma = (part.unflatten(1, (len(live), -1)) for part in (rows, gamma))
-        kernel, variance = SampledSum.apply(rows, gamma, sample, eps, group)
+        rows = stacked(kernels, g.groups).to(sample.dtype)
+        affine = _affine(beside, [branch.bn for branch in live], g.groups, sample.dtype)
+        kernel, variance = SampledSum.apply(rows, *affine, sample, group)
         with torch.no_grad():
             mean = mean_over_processes(group, g.mean_window(padded), len(x) * math.prod(g.positions(padded)))
             means = (rows.flatten(1, 2) @ mean).view(variance.shape)
-        outer = torch.stack([variance, means]).transpose(1, 2).flatten(2)  # [2, B, O]
-        _follow(inner, live, [*variances, *outer[0]], list(outer[1]))
-        kernel = kernel.reshape(g.out_channels, -1, *g.kernel_size)
-    y = _centred(g, padded, kernel, live, mean)
+            statistics = torch.stack([variance.transpose(0, 1), means.transpose(0, 1)]).flatten(2)  # [2, B, O]
+            _follow(inner, live, [*variances, *statistics[0]], list(statistics[1]))
+    y = _centred(g, padded, kernel.reshape(g.out_channels, -1, *g.kernel_size), live, mean)
     frozen = [branch.equivalent() for branch in block.branches.values() if branch not in live]
-    return g.conv(padded, *add_branches(*zip(*frozen, strict=True), g.kernel_size)) + y if frozen else y
+    return y + g.conv(padded, *add_branches(*zip(*frozen, strict=True), g.kernel_size)) if frozen else y
 
 
-def _taking_part(block) -> tuple[list, list]:
+def linear(block, x: Tensor) -> Tensor:
+    """One convolution with the sum of the branches' kernels, each times its factors, and the block's norm (OREPA)."""
+    g = block.geometry
+    with full_precision(x.device):
+        kernel, _ = block.summed()
+    return block.bn(g.conv(g.pad(x), kernel.to(x.dtype)))
+
+
+MODES = {"exact": exact, "online": online, "linear": linear}
+
+
+def _taking_part(block) -> tuple[list[Branch], list[Branch]]:
     """The branches whose norm uses the batch's statistics, and those of them that have an inner norm too."""
     live = [branch for branch in block.branches.values() if uses_batch_statistics(branch.bn)]
     return live, [branch for branch in live if branch.scale is not None]
 
 
-def _rows(kernels: list[Tensor], norms: list[nn.Module], groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """Kernels in rows `[G, R/G, J]`, gammas `[G, R/G]` and epsilon of the norms behind them."""
-    rows = stacked(kernels, groups).to(dtype)
-    gamma = beside([norm.weight for norm in norms], groups).to(dtype)
-    eps = {norm.eps for norm in norms}
-    return rows, gamma, eps.pop()
+def _affine(arrange: Callable, norms: list[nn.Module], groups: int, dtype) -> tuple[Tensor, Tensor | float]:
+    """The gammas of norms in the order of their rows, and their epsilon: one number, or one a row."""
+    gamma = arrange([norm.weight for norm in norms], groups).to(dtype)
+    if len({norm.eps for norm in norms}) == 1:
+        return gamma, norms[0].eps
+    return gamma, arrange([torch.full_like(norm.weight, norm.eps) for norm in norms], groups).to(dtype)
 
 
-def _as_kernels(rows: Tensor, kernels: list[Tensor]) -> list[Tensor]:
-    """What has become of 1x1 kernels in rows, in their shape and type."""
-    return [part.to(kernel.dtype)[..., None, None] for part, kernel in zip(apart(rows, kernels), kernels, strict=True)]
+def _as_kernels(joint: Tensor, kernels: list[Tensor]) -> list[Tensor]:
+    """What has become of 1x1 kernels in rows, in their own shape and type."""
+    return [part.to(kernel.dtype)[..., None, None] for part, kernel in zip(apart(joint, kernels), kernels, strict=True)]
 
 
-def _follow(inner: list, outer: list, variances: list[Tensor], means: list[Tensor]) -> None:
-    """Move the running statistics: variances of the inner norms and the outer ones, and means of the outer ones."""
+def _follow(inner: list[Branch], outer: list[Branch], variances: list[Tensor], means: list[Tensor]) -> None:
+    """Move running statistics: variances of the inner norms and the outer ones, and means of the outer ones."""
     running = [branch.scale.running_var for branch in inner] + [branch.bn.running_var for branch in outer]
     running += [branch.bn.running_mean for branch in outer]
     follow([branch.bn for branch in [*inner, *outer, *outer]], running, variances + means)
     count_batch([branch.bn for branch in outer])
 
 
-def _centred(g, x: Tensor, kernel: Tensor, branches: list, mean: Tensor) -> Tensor:
+def _centred(g: Geometry, x: Tensor, kernel: Tensor, branches: list[Branch], mean: Tensor) -> Tensor:
+    """A convolution whose map has the mean that the branches' norms give to it; `mean` as in `CentredConv`."""
     x, padding = g.aligned(x, kernel.shape[2:])
     beta = torch.stack([branch.bn.bias for branch in branches])
     conv = g.stride, padding, g.dilation, g.groups
     return CentredConv.apply(*as_autocast(x, kernel.to(x.dtype)), beta, mean, conv, process_group(branches[0].bn))
 
 
-def linear(block, x: Tensor) -> Tensor:
-    """One convolution with the sum of the branches' kernels, each times its factors, and the block's norm (OREPA)."""
-    g, (kernel, _) = block.geometry, block.summed()
-    return block.bn(g.conv(g.pad(x), kernel))
-
-
-MODES = {"exact": exact, "online": online, "linear": linear}
+def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:
+    """A branch and its norm. Its map is made again in backward where that costs less than keeping it."""
+    g, bn = branch.geometry, branch.bn
+    cheap = g.depthwise or branch.window == "centre"
+    if not cheap or type(bn) is not nn.BatchNorm2d or not uses_batch_statistics(bn) or bn.momentum is None:
+        return bn(branch.response(padded, first))
+    if padded.numel() // padded.shape[1] < 2:
+        raise ValueError(ONE_VALUE)
+    running = None, None
+    if bn.track_running_stats:
+        running = bn.running_mean, bn.running_var
+        count_batch([bn])
+    kernel = branch.kernel(first)
+    x, padding = g.aligned(padded, kernel.shape[2:])
+    conv = g.stride, padding, g.dilation, g.groups
+    return NormedConv.apply(*as_autocast(x, kernel), bn.weight, bn.bias, *running, bn.momentum, bn.eps, conv)

@@ -29,7 +29,7 @@ class SampledSum(Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, gamma, sample, eps, group):
+    def forward(ctx, rows, gamma, eps, sample, group):
         with full_precision(rows.device):
             z, inverse, variance = _normalised(rows, sample, eps, group)
             scale = inverse * gamma
@@ -55,15 +55,15 @@ class SampledSum(Function):
                 factor, count = factor / total, 1
             d_z, flat = (z * factor[..., None]).flatten(1, 2), rows.flatten(1, 2)
             d_rows = torch.baddbmm((scale[..., None] * d_sum[:, None]).flatten(1, 2), d_z, sample.mT, alpha=-1 / count)
-            d_sample = torch.baddbmm(sample, flat.mT, d_z, beta=0, alpha=-1 / count) if ctx.needs_input_grad[2] else None
-            return by_branch(d_rows.view_as(rows)), by_branch(d_gamma), d_sample, None, None
+            d_sample = torch.baddbmm(sample, flat.mT, d_z, beta=0, alpha=-1 / count) if ctx.needs_input_grad[3] else None
+            return by_branch(d_rows.view_as(rows)), by_branch(d_gamma), None, d_sample, None
 
 
 def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor, Tensor, Tensor]:
     """Responses with mean 0 and variance 1 `[G, B, O/G, n]`, 1 / sqrt(var + eps) and unbiased variance `[G, B, O/G]`."""
     z = rows.flatten(1, 2) @ sample
     shape, count = rows.shape[:3], sample.shape[2]
-    if group is None and not torch.is_grad_enabled():  # the same in one operator: a norm whose running variance is the batch's
+    if group is None and isinstance(eps, float) and not torch.is_grad_enabled():  # the same in one operator: a norm whose running variance is the batch's
         running = z.new_zeros(2, z.shape[0] * z.shape[1])
         z, _, inverse = torch.native_batch_norm(z.flatten(0, 1)[None], None, None, *running, True, 1.0, eps)
         return z.view(*shape, count), inverse.view(shape), running[1].view(shape)
@@ -82,7 +82,7 @@ class CovarianceSum(Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, gamma, covariance, eps):
+    def forward(ctx, rows, gamma, eps, covariance):
         with full_precision(rows.device):
             products, inverse, variance = _varied(rows, covariance, eps)
             scale = inverse * gamma
@@ -106,7 +106,7 @@ class CovarianceSum(Function):
             d_rows = torch.addcmul(scale[..., None] * d_sum[:, None], factor, products, value=-1)
             weighted = (factor * rows).flatten(1, 2)
             d_covariance = torch.baddbmm(covariance, rows.flatten(1, 2).mT, weighted, beta=0, alpha=-0.5)
-            return d_rows, d_gamma, d_covariance, None
+            return d_rows, d_gamma, None, d_covariance
 
 
 def _varied(rows: Tensor, covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,17 +129,13 @@ def dots(rows: Tensor, d_sum: Tensor) -> Tensor:
 
 
 def stacked(kernels: Sequence[Tensor], groups: int) -> Tensor:
-    """Kernels `[O, C/G, KH, KW]` of several branches, below one another in each group: `[G, sum of O/G, J]`."""
-    return _cat([kernel.reshape(groups, -1, kernel[0].numel()) for kernel in kernels])
+    """Kernels `[O, C/G, KH, KW]` of several branches as rows `[G, B, O/G, J]`."""
+    return torch.stack([kernel.reshape(groups, -1, kernel[0].numel()) for kernel in kernels], 1)
 
 
 def beside(vectors: Sequence[Tensor], groups: int) -> Tensor:
-    """Vectors `[O]` of several branches in the order of `stacked`: `[G, sum of O/G]`."""
-    return _cat([vector.view(groups, -1) for vector in vectors])
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    """Vectors `[O]` of several branches in the order of their rows, `[G, B, O/G]`."""
+    return torch.stack([vector.view(groups, -1) for vector in vectors], 1)
 
 
 def by_branch(stack: Tensor) -> Tensor:
@@ -147,7 +143,13 @@ def by_branch(stack: Tensor) -> Tensor:
     return stack.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def apart(stack: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Each branch's part of what `stacked` or `beside` made of kernels like these: `[O, J]` or `[O]`."""
-    parts = [stack] if len(like) == 1 else stack.split([len(kernel) // len(stack) for kernel in like], 1)
+def joined(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """Kernels `[M, C/G, 1, 1]` or vectors `[M]`, of any M, as if of one branch: `[G, 1, sum of M/G, C/G]`, or without C/G."""
+    parts = [part.reshape(groups, -1, *part.shape[1:2]) for part in parts]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
+
+
+def apart(joint: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `joined` made of kernels like these, but for its second dimension, in parts `[M, C/G]` or `[M]`."""
+    parts = [joint] if len(like) == 1 else joint.split([len(part) // len(joint) for part in like], 1)
     return [part.flatten(0, 1) for part in parts]

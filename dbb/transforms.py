@@ -98,31 +98,23 @@ class _Composed(torch.autograd.Function):
         ctx.save_for_backward(first, second)
         ctx.groups = groups
         with full_precision(first.device):
-            return _below(F.conv2d(_beside(second, groups), _turned(first, groups), groups=groups), groups)
+            if groups == 1:
+                return F.conv2d(second, first.transpose(0, 1))
+            composed = torch.einsum("gomhw,gmc->gochw", second.unflatten(0, (groups, -1)), first.view(groups, -1, first.shape[1]))
+            return composed.flatten(0, 1)
 
     @staticmethod
     def backward(ctx, d_kernel):
         (first, second), groups = ctx.saved_tensors, ctx.groups
         with full_precision(first.device):
-            d_second, d_first, _ = torch.ops.aten.convolution_backward(
-                _beside(d_kernel, groups), _beside(second, groups), _turned(first, groups), None, [1, 1], [0, 0], [1, 1],
-                False, [0, 0], groups, [True, True, False])
-        return _turned(d_first, groups), _below(d_second, groups), None
-
-
-def _beside(kernel: Tensor, groups: int) -> Tensor:
-    """`[G * a, b, KH, KW]` to `[a, G * b, KH, KW]`: the groups' channels side by side, as in a map."""
-    return kernel.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def _below(kernel: Tensor, groups: int) -> Tensor:
-    """The way back."""
-    return kernel.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def _turned(kernel: Tensor, groups: int) -> Tensor:
-    """`[G * a, b, 1, 1]` to `[G * b, a, 1, 1]`."""
-    return kernel.reshape(groups, -1, kernel.shape[1]).mT.reshape(-1, kernel.shape[0] // groups, 1, 1)
+            if groups == 1:
+                d_second, d_first, _ = torch.ops.aten.convolution_backward(
+                    d_kernel, second, first.transpose(0, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+                return d_first.transpose(0, 1), d_second, None
+            first_rows, second, d_kernel = (part.unflatten(0, (groups, -1)) for part in (first[..., 0, 0], second, d_kernel))
+            d_first = torch.einsum("gomhw,gochw->gmc", second, d_kernel)
+            d_second = torch.einsum("gmc,gochw->gomhw", first_rows, d_kernel)
+        return d_first.reshape(first.shape), d_second.flatten(0, 1), None
 
 
 def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -134,6 +126,8 @@ def average_kernel(channels: int, kernel_size: tuple[int, int], groups: int = 1,
                    device: torch.device | None = None) -> Tensor:
     """Transform V: average pooling (padding counted) is a convolution, `[C, C/G, KH, KW]`."""
     box = torch.full((1, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]), dtype=dtype, device=device)
+    if groups == channels:
+        return box.expand(channels, -1, -1, -1)
     return identity_kernel(channels, groups, dtype, device) * box
 
 
