@@ -8,6 +8,13 @@ from torch.nn import functional as F
 from dbb.moments import full_precision, over_processes, wide
 
 
+def in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
+    """A kernel that leaves a map in its memory format: convolutions take over the kernel's, if it is channels_last."""
+    if not x.is_contiguous() or not kernel.is_contiguous(memory_format=torch.channels_last):
+        return kernel
+    return kernel.contiguous().view(-1).view(kernel.shape)  # anew: strides of a single channel could mean either
+
+
 def as_autocast(*parts: Tensor) -> list[Tensor]:
     """In the type that autocast gives to a convolution: a backward of one's own runs without autocast."""
     kind = parts[0].device.type

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from dbb.convs import FixedConv
+from dbb.convs import FixedConv, in_format_of
 from dbb.moments import wide
 from dbb.transforms import average_kernel, offsets
 
@@ -85,7 +85,7 @@ class Geometry:
             `[N, O, H', W']`, of the same size for every kernel.
         """
         x, padding = self.aligned(x, kernel.shape[2:])
-        return F.conv2d(x, kernel, bias, self.stride, padding, self.dilation, groups or self.groups)
+        return F.conv2d(x, in_format_of(x, kernel), bias, self.stride, padding, self.dilation, groups or self.groups)
 
     def aligned(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
         """What a convolution with a kernel of `size` (h, w) on the centre tap takes: `[N, C, H, W]`, cut or padded, and its padding."""

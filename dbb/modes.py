@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dbb.branches import Branch
-from dbb.convs import CentredConv, NormedConv, as_autocast
+from dbb.convs import CentredConv, NormedConv, as_autocast, in_format_of
 from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, full_precision, mean_over_processes, process_group
 from dbb.norms import count_batch, follow, uses_batch_statistics
@@ -163,4 +163,4 @@ def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:
     kernel = branch.kernel(first)
     x, padding = g.aligned(padded, kernel.shape[2:])
     conv = g.stride, padding, g.dilation, g.groups
-    return NormedConv.apply(*as_autocast(x, kernel), bn.weight, bn.bias, *running, bn.momentum, bn.eps, conv)
+    return NormedConv.apply(*as_autocast(x, in_format_of(x, kernel)), bn.weight, bn.bias, *running, bn.momentum, bn.eps, conv)

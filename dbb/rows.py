@@ -61,17 +61,16 @@ class SampledSum(Function):
 
 def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor, Tensor, Tensor]:
     """Responses with mean 0 and variance 1 `[G, B, O/G, n]`, 1 / sqrt(var + eps) and unbiased variance `[G, B, O/G]`."""
-    z = rows.flatten(1, 2) @ sample
-    shape, count = rows.shape[:3], sample.shape[2]
-    if group is None and isinstance(eps, float) and not torch.is_grad_enabled():  # the same in one operator: a norm whose running variance is the batch's
-        running = z.new_zeros(2, z.shape[0] * z.shape[1])
-        z, _, inverse = torch.native_batch_norm(z.flatten(0, 1)[None], None, None, *running, True, 1.0, eps)
-        return z.view(*shape, count), inverse.view(shape), running[1].view(shape)
-    total, count = over_processes(group, z.sum(2), z.new_tensor([count]))
+    z, count = (rows.flatten(1, 2) @ sample).view(*rows.shape[:3], -1), sample.shape[2]
+    if group is None and isinstance(eps, float) and not torch.is_grad_enabled():
+        running = z.new_zeros(2, z.numel() // count)  # a norm in one operator, whose running variance is the batch's
+        out, _, inverse = torch.native_batch_norm(z.view(1, -1, count), None, None, *running, True, 1.0, eps)
+        return out.view_as(z), inverse.view(rows.shape[:3]), running[1].view(rows.shape[:3])
+    total, count = over_processes(group, z.sum(3), z.new_tensor([count]))
     z = z - (total / count)[..., None]
-    squares, = over_processes(group, z.square().sum(2))
+    squares, = over_processes(group, z.square().sum(3))
     inverse = (squares / count + eps).rsqrt()
-    return (z * inverse[..., None]).view(*shape, -1), inverse.view(shape), (squares / (count - 1)).view(shape)
+    return z * inverse[..., None], inverse, squares / (count - 1)
 
 
 class CovarianceSum(Function):

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dbb import MODES, DiverseBranchBlock, ReparamConv2d, branchwise, modes
+from dbb import MODES, DiverseBranchBlock, OnlineReparamBlock, ReparamConv2d, branchwise, modes
 from dbb.geometry import Lattice
 from tests.conftest import randomize, relative_error
 from tests.reference import check_training, reference
@@ -159,6 +160,7 @@ def test_channels_last(mode, channels):
     y = block.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(y, expected) < 1e-4
+    assert block(x).is_contiguous(), "kernels in another format do not turn the map"
 
 
 @EVERY
@@ -222,3 +224,65 @@ def test_what_forward_keeps(mode, groups, maps):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         block(x)
     assert sum(size >= x.nbytes for size in storages.values()) == maps
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run something: not views, and no memory without values."""
+
+    free = {"detach", "view", "_unsafe_view", "expand", "alias", "t", "transpose", "permute", "slice", "select", "unsqueeze",
+            "squeeze", "as_strided", "split", "split_with_sizes", "unbind", "unfold", "empty", "empty_like", "empty_strided",
+            "new_empty", "new_empty_strided"}
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and name not in self.free:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "shape", "budget"), [
+    ("online", "dense", 57), ("online", "stride 2", 63), ("online", "grouped 5x5", 77), ("online", "depthwise", 51),
+    ("exact", "dense", 70), ("exact", "stride 2", 66), ("exact", "grouped 5x5", 91), ("exact", "depthwise", 50),
+    ("linear", "dense", 35), ("linear", "stride 2", 35)])
+def test_how_many_operators_a_step_launches(mode, shape, budget):
+    """Forward and backward of one block. A GPU pays for each: the published block launches 93, depthwise 53."""
+    kernel_size, stride, groups = {"dense": (3, 1, 1), "stride 2": (3, 2, 1), "grouped 5x5": (5, 1, 4),
+                                   "depthwise": (3, 1, 128)}[shape]
+    kind = OnlineReparamBlock if mode == "linear" else DiverseBranchBlock
+    block = kind(128, 128, kernel_size, stride, kernel_size // 2, groups=groups, mode=mode).train()
+    x = torch.randn(8, 128, 16, 16, requires_grad=True)
+    with Operators() as operators:
+        y = block(x)
+        y.backward(torch.ones_like(y))
+    assert len(operators.names) <= budget + 1, operators.names  # and the ones
+
+
+@EVERY
+def test_double_backward(mode, channels):
+    """A hand-written backward is itself differentiable."""
+    block, x = make(mode, channels, branches=("kxk", "1x1", "1x1_avg", "1x1_kxk"), images=3)
+    names, parameters = zip(*block.named_parameters(), strict=True)
+    block.positions = 16
+
+    def run(x, *parameters):
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), x)
+
+    inputs = (x[:, :, :5, :4].clone().requires_grad_(), *parameters)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", ["exact", "online"])
+def test_each_norm_has_an_epsilon_and_a_momentum_of_its_own(mode):
+    block, x = make(mode)
+    for number, branch in enumerate(block.branches.values(), 1):
+        branch.bn.eps, branch.bn.momentum = 0.1 * number, 0.05 * number
+        if branch.scale is not None:
+            branch.scale.eps = 0.02 * number
+    check_training(block, x, None if mode != "online" else
+                   lambda z: Lattice.within(len(z), *z.shape[2:], block.positions).of(z))

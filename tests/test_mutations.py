@@ -9,44 +9,51 @@ from itertools import product
 import pytest
 import torch
 
-from dbb import MODES, ReparamConv2d, branches, branchwise, geometry, modes, moments, norms, transforms
+from dbb import MODES, ReparamConv2d, block, branches, branchwise, geometry, modes, rows, transforms
 from tests.conftest import randomize, relative_error
 from tests.reference import reference
 from tests.test_block import ALL
 from tests.test_properties import sample_of
 
-fuse_conv_norm, merge, place = transforms.fuse_conv_norm, transforms.merge_1x1_kxk, transforms._place
+affine, merge, summed = transforms.norm_affine, transforms.merge_1x1_kxk, block.ReparamConv2d.summed
 
 
-def drops_running_mean(kernel, bias, mean, var, weight, beta, eps):
-    return fuse_conv_norm(kernel, bias, torch.zeros_like(mean), var, weight, beta, eps)
+def drops_running_mean(mean, var, weight, beta, eps):
+    return affine(torch.zeros_like(mean), var, weight, beta, eps)
 
 
-def drops_beta(kernel, bias, mean, var, weight, beta, eps):
-    return fuse_conv_norm(kernel, bias, mean, var, weight, torch.zeros_like(beta), eps)
+def drops_beta(mean, var, weight, beta, eps):
+    return affine(mean, var, weight, torch.zeros_like(beta), eps)
 
 
-def var_for_std(kernel, bias, mean, var, weight, beta, eps):
-    return fuse_conv_norm(kernel, bias, mean, (var + eps) ** 2 - eps, weight, beta, eps)
+def var_for_std(mean, var, weight, beta, eps):
+    return affine(mean, (var + eps) ** 2 - eps, weight, beta, eps)
 
 
-def drops_gamma(kernel, bias, mean, var, weight, beta, eps):
-    return fuse_conv_norm(kernel, bias, mean, var, torch.ones_like(weight), beta, eps)
+def drops_gamma(mean, var, weight, beta, eps):
+    return affine(mean, var, torch.ones_like(weight), beta, eps)
 
 
-def forgets_eps(kernel, bias, mean, var, weight, beta, eps):
-    return fuse_conv_norm(kernel, bias, mean, var, weight, beta, 0.0)
+def forgets_eps(mean, var, weight, beta, eps):
+    return affine(mean, var, weight, beta, 0.0)
 
 
-def swaps_height_and_width(small, large):
-    """Counts from the last dimension, as F.pad does; kept inside the large kernel, since else nothing would run at all."""
-    first = transforms.offsets(small, large)[::-1]
-    return [slice(min(f, k_large - k), min(f, k_large - k) + k) for f, k, k_large in zip(first, small, large, strict=True)]
+def pads_a_shifted_map_with_zeros(self):
+    """What a map shifted by 0.1 and padded with zeros would give inside: right there, wrong at the border."""
+    kernel, bias = summed(self)
+    return kernel, bias + 0.1 * kernel.sum((1, 2, 3))
 
 
-def wrong_tap(small, large):
-    rows, columns = place(small, large)
-    return [rows, columns if columns.stop == large[1] else slice(columns.start + 1, columns.stop + 1)]
+def swaps_height_and_width(kernel, kernel_size):
+    """Counts padding from the last dimension, as F.pad does not."""
+    top, left = transforms.offsets(kernel.shape[2:], kernel_size)
+    bottom, right = kernel_size[0] - kernel.shape[2] - top, kernel_size[1] - kernel.shape[3] - left
+    swapped = torch.nn.functional.pad(kernel, (top, bottom, left, right))
+    return swapped if swapped.shape[2:] == tuple(kernel_size) else transforms.embed_kernel(kernel, kernel_size).flip(3)
+
+
+def wrong_tap(kernel, kernel_size):
+    return transforms.embed_kernel(kernel, kernel_size).roll(int(kernel.shape[3] < kernel_size[1]), 3)
 
 
 def wrong_group_order(first, second, groups=1, *biases):
@@ -56,29 +63,25 @@ def wrong_group_order(first, second, groups=1, *biases):
 
 
 def composes_transposed(first, second, groups=1, *biases):
-    return merge(first.transpose(0, 1), second, groups, *biases) if first.shape[0] == first.shape[1] else merge(first, second, groups)
+    square = first.shape[0] == first.shape[1]
+    return merge(first.transpose(0, 1) if square else first, second, groups, *biases)
 
 
-def float32_box(self, moments=None):
+def float32_box(self, first=None):
     kh, kw = self.geometry.kernel_size
     box = torch.full((kh, kw), 1 / (kh * kw), dtype=torch.float32)
-    return self.point(moments) * box.to(self.first.dtype)
-
-
-def pads_a_shifted_map_with_zeros(kernel, bias, mean, var, weight, beta, eps):
-    """What a map shifted by 0.1 and padded with zeros would give inside: right there, wrong at the border."""
-    return fuse_conv_norm(kernel, bias + 0.1 * kernel.sum((1, 2, 3)), mean, var, weight, beta, eps)
+    return self.point(first) * box.to(self.first.dtype)
 
 
 MUTATIONS = {  # name: (where, attribute, the bug)
-    "drops running_mean": (branches, "fuse_conv_norm", drops_running_mean),
-    "drops beta": (branches, "fuse_conv_norm", drops_beta),
-    "drops gamma": (branches, "fuse_conv_norm", drops_gamma),
-    "var for std": (branches, "fuse_conv_norm", var_for_std),
-    "forgets eps": (branches, "fuse_conv_norm", forgets_eps),
-    "pads a shifted map with zeros": (branches, "fuse_conv_norm", pads_a_shifted_map_with_zeros),
-    "swaps H and W": (transforms, "_place", swaps_height_and_width),
-    "wrong tap": (transforms, "_place", wrong_tap),
+    "drops running_mean": (branches, "norm_affine", drops_running_mean),
+    "drops beta": (branches, "norm_affine", drops_beta),
+    "drops gamma": (branches, "norm_affine", drops_gamma),
+    "var for std": (branches, "norm_affine", var_for_std),
+    "forgets eps": (branches, "norm_affine", forgets_eps),
+    "pads a shifted map with zeros": (block.ReparamConv2d, "summed", pads_a_shifted_map_with_zeros),
+    "swaps H and W": (block, "embed_kernel", swaps_height_and_width),
+    "wrong tap": (block, "embed_kernel", wrong_tap),
     "wrong group order": (branches, "merge_1x1_kxk", wrong_group_order),
     "composes with the transposed 1x1": (branches, "merge_1x1_kxk", composes_transposed),
     "float32 box": (branches.PointwiseAverage, "kernel", float32_box),
@@ -122,72 +125,88 @@ def test_mutation_is_noticed(name):
     assert max(error(groups, MUTATIONS[name]) for groups in (1, 4)) > 1e-12
 
 
-def forgets_running_variance(self, first, bn, moments):
-    before = self.running_var.clone()
-    factors = SCALE(self, first, bn, moments)
-    self.running_var.copy_(before)
-    return factors
+def follows_half_way(norms, running, values):
+    FOLLOW(norms, running, [0.5 * value for value in values])
 
 
-def updates_with_the_wrong_momentum(self, first, bn, moments):
-    before = self.running_var.clone()
-    factors = SCALE(self, first, bn, moments)
-    self.running_var.copy_(0.1 * before + 0.9 * (before + (self.running_var - before) / bn.momentum))
-    return factors
+def uncentred(x, groups, group):
+    seen = x.transpose(0, 1).flatten(1).reshape(groups, x.shape[1] // groups, -1)
+    return seen.mean(2, keepdim=True), seen @ seen.mT / seen.shape[2], seen.shape[2]
 
 
-def uncentred(x, groups, norm):
-    rows = x.transpose(0, 1).flatten(1).reshape(groups, x.shape[1] // groups, -1)
-    return moments.Moments(x.mean((0, 2, 3)), rows @ rows.mT / rows.shape[2], rows.shape[2])
+def over_all_channels_alike(x, groups, group):
+    mean, spread, count = COVARIANCE(x, groups, group)
+    return mean, spread.flip(0), count
 
 
-def over_all_channels_alike(x, groups, norm):
-    found = MOMENTS(x, groups, norm)
-    return found._replace(covariance=found.covariance.flip(0))
+def counts_one_more(x, groups, group):
+    mean, spread, count = COVARIANCE(x, groups, group)
+    return mean, spread, count + 1
 
 
-def counts_all_positions(self, kernel):
+def counts_all_positions(kernels, sample, eps, group):
     """A sample that takes itself for the whole map."""
-    return THROUGH(self, kernel)._replace(count=4 * 9 * 8)
+    z, inverse, variance = NORMALISED(kernels, sample, eps, group)
+    n, whole = sample.shape[2], 4 * 9 * 8
+    return z, inverse, variance * (n - 1) / n * whole / (whole - 1)
 
 
 def next_position(cls, *args):
     lattice = WITHIN(*args)
-    return lattice._replace(places=tuple((first and first - 1, step, count) for first, step, count in lattice.places))
+    places = tuple((first and first - 1, step, count) for first, step, count in lattice.places)
+    return lattice._replace(places=places)
 
 
-def forgets_factors(self, kernel, statistics=None):
-    return FOLDED(self, kernel, statistics) if self.factor is None else (kernel, torch.zeros_like(self.factor))
+def of_the_first_image(self, x):
+    return MEAN(self, x[:1])
 
 
-SCALE, MOMENTS, THROUGH = norms.Scale.forward, modes.batch_moments, moments.Sample.through
-WITHIN, FOLDED = geometry.Lattice.within, branches.Branch.folded
+def forgets_factors(self):
+    return AFFINE(self) if self.factor is None else (0 * self.factor + 1, 0.0)
+
+
+def forgets_the_variances_gradient(kernels, d_sum):
+    return torch.zeros_like(DOTS(kernels, d_sum))
+
+
+FOLLOW, COVARIANCE, NORMALISED, DOTS = modes.follow, modes.covariance, rows._normalised, rows.dots
+WITHIN, MEAN, AFFINE = geometry.Lattice.within, geometry.Geometry.mean_window, branches.Branch.affine
 TRAINING_MUTATIONS = {
-    "running variance is the biased one": (norms, "_unbiased", lambda statistics: statistics.var),
-    "running variance is not updated": (norms.Scale, "forward", forgets_running_variance),
-    "running variance takes the wrong momentum": (norms.Scale, "forward", updates_with_the_wrong_momentum),
-    "covariance is not centred": (modes, "batch_moments", uncentred),
-    "covariance of another group": (modes, "batch_moments", over_all_channels_alike),
-    "centre tap at k // 2": (geometry, "offsets", lambda small, large: [b // 2 - a // 2 for a, b in zip(small, large, strict=True)]),
+    "running statistics are not updated": (modes, "follow", lambda norms, running, values: None),
+    "running statistics follow other values": (modes, "follow", follows_half_way),
+    "running variance is not the unbiased one": (modes, "covariance", counts_one_more),
+    "covariance is not centred": (modes, "covariance", uncentred),
+    "covariance of another group": (modes, "covariance", over_all_channels_alike),
+    "centre tap at k // 2": (geometry, "offsets", lambda small, large: [
+        b // 2 - a // 2 for a, b in zip(small, large, strict=True)]),
     "group composition": (branches, "merge_1x1_kxk", wrong_group_order),
-    "sample counts as the whole map": (moments.Sample, "through", counts_all_positions),
+    "sample counts as the whole map": (rows, "_normalised", counts_all_positions),
     "sample of other positions": (geometry.Lattice, "within", classmethod(next_position)),
-    "factors are forgotten": (branches.Branch, "folded", forgets_factors),
+    "mean of one image": (geometry.Geometry, "mean_window", of_the_first_image),
+    "gradient of gammas and variances": (rows, "dots", forgets_the_variances_gradient),
+    "factors are forgotten": (branches.Branch, "affine", forgets_factors),
 }
 
 
 def training_error(groups, mutation=None):
-    """Largest relative error of outputs and running statistics in training mode against the reference."""
+    """Largest relative error of outputs, running statistics and gradients in training, against the reference."""
     errors = []
     for kernel_size, mode in product((3, 4), MODES):
         torch.manual_seed(0)
-        made = randomize(ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, mode=mode, positions=64,
-                                       dtype=torch.float64)).train()
-        x = torch.randn(4, 8, 9, 8, dtype=torch.float64) + 1
+        made = ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, mode=mode, positions=64,
+                             dtype=torch.float64)
+        randomize(made).train()
+        x = (torch.randn(4, 8, 9, 8, dtype=torch.float64) + 1).requires_grad_()
         expected, stats = reference(made, x, sample_of(made, x) if mode == "online" else None)
+        inputs, cotangent = [x, *made.parameters()], torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, inputs, cotangent)
         with applied(mutation):
             actual = made(x)
-        errors += [relative_error(actual, expected), *(relative_error(made.state_dict()[key], value) for key, value in stats.items())]
+            found = torch.autograd.grad(actual, inputs, cotangent)
+        errors.append(relative_error(actual, expected))
+        errors += [relative_error(made.state_dict()[key], value) for key, value in stats.items()]
+        flat, flat_wanted = (torch.cat([grad.flatten() for grad in grads]) for grads in (found, wanted))
+        errors.append(relative_error(flat, flat_wanted))
     return max(errors)
 
 
