@@ -1,4 +1,4 @@
-"""The branches of a block: each computes one kernel from its parameters, and has a BatchNorm or a factor of its own.
+"""The branches of a block: each says what its kernel is, and has a BatchNorm or a factor of its own.
 
 A new branch is a subclass with a name, its parameters and `kernel`; see `KxK`. Shapes as in `dbb.transforms`.
 """
@@ -20,8 +20,8 @@ BRANCHES: dict[str, type["Branch"]] = {}
 class Branch(nn.Module):
     """`BN(conv(x, kernel))`, or `factor * conv(x, kernel)` in a linear block.
 
-    A subclass may set `window` if its kernel is a 1x1 kernel on the "centre" pixel or on the "average" of what the block's
-    kernel covers (see `PointBranch`), and `initial_factor`.
+    A subclass may set `window` if its kernel is a 1x1 kernel on the "centre" pixel or on the "average" of
+    what the block's kernel covers (see `PointBranch`), and `initial_factor`.
 
     Args:
         geometry: the block's.
@@ -44,7 +44,7 @@ class Branch(nn.Module):
         self.scale = self.factor = None
 
     def linearize(self) -> None:
-        """Trade the norms for one learned factor per output channel, with OREPA's initial values (its code)."""
+        """Trade the norms for a learned factor per output channel, with OREPA's initial values (its code)."""
         self.factor = nn.Parameter(torch.full_like(self.bn.weight, self.initial_factor))
         self.bn = self.scale = None
         with torch.no_grad():
@@ -53,7 +53,7 @@ class Branch(nn.Module):
                     kernel *= math.sqrt(6)  # kaiming_uniform_ with a=0, where conv_weight has a=sqrt(5)
 
     def reset_parameters(self) -> None:
-        """Draw the kernels anew, as `nn.Conv2d` does, for code that asks every module for that; the norm does so itself."""
+        """Draw the kernels anew, as `nn.Conv2d` does, for code that asks every module; norms do so too."""
         linear = self.factor is not None
         for kernel in self.parameters(recurse=False):
             if kernel.ndim == 4:
@@ -72,14 +72,14 @@ class Branch(nn.Module):
         return kh, kw
 
     def forward(self) -> None:
-        """Nothing: a block asks for kernels. It calls this for its hooks, in which pruning and the old weight norm set a weight."""
+        """Nothing but its hooks, in which pruning and the old weight norm set a weight; blocks call it."""
 
     def inner(self) -> Tensor:
-        """The 1x1 kernel `[M, I/G, 1, 1]` in front of the inner norm, in a branch that has one, its `scale`."""
+        """The 1x1 kernel `[M, I/G, 1, 1]` in front of the inner norm, the branch's `scale`, if it has one."""
         raise NotImplementedError
 
     def scaled(self) -> Tensor:
-        """`inner` times the inner norm's factors with running statistics; without a norm, in a linear block, as it is."""
+        """`inner` times the factors of the inner norm with running statistics; as it is in a linear block."""
         first = self.inner()
         return first if self.scale is None else first * self.scale.factors()[:, None, None, None]
 
@@ -87,25 +87,27 @@ class Branch(nn.Module):
         """Compute the kernel `[O, I/G, h, w]`, differentiable; its centre tap lies on the block's.
 
         Args:
-            first: in a branch with an inner norm, `inner` times the norm's factors with the batch's statistics; None stands
-                for `scaled`.
+            first: in a branch with an inner norm, `inner` times the norm's factors with the batch's
+                statistics; None stands for `scaled`.
         """
         raise NotImplementedError
 
     def response(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        """The map that the norm sees, `[N, O, H', W']`, at the least cost. Overridden where that is not `kernel`."""
+        """The map that the norm sees, `[N, O, H', W']`, at the least cost: overridden if not `kernel`."""
         return self.geometry.conv(x, self.kernel(first))
 
     def drawn(self, x: Tensor) -> Tensor:
-        """The same map in eval, layer by layer as the paper draws it: independent of how kernels are merged."""
+        """The same map in eval, layer by layer as the paper draws it, whatever way kernels are merged."""
         return self.response(x)
 
     def normed(self, response: Tensor) -> Tensor:
         """Run the norm on the branch's map, or multiply it with the factor."""
-        return self.bn(response) if self.factor is None else response * self.factor[:, None, None].to(response.dtype)
+        if self.factor is None:
+            return self.bn(response)
+        return response * self.factor[:, None, None].to(response.dtype)
 
     def affine(self) -> tuple[Tensor, Tensor | float]:
-        """What follows the kernel, as a factor and a shift `[O]`: the norm with running statistics, or the learned factor."""
+        """A factor and a shift `[O]`: of the norm with running statistics, or the learned factor and 0."""
         if self.factor is not None:
             return self.factor, 0.0
         return norm_affine(*running(self.bn))
@@ -124,7 +126,7 @@ class KxK(Branch, name="kxk"):
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
         size = self.taps(*geometry.kernel_size)
-        self.weight = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, size, device, dtype)
+        self.weight = geometry_weight(geometry, size, device, dtype)
 
     def kernel(self, first=None):
         return self.weight
@@ -184,7 +186,7 @@ class Pointwise(PointBranch, name="1x1"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.weight = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
+        self.weight = geometry_weight(geometry, (1, 1), device, dtype)
 
     @staticmethod
     def taps(kh, kw):
@@ -246,7 +248,7 @@ class PointwiseAverage(PointBranch, name="1x1_avg"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.first = conv_weight(geometry.out_channels, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
+        self.first = geometry_weight(geometry, (1, 1), device, dtype)
         self.scale = Scale(geometry.out_channels, self.bn.eps, device, dtype)
 
     def inner(self):
@@ -266,7 +268,7 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
         g, internal = geometry, geometry.internal_channels
         self.first = conv_weight(internal, g.in_channels // g.groups, (1, 1), device, dtype)
         if internal == g.in_channels:
-            nn.init.zeros_(self.first)  # starts as the identity, and weight decay pulls towards it (DBB's code)
+            nn.init.zeros_(self.first)  # the identity, towards which weight decay pulls (DBB's code)
         self.scale = Scale(internal, self.bn.eps, device, dtype)
         self.second = conv_weight(g.out_channels, internal // g.groups, g.kernel_size, device, dtype)
 
@@ -279,15 +281,18 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
         if len(self.first) != self.geometry.in_channels:
             return self.first
         first = self.first.view(self.geometry.groups, -1, *self.first.shape[1:])
-        return (first + torch.eye(first.shape[1], dtype=first.dtype, device=first.device)[..., None, None]).flatten(0, 1)
+        identity = torch.eye(first.shape[1], dtype=first.dtype, device=first.device)
+        return (first + identity[..., None, None]).flatten(0, 1)
 
     def kernel(self, first=None):
         return merge_1x1_kxk(self.scaled() if first is None else first, self.second, self.geometry.groups)[0]
 
     def response(self, x, first=None):
-        # Composing the kernel takes the 1x1 layer's products once a tap and output channel, running it once a position.
+        # Composing the kernel takes the 1x1 layer's products once a tap and output channel, running it once
+        # a pixel.
         g = self.geometry
-        if g.depthwise or g.out_channels // g.groups * g.kernel_size[0] * g.kernel_size[1] < len(x) * x.shape[2] * x.shape[3]:
+        taps, pixels = g.kernel_size[0] * g.kernel_size[1], len(x) * x.shape[2] * x.shape[3]
+        if g.depthwise or g.out_channels // g.groups * taps < pixels:
             return super().response(x, first)
         return g.conv(F.conv2d(x, self.scaled() if first is None else first, groups=g.groups), self.second)
 
@@ -299,7 +304,7 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
 
 
 class PointwisePrior(Branch, name="1x1_prior"):
-    """1x1, then one fixed frequency an output channel: rows of a cosine transform, vertical and horizontal (OREPA)."""
+    """1x1, then one fixed frequency an output channel: vertical or horizontal, as in a DCT (OREPA)."""
 
     initial_factor = 0.0
 
@@ -320,8 +325,8 @@ class PointwisePrior(Branch, name="1x1_prior"):
         prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None]
         return prior.masked_fill(prior.abs() < 1e-12, 0).to(self.first.dtype)  # cos(pi / 2) is not quite
 
-    # The file does not hold it. So it is made anew where parameters get another device or type, as from meta to memory
-    # that holds anything (`to_empty`), and where a file's tensors take their place (`load_state_dict(assign=True)`).
+    # No file holds the prior. So it is made anew where parameters get another device or type, as from meta to
+    # memory that holds anything (`to_empty`), and where a file's tensors take their place (`assign=True`).
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.prior = self._frequencies()
@@ -335,7 +340,8 @@ class PointwisePrior(Branch, name="1x1_prior"):
         return self.first * self.prior
 
     def drawn(self, x):
-        return self.geometry.conv(F.conv2d(x, self.first, groups=self.geometry.groups), self.prior, groups=len(self.prior))
+        u = F.conv2d(x, self.first, groups=self.geometry.groups)
+        return self.geometry.conv(u, self.prior, groups=len(self.prior))
 
 
 class DepthwiseSeparable(Branch, name="dw_1x1"):
@@ -352,13 +358,19 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
 
     def kernel(self, first=None):
         groups = self.geometry.groups
-        first = self.first.reshape(groups, -1, self.multiplier, *self.geometry.kernel_size)  # [G, I/G, 8, KH, KW]
+        first = self.first.reshape(groups, -1, self.multiplier, *self.geometry.kernel_size)
         second = self.second.reshape(groups, -1, *first.shape[1:3])  # [G, O/G, I/G, 8]
         with full_precision(first.device):
             return torch.einsum("githw,goit->goihw", first, second).flatten(0, 1)
 
     def drawn(self, x):
-        return F.conv2d(self.geometry.conv(x, self.first, groups=self.geometry.in_channels), self.second, groups=self.geometry.groups)
+        u = self.geometry.conv(x, self.first, groups=self.geometry.in_channels)
+        return F.conv2d(u, self.second, groups=self.geometry.groups)
+
+
+def geometry_weight(g: Geometry, kernel_size: tuple[int, int], device=None, dtype=None) -> nn.Parameter:
+    """`conv_weight` from the block's input channels to its output channels."""
+    return conv_weight(g.out_channels, g.in_channels // g.groups, kernel_size, device, dtype)
 
 
 def conv_weight(out_channels: int, in_channels: int, kernel_size: tuple[int, int], device=None, dtype=None):

@@ -1,4 +1,4 @@
-"""Convolutions with a backward of their own, which keep less or launch less than torch's with a norm behind them."""
+"""Convolutions with a backward of their own: they keep less, or launch less, than torch's with a norm."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from dbb.moments import full_precision, over_processes, wide
 
 
 def in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
-    """A kernel that leaves a map in its memory format: convolutions take over the kernel's, if it is channels_last."""
+    """The kernel in a memory format that leaves the map in its own: a channels_last kernel turns a map."""
     if not x.is_contiguous() or not kernel.is_contiguous(memory_format=torch.channels_last):
         return kernel
-    return kernel.contiguous().view(-1).view(kernel.shape)  # anew: strides of a single channel could mean either
+    return kernel.contiguous().view(-1).view(kernel.shape)  # a single channel's strides mean either
 
 
 def as_autocast(*parts: Tensor) -> list[Tensor]:
@@ -24,13 +24,13 @@ def as_autocast(*parts: Tensor) -> list[Tensor]:
 
 
 class CentredConv(Function):
-    """A convolution with a bias that gives its map the mean `beta.sum(0)`, as the norms of its branches would.
+    """A convolution with the bias that gives its map the mean `beta.sum(0)`, as the norms of its branches do.
 
-    Arguments: `x` `[N, C, H, W]`; `kernel` `[O, C/G, KH, KW]`; `beta` `[B, O]`; `mean`, of what the kernel sees,
-    `[G, C/G * KH * KW, 1]`, a constant; `conv` arguments (stride, padding, dilation, groups); process group.
+    Arguments: `x` `[N, C, H, W]`; `kernel` `[O, C/G, KH, KW]`; `beta` `[B, O]`; constant `mean` of what the
+    kernel sees, `[G, C/G * KH * KW, 1]`; `conv` (stride, padding, dilation, groups); process group.
 
-    Keeps `x` and the kernel. Since the map's mean does not depend on them, their gradients are those of a convolution
-    without a bias for a gradient of the map that is centred itself.
+    The map's mean does not depend on `x` and the kernel. So their gradients are those of a convolution
+    without a bias, for a gradient of the map that is centred.
     """
 
     @staticmethod
@@ -39,7 +39,8 @@ class CentredConv(Function):
         ctx.conv, ctx.group, ctx.branches = conv, group, len(beta)
         with full_precision(x.device):
             rows = kernel.to(mean.dtype).reshape(len(mean), -1, mean.shape[1])
-            bias = torch.baddbmm(beta.sum(0, dtype=mean.dtype).view(len(mean), -1, 1), rows, mean, alpha=-1).flatten()
+            wanted = beta.sum(0, dtype=mean.dtype).view(len(mean), -1, 1)
+            bias = torch.baddbmm(wanted, rows, mean, alpha=-1).flatten()
         return F.conv2d(x, kernel, bias.to(x.dtype), *conv)
 
     @staticmethod
@@ -59,18 +60,19 @@ class CentredConv(Function):
 
 
 class NormedConv(Function):
-    """A convolution and the norm on it, with the statistics of the batch: keeps its input, and makes the map again.
+    """A convolution and the norm on it, with batch statistics: keeps its input, and makes the map again.
 
     Worth it where a convolution costs less than keeping its result: in depthwise blocks, and for 1x1 kernels.
 
-    Arguments: `x` `[N, C, H, W]`, `kernel` `[O, C/G, KH, KW]`, the norm's `weight` and `bias` `[O]`, running mean and variance
-    `[O]`, moved as the norm would, its momentum and eps, and the `conv` arguments (stride, padding, dilation, groups).
+    Arguments: `x` `[N, C, H, W]`; `kernel` `[O, C/G, KH, KW]`; the norm's weight and bias, running mean and
+    variance (moved as the norm does), `[O]`, momentum and eps; `conv` (stride, padding, dilation, groups).
     """
 
     @staticmethod
     def forward(ctx, x, kernel, weight, bias, running_mean, running_var, momentum, eps, conv):
         z = F.conv2d(x, kernel, None, *conv)
-        out, mean, inverse = torch.native_batch_norm(z, weight, bias, running_mean, running_var, True, momentum, eps)
+        running = running_mean, running_var
+        out, mean, inverse = torch.native_batch_norm(z, weight, bias, *running, True, momentum, eps)
         ctx.save_for_backward(x, kernel, weight, mean, inverse)
         ctx.eps, ctx.conv = eps, conv
         return out
@@ -99,4 +101,6 @@ class FixedConv(Function):
     @staticmethod
     def backward(ctx, d_y):
         stride, padding, dilation, groups = ctx.conv
-        return nn.grad.conv2d_input(ctx.shape, ctx.kernel.to(d_y.dtype), d_y, stride, padding, dilation, groups), None, None
+        kernel = ctx.kernel.to(d_y.dtype)
+        d_x = nn.grad.conv2d_input(ctx.shape, kernel, d_y, stride, padding, dilation, groups)
+        return d_x, None, None

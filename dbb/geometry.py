@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 
 from dbb.convs import FixedConv, in_format_of
 from dbb.moments import wide
+from dbb.private import pair
 from dbb.transforms import average_kernel, offsets
 
 
@@ -38,7 +38,7 @@ class Geometry:
     def __post_init__(self):
         for name in ("kernel_size", "stride", "padding", "dilation"):
             value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, str) else tuple(_pair(value)))
+            object.__setattr__(self, name, value if isinstance(value, str) else tuple(pair(value)))
         if self.internal_channels is None:
             # Twice the channels for depthwise blocks: 72.88 against 72.71 top-1 on MobileNet (DBB's README).
             object.__setattr__(self, "internal_channels", self.in_channels * (2 if self.depthwise else 1))
@@ -47,8 +47,9 @@ class Geometry:
                 raise ValueError(f"{name}={getattr(self, name)} must be divisible by groups={self.groups}")
         if min(self.kernel_size) < 1:
             raise ValueError(f"kernel_size={self.kernel_size} must be at least 1")
-        nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups,
-                  padding_mode=self.padding_mode, device="meta")  # torch's own rules: "same" with a stride, unknown modes ...
+        nn.Conv2d(  # torch's own rules: "same" with a stride, unknown modes ...
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, padding_mode=self.padding_mode, device="meta")
 
     @property
     def depthwise(self) -> bool:
@@ -72,7 +73,8 @@ class Geometry:
         (top, bottom), (left, right) = self.pads
         return F.pad(x, (left, right, top, bottom), mode=self.padding_mode)
 
-    def conv(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
+    def conv(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None,
+             groups: int | None = None) -> Tensor:
         """Convolve with a kernel of at most `kernel_size`, its centre tap on the block's centre tap.
 
         Args:
@@ -85,10 +87,11 @@ class Geometry:
             `[N, O, H', W']`, of the same size for every kernel.
         """
         x, padding = self.aligned(x, kernel.shape[2:])
-        return F.conv2d(x, in_format_of(x, kernel), bias, self.stride, padding, self.dilation, groups or self.groups)
+        kernel = in_format_of(x, kernel)
+        return F.conv2d(x, kernel, bias, self.stride, padding, self.dilation, groups or self.groups)
 
     def aligned(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """What a convolution with a kernel of `size` (h, w) on the centre tap takes: `[N, C, H, W]`, cut or padded, and its padding."""
+        """The map, cut or padded, and the padding, for a kernel of `size` on the centre tap."""
         pads = []
         for dim, first_tap in enumerate(offsets(size, self.kernel_size)):
             before, after = self.pads[dim] if self.padding_mode == "zeros" else (0, 0)
@@ -124,11 +127,12 @@ class Geometry:
             x = F.pad(x, (left, right, top, bottom))
         x = x[::lattice.images]
         for dim, (first, step, length) in enumerate(places):
-            x = x.narrow(2 + dim, first, length).unfold(2 + dim, self.spans[dim], step)[..., ::self.dilation[dim]]
+            x = x.narrow(2 + dim, first, length).unfold(2 + dim, self.spans[dim], step)
+            x = x[..., ::self.dilation[dim]]
         return x
 
     def placed(self, lattice: "Lattice") -> list[tuple[int, int, int]]:
-        """First pixel, step and number of a lattice's windows, by rows and by columns; zeros around a map count from -1."""
+        """First pixel, step and number of a lattice's windows, by rows and columns; padding is below 0."""
         before = [pad[0] if self.padding_mode == "zeros" else 0 for pad in self.pads]
         return [(first * self.stride[dim] - before[dim], step * self.stride[dim], count)
                 for dim, (first, step, count) in enumerate(lattice.places)]
@@ -146,35 +150,36 @@ class Geometry:
             positions: how many.
 
         Returns:
-            `x`, to go on with, so that backward adds to its gradient in place; what the kernel sees, `[G, C/G * KH * KW, n]`,
-            float32 at least; and what its centre tap sees, `[G, C/G, n]`.
+            `x`, to go on with, so that backward adds to its gradient in place; what the kernel sees,
+            `[G, C/G * KH * KW, n]`, float32 at least; and what its centre tap sees, `[G, C/G, n]`.
         """
         return _Sample.apply(x, self, Lattice.within(len(x), *self.positions(x), positions))
 
     def mean_window(self, x: Tensor) -> Tensor:
-        """The mean of what the kernel sees over all positions of the output, `[G, C/G * KH * KW, 1]`; `x` as in `sample`."""
+        """Mean of what the kernel sees at all positions, `[G, C/G * KH * KW, 1]`; `x` as in `sample`."""
         height, width = self.positions(x)
-        x = x.mean(0, keepdim=True, dtype=wide(x.dtype)) if len(x) else x.new_zeros(1, *x.shape[1:])  # the rest is small
-        windows = self.windows(x, Lattice(1, ((0, 1, height), (0, 1, width))))
+        # First over images: the rest is small. A process may have none, beside others.
+        image = x.mean(0, keepdim=True, dtype=wide(x.dtype)) if len(x) else x.new_zeros(1, *x.shape[1:])
+        windows = self.windows(image, Lattice(1, ((0, 1, height), (0, 1, width))))
         return windows.mean((0, 2, 3)).view(self.groups, -1, 1)
 
     def positions(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output for what `pad` returned."""
         pads = self.pads if self.padding_mode == "zeros" else [(0, 0), (0, 0)]
-        return tuple((x.shape[2 + dim] + sum(pads[dim]) - self.dilation[dim] * (self.kernel_size[dim] - 1) - 1) // self.stride[dim] + 1
+        return tuple((x.shape[2 + dim] + sum(pads[dim]) - self.spans[dim]) // self.stride[dim] + 1
                      for dim in (0, 1))
 
 
 class Lattice(NamedTuple):
-    """Some positions of a batch of maps, evenly spread: every `images`-th image, and (first, step, count) of rows and columns."""
+    """Positions spread over a batch: every `images`-th image; (first, step, count) of rows and columns."""
 
     images: int
     places: tuple[tuple[int, int, int], tuple[int, int, int]]
 
     @classmethod
     def within(cls, images: int, height: int, width: int, budget: int) -> "Lattice":
-        """About `budget` of the positions (at least that, where there are as many), 2 x 2 or more of each image."""
-        images, height, width = [len(range(size)) for size in (images, height, width)]  # numbers to torch.compile too, not symbols
+        """About `budget` of the positions (no fewer, if there are as many), 2 x 2 or more of each image."""
+        images, height, width = [len(range(size)) for size in (images, height, width)]  # no symbols
         every = max(1, images * min(4, height * width) // budget)
         each = budget / max(1, -(-images // every))  # a process may have none, beside others
         columns = min(width, math.ceil(math.sqrt(each * width / height)))
@@ -185,7 +190,8 @@ class Lattice(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """The positions of a map, a view `[n, C, rows, columns]`."""
-        rows, columns = (slice(first, first + (count - 1) * step + 1, step) for first, step, count in self.places)
+        rows, columns = (slice(first, first + (count - 1) * step + 1, step)
+                         for first, step, count in self.places)
         return x[::self.images, :, rows, columns]
 
 
@@ -209,9 +215,10 @@ class _Sample(torch.autograd.Function):
         lengths = [(count - 1) * step + span for (_, step, count), span in zip(places, g.spans, strict=True)]
         images = len(range(0, ctx.shape[0], ctx.lattice.images))
         columns = d_sample.flatten(0, 3).unflatten(1, (images, math.prod(count for *_, count in places)))
-        folded = F.fold(columns.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, [step for _, step, _ in places])
+        steps = [step for _, step, _ in places]
+        folded = F.fold(columns.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, steps)
         target, source = [slice(None, None, ctx.lattice.images), slice(None)], [slice(None), slice(None)]
-        for (first, _, _), length, size in zip(places, lengths, ctx.shape[2:], strict=True):  # what lies on the map
+        for (first, *_), length, size in zip(places, lengths, ctx.shape[2:], strict=True):  # on the map
             target.append(slice(max(first, 0), min(first + length, size)))
             source.append(slice(max(-first, 0), min(size - first, length)))
         d_x[tuple(target)].add_(folded[tuple(source)])

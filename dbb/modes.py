@@ -1,7 +1,7 @@
 """How the sum of a block's branches is run in training, with the statistics of the batch.
 
-`exact` and `online` have the same parameters and the same running statistics; `linear` has one norm, behind the sum.
-Batch statistics are taken, and running ones moved, here; branches only say what their kernels are.
+`exact` and `online` have the same parameters and running statistics; `linear` has one norm, behind the sum.
+Statistics are taken, and running ones moved, here; branches only say what their kernels are.
 """
 
 import math
@@ -22,8 +22,8 @@ from dbb.transforms import add_branches, embed_kernel
 def exact(block, x: Tensor) -> Tensor:
     """Every branch with the statistics of its whole map: the published training function.
 
-    What a norm behind a 1x1 kernel needs follows from the covariance of the block's input. So no map is made for an
-    inner norm, and branches that are a 1x1 kernel on every pixel are one convolution.
+    What a norm behind a 1x1 kernel needs follows from the covariance of the block's input. So no map is made
+    for an inner norm, and branches that are a 1x1 kernel on every pixel are one convolution.
 
     Args:
         block: a `ReparamConv2d`.
@@ -41,7 +41,8 @@ def exact(block, x: Tensor) -> Tensor:
             kernels = [branch.inner() for branch in inner] + [branch.point() for branch in points]
             rows = joined(kernels, g.groups).to(mean.dtype)
             norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
-            scaled, variance = CovarianceSum.apply(rows, *_affine(joined, norms, g.groups, mean.dtype), spread)
+            affine = _affine(joined, norms, g.groups, mean.dtype)
+            scaled, variance = CovarianceSum.apply(rows, *affine, spread)
             with torch.no_grad():
                 variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
                 means = apart((rows[:, 0] @ mean)[..., 0], kernels)[len(inner):] if points else []
@@ -59,14 +60,14 @@ def exact(block, x: Tensor) -> Tensor:
 def online(block, x: Tensor) -> Tensor:
     """One convolution, with the branches' variances over a lattice of about `block.positions` positions.
 
-    Their means are those of the whole maps, which one pass over the input gives: half of what sampling costs in
-    training loss (benchmarks/README.md).
+    Their means are those of the whole maps, which one pass over the input gives: sampled ones would double
+    what sampling costs in training loss (benchmarks/README.md).
 
     Arguments and result as `exact`, which is run where there are no more positions than that.
     """
     height, width = block.geometry.positions(block.geometry.pad(x))
     alone = all(process_group(norm) is None for norm in block.norms())
-    if alone and len(x) * height * width <= block.positions:  # several processes must agree, whatever their share
+    if alone and len(x) * height * width <= block.positions:  # several processes must decide alike
         return exact(block, x)
     return merged_online(block, x)
 
@@ -95,7 +96,7 @@ def merged_online(block, x: Tensor) -> Tensor:
         with torch.no_grad():
             mean = mean_over_processes(group, g.mean_window(padded), len(x) * math.prod(g.positions(padded)))
             means = (rows.flatten(1, 2) @ mean).view(variance.shape)
-            statistics = torch.stack([variance.transpose(0, 1), means.transpose(0, 1)]).flatten(2)  # [2, B, O]
+            statistics = torch.stack([variance.transpose(0, 1), means.transpose(0, 1)]).flatten(2)
             _follow(inner, live, [*variances, *statistics[0]], list(statistics[1]))
     y = _centred(g, padded, kernel.reshape(g.out_channels, -1, *g.kernel_size), live, mean)
     frozen = [branch.equivalent() for branch in block.branches.values() if branch not in live]
@@ -103,7 +104,7 @@ def merged_online(block, x: Tensor) -> Tensor:
 
 
 def linear(block, x: Tensor) -> Tensor:
-    """One convolution with the sum of the branches' kernels, each times its factors, and the block's norm (OREPA)."""
+    """One convolution with the sum of the kernels, each times its factors, and the block's norm (OREPA)."""
     g = block.geometry
     with full_precision(x.device):
         kernel, _ = block.summed()
@@ -129,11 +130,12 @@ def _affine(arrange: Callable, norms: list[nn.Module], groups: int, dtype) -> tu
 
 def _as_kernels(joint: Tensor, kernels: list[Tensor]) -> list[Tensor]:
     """What has become of 1x1 kernels in rows, in their own shape and type."""
-    return [part.to(kernel.dtype)[..., None, None] for part, kernel in zip(apart(joint, kernels), kernels, strict=True)]
+    parts = zip(apart(joint, kernels), kernels, strict=True)
+    return [part.to(kernel.dtype)[..., None, None] for part, kernel in parts]
 
 
 def _follow(inner: list[Branch], outer: list[Branch], variances: list[Tensor], means: list[Tensor]) -> None:
-    """Move running statistics: variances of the inner norms and the outer ones, and means of the outer ones."""
+    """Move running statistics: variances of the inner norms, then of the outer ones, and the outer means."""
     running = [branch.scale.running_var for branch in inner] + [branch.bn.running_var for branch in outer]
     running += [branch.bn.running_mean for branch in outer]
     follow([branch.bn for branch in [*inner, *outer, *outer]], running, variances + means)
@@ -141,11 +143,12 @@ def _follow(inner: list[Branch], outer: list[Branch], variances: list[Tensor], m
 
 
 def _centred(g: Geometry, x: Tensor, kernel: Tensor, branches: list[Branch], mean: Tensor) -> Tensor:
-    """A convolution whose map has the mean that the branches' norms give to it; `mean` as in `CentredConv`."""
+    """A convolution whose map has the mean that the branches' norms give it; `mean` as in `CentredConv`."""
     x, padding = g.aligned(x, kernel.shape[2:])
     beta = torch.stack([branch.bn.bias for branch in branches])
     conv = g.stride, padding, g.dilation, g.groups
-    return CentredConv.apply(*as_autocast(x, kernel.to(x.dtype)), beta, mean, conv, process_group(branches[0].bn))
+    x, kernel = as_autocast(x, kernel.to(x.dtype))
+    return CentredConv.apply(x, kernel, beta, mean, conv, process_group(branches[0].bn))
 
 
 def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:
@@ -163,4 +166,5 @@ def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:
     kernel = branch.kernel(first)
     x, padding = g.aligned(padded, kernel.shape[2:])
     conv = g.stride, padding, g.dilation, g.groups
-    return NormedConv.apply(*as_autocast(x, in_format_of(x, kernel)), bn.weight, bn.bias, *running, bn.momentum, bn.eps, conv)
+    x, kernel = as_autocast(x, in_format_of(x, kernel))
+    return NormedConv.apply(x, kernel, bn.weight, bn.bias, *running, bn.momentum, bn.eps, conv)

@@ -1,7 +1,4 @@
-"""Statistics of maps that are not made: what a norm needs of `K x` follows from statistics of x, or from a sample of it.
-
-Kernels stand in rows here, `[G, O/G, C/G * KH * KW]`: a row for each output channel, group by group.
-"""
+"""Statistics of a batch, also over several processes, in full precision."""
 
 from contextlib import contextmanager
 
@@ -24,7 +21,8 @@ def full_precision(device: torch.device):
 
     Within `torch.compile` TF32 is as the user set it: a graph has one setting for all of its operators.
     """
-    switches = () if torch.compiler.is_compiling() else (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    switches = () if torch.compiler.is_compiling() else switches
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"
@@ -49,7 +47,8 @@ def over_processes(group, *parts: Tensor) -> list[Tensor]:
         return list(parts)
     flat = torch.cat([part.flatten() for part in parts])
     distributed.all_reduce(flat, group=group)
-    return [total.view_as(part) for total, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
+    totals = flat.split([part.numel() for part in parts])
+    return [total.view_as(part) for total, part in zip(totals, parts, strict=True)]
 
 
 def mean_over_processes(group, mean: Tensor, count: int) -> Tensor:
@@ -69,7 +68,7 @@ def covariance(x: Tensor, groups: int, group=None) -> tuple[Tensor, Tensor, Tens
         group: the processes to take them over, see `process_group`.
 
     Returns:
-        Mean `[G, C/G, 1]`, which is not differentiable; biased covariance `[G, C/G, C/G]`; the number of values.
+        Mean `[G, C/G, 1]`, not differentiable; biased covariance `[G, C/G, C/G]`; the number of values.
 
     Raises:
         ValueError: if there is no position or one only, whose variance is not defined.
@@ -98,7 +97,7 @@ class _Covariance(Function):
             if group is not None:
                 total, count = over_processes(group, mean * count, mean.new_tensor([count]))
                 mean = total / count
-            # Centred before the product: E[xx'] - mm' cancels catastrophically for channels with a large mean.
+            # Centred before the product: E[xx'] - mm' loses all digits of channels with a large mean.
             centred = values - mean[:, None, None]
             if groups == x.shape[1]:
                 gram = centred.square().sum((0, 2, 3))[:, None, None]

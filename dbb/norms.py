@@ -5,21 +5,22 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from dbb.private import AnyBatchNorm
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
     """Whether a norm would normalise with the statistics of the batch, by BatchNorm's own rule.
 
-    What libraries freeze norms into (timm's and torchvision's `FrozenBatchNorm2d`) is no BatchNorm, and never would.
+    What libraries freeze norms into (`FrozenBatchNorm2d` of several) is no BatchNorm, and never would.
     """
-    return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
+    return isinstance(norm, AnyBatchNorm) and (norm.training or norm.running_mean is None)
 
 
 def running(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """Mean, variance, weight, bias and epsilon of a norm that uses running statistics.
 
-    Some frozen ones (DETR's) have their epsilon in their code. They are asked: of 1 they make `1 / sqrt(var + eps)`.
+    Some (DETR's) have epsilon in their code. They are asked: of 1 they make `1 / sqrt(var + eps)`.
 
     Raises:
         ValueError: if it holds no such tensors.
@@ -29,22 +30,24 @@ def running(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
             asked, var = copy.deepcopy(norm).to("cpu", torch.float64), 2.0 ** -40
             for key, tensor in asked.state_dict().items():
                 tensor.fill_({"weight": 1, "running_var": var}.get(key, 0))
-            norm.eps = float(asked(torch.ones(1, len(norm.weight), 1, 1, dtype=torch.float64)).mean()) ** -2 - var
+            ones = torch.ones(1, len(norm.weight), 1, 1, dtype=torch.float64)
+            norm.eps = float(asked(ones).mean()) ** -2 - var
         return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     except AttributeError as error:
-        raise ValueError(f"a block's norm was replaced by a {type(norm).__name__}, which is no BatchNorm ({error}): "
-                         "replace norms before the blocks are put in") from error
+        raise ValueError(f"a block's norm was replaced by a {type(norm).__name__}, which is no BatchNorm "
+                         f"({error}): replace norms before the blocks are put in") from error
 
 
 @torch.no_grad()
 def follow(norms: list[nn.BatchNorm2d], running: list[Tensor], values: list[Tensor]) -> None:
-    """Move running statistics `[C]` towards a batch's, each with the momentum of a norm that has yet to count this batch."""
+    """Move running statistics `[C]` towards those of a batch that the norms have yet to count."""
     moving = defaultdict(lambda: ([], []))
     for norm, tensor, value in zip(norms, running, values, strict=True):
         if not (norm.training and norm.track_running_stats):
             continue
         if norm.momentum is None:  # the mean of all batches
-            tensor.lerp_(value.to(tensor.dtype), (1 / (norm.num_batches_tracked + 1).double()).to(tensor.dtype))
+            momentum = 1 / (norm.num_batches_tracked + 1).double()
+            tensor.lerp_(value.to(tensor.dtype), momentum.to(tensor.dtype))
         else:
             moving[norm.momentum][0].append(tensor)
             moving[norm.momentum][1].append(value.to(tensor.dtype))
@@ -62,7 +65,7 @@ def count_batch(norms: list[nn.BatchNorm2d]) -> None:
 class PassedNorm(nn.Sequential):
     """What stays where a block took in a norm: what that did besides, which is mostly nothing.
 
-    To code that folds a norm into the convolution before it (Ultralytics' `fuse`) it looks like a norm that changes nothing.
+    To code that folds norms (Ultralytics' `fuse`) it looks like a norm that changes nothing.
 
     Args:
         norm: the old one; its children are kept.
@@ -96,9 +99,9 @@ class PassedNorm(nn.Sequential):
 class Scale(nn.Module):
     """What is left of an inner BatchNorm: a factor per channel, `weight / sqrt(var + eps)`.
 
-    Its shift moves the padded map by a constant, which the outer norm subtracts again, so it has none. It has no mode
-    of its own either: momentum, mode and process group are those of the branch's outer norm, so that freezing norms,
-    `update_bn` or SyncBatchNorm reach both.
+    A shift would move the padded map by a constant, which the outer norm subtracts again, so it has none. It
+    has no mode of its own either: momentum, mode and process group are those of the branch's outer norm, so
+    that freezing norms, `update_bn` or SyncBatchNorm reach both.
     """
 
     def __init__(self, channels: int, eps: float, device=None, dtype=None):

@@ -1,7 +1,8 @@
-"""Stacked rows: the kernels of several branches at once, each divided by how much its response varies, and summed.
+"""The kernels of all branches at once, as rows: normalised by how much their outputs vary, and added up.
 
-A row is the kernel of one output channel of one branch, so that rows are `[G, B, O/G, C/G * KH * KW]`: groups, branches,
-output channels of the group, weights. Whatever the number of branches, the arithmetic takes as many operators.
+A row is the kernel of one output channel of one branch. So rows are `[G, B, O/G, J]`: groups, branches,
+output channels of the group, and weights, J = C/G * KH * KW. For any number of branches the arithmetic takes
+as many operators.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,12 @@ from dbb.moments import full_precision, over_processes
 
 
 class SampledSum(Function):
-    """The sum over branches of `rows * gamma / sqrt(var + eps)`, var being that of the rows' responses to a sample.
+    """The sum over branches of `rows * gamma / sqrt(var + eps)`, var being that of responses to a sample.
 
-    Arguments: rows `[G, B, O/G, J]`, gamma `[G, B, O/G]`, sample `[G, J, n]`, eps, process group.
+    Arguments: rows; gamma `[G, B, O/G]`; eps, a number or as gamma; sample `[G, J, n]`; process group.
+    Returns the sum `[G, O/G, J]`, and the unbiased variances `[G, B, O/G]`, which are not differentiable.
 
-    Returns: the sum `[G, O/G, J]`, and the unbiased variances `[G, B, O/G]`, which are not differentiable.
-
-    Keeps rows, gamma, the sample and the normalised responses. With `s = gamma / sqrt(var + eps)`, z a normalised response
-    and D the gradient of the sum:
+    With `s = gamma / sqrt(var + eps)`, z a normalised response and D the gradient of the sum:
 
         d_gamma = (D . row) / sqrt(var + eps)
         d_row = s D - (s d_gamma / n) z @ sample'
@@ -45,7 +44,7 @@ class SampledSum(Function):
             return None, None, None, None, None
         rows, gamma, sample, z, inverse, scale = ctx.saved_tensors
         with full_precision(rows.device):
-            if torch.is_grad_enabled():  # this backward is going to be differentiated: these three depend on the rest
+            if torch.is_grad_enabled():  # to be differentiated again: these three depend on the rest
                 z, inverse, _ = _normalised(rows, sample, ctx.eps, ctx.group)
                 scale = inverse * gamma
             d_gamma, count = inverse * dots(rows, d_sum), sample.shape[2]
@@ -53,17 +52,20 @@ class SampledSum(Function):
             if ctx.group is not None:
                 factor, total = over_processes(ctx.group, factor, factor.new_tensor([count]))
                 factor, count = factor / total, 1
-            d_z, flat = (z * factor[..., None]).flatten(1, 2), rows.flatten(1, 2)
-            d_rows = torch.baddbmm((scale[..., None] * d_sum[:, None]).flatten(1, 2), d_z, sample.mT, alpha=-1 / count)
-            d_sample = torch.baddbmm(sample, flat.mT, d_z, beta=0, alpha=-1 / count) if ctx.needs_input_grad[3] else None
-            return by_branch(d_rows.view_as(rows)), by_branch(d_gamma), None, d_sample, None
+            d_z = (z * factor[..., None]).flatten(1, 2)
+            through_scale = (scale[..., None] * d_sum[:, None]).flatten(1, 2)
+            d_rows = torch.baddbmm(through_scale, d_z, sample.mT, alpha=-1 / count).view_as(rows)
+            d_sample = None
+            if ctx.needs_input_grad[3]:  # with beta=0 the first argument is not read
+                d_sample = torch.baddbmm(sample, rows.flatten(1, 2).mT, d_z, beta=0, alpha=-1 / count)
+            return by_branch(d_rows), by_branch(d_gamma), None, d_sample, None
 
 
 def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor, Tensor, Tensor]:
-    """Responses with mean 0 and variance 1 `[G, B, O/G, n]`, 1 / sqrt(var + eps) and unbiased variance `[G, B, O/G]`."""
+    """Normalised responses `[G, B, O/G, n]`; 1 / sqrt(var + eps) and unbiased variance `[G, B, O/G]`."""
     z, count = (rows.flatten(1, 2) @ sample).view(*rows.shape[:3], -1), sample.shape[2]
     if group is None and isinstance(eps, float) and not torch.is_grad_enabled():
-        running = z.new_zeros(2, z.numel() // count)  # a norm in one operator, whose running variance is the batch's
+        running = z.new_zeros(2, z.numel() // count)  # with momentum 1 they become the batch's
         out, _, inverse = torch.native_batch_norm(z.view(1, -1, count), None, None, *running, True, 1.0, eps)
         return out.view_as(z), inverse.view(rows.shape[:3]), running[1].view(rows.shape[:3])
     total, count = over_processes(group, z.sum(3), z.new_tensor([count]))
@@ -76,8 +78,8 @@ def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor
 class CovarianceSum(Function):
     """As `SampledSum` for 1x1 kernels, the variances following from the covariance of what they see.
 
-    Arguments: rows `[G, B, O/G, C/G]`, gamma `[G, B, O/G]`, covariance `[G, C/G, C/G]`, eps. Returns the sum `[G, O/G, C/G]`
-    and the biased variances `[G, B, O/G]`, which are not differentiable. Keeps its arguments, products and 1 / sqrt(var + eps).
+    Arguments: rows with J = C/G; gamma `[G, B, O/G]`; eps, a number or as gamma; covariance `[G, C/G, C/G]`.
+    Returns the sum `[G, O/G, C/G]`, and the biased variances `[G, B, O/G]`, which are not differentiable.
     """
 
     @staticmethod
@@ -143,12 +145,12 @@ def by_branch(stack: Tensor) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor], groups: int) -> Tensor:
-    """Kernels `[M, C/G, 1, 1]` or vectors `[M]`, of any M, as if of one branch: `[G, 1, sum of M/G, C/G]`, or without C/G."""
+    """Kernels `[M, C/G, 1, 1]` of any M as rows of one branch; or vectors `[M]` in their order."""
     parts = [part.reshape(groups, -1, *part.shape[1:2]) for part in parts]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
 
 
 def apart(joint: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What `joined` made of kernels like these, but for its second dimension, in parts `[M, C/G]` or `[M]`."""
+    """The parts of what `joined` made of kernels like these, less its dimension 1: `[M, C/G]` or `[M]`."""
     parts = [joint] if len(like) == 1 else joint.split([len(part) // len(joint) for part in like], 1)
     return [part.flatten(0, 1) for part in parts]

@@ -1,8 +1,8 @@
 """The six transformations of the Diverse Branch Block (CVPR 2021, section 3.2) as pure functions.
 
-Shapes: O output channels, I input channels, M internal channels, G groups, KH x KW kernel. A convolution kernel
-is `[O, I/G, KH, KW]`, a bias `[O]`. Every function keeps the float type and device of its arguments, is
-differentiable, and holds for any stride, padding and dilation, because none of them enters the formulas.
+Shapes: O output channels, I input channels, M internal channels, G groups, KH x KW kernel. A convolution's
+kernel is `[O, I/G, KH, KW]`, its bias `[O]`. Every function keeps the float type and device of its arguments,
+is differentiable, and holds for any stride, padding and dilation: none of them enters the formulas.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ def fill(target: Tensor, value: Tensor, name: str) -> None:
     if torch.finfo(target.dtype).max < torch.finfo(value.dtype).max:
         lost = value.isfinite() & ~target.isfinite()
         if not lost.is_meta and lost.any():
-            raise ValueError(f"{name} has the value {value[lost][0].item():.6g}, which {target.dtype} cannot hold: "
-                             "convert the network to float32 first")
+            raise ValueError(f"{name} has the value {value[lost][0].item():.6g}, which {target.dtype} cannot "
+                             "hold: convert the network to float32 first")
 
 
-def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tensor, weight: Tensor, beta: Tensor,
-                   eps: float) -> tuple[Tensor, Tensor]:
+def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tensor, weight: Tensor,
+                   beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Transform I: a convolution followed by a BatchNorm with fixed statistics is a convolution.
 
     Args:
@@ -50,13 +50,14 @@ def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tens
 
 
 def norm_affine(mean: Tensor, var: Tensor, weight: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm with fixed statistics multiplies with, and what it adds; arguments as in `fuse_conv_norm`."""
+    """What a BatchNorm with fixed statistics multiplies with, and what it adds; see `fuse_conv_norm`."""
     scale = weight / (var + eps).sqrt()
     return scale, beta - mean * scale
 
 
-def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor], kernel_size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Transforms II and VI: the sum of convolutions is one convolution, smaller kernels put on the large one's centre tap.
+def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor],
+                 kernel_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Transforms II and VI: the sum of convolutions is one convolution, centre taps on centre taps.
 
     Args:
         kernels: `[O, I/G, h, w]` each, with h <= KH and w <= KW.
@@ -71,7 +72,7 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
                   second_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Transform III: a 1x1 convolution, then a KxK one, is one KxK convolution.
 
-    With `first_bias` this holds only if the map between the two is padded with that bias (paper, section 3.2).
+    With `first_bias` this holds only if the map in between is padded with that bias (paper, section 3.2).
 
     Args:
         first: 1x1 kernel, `[M, I/G, 1, 1]`.
@@ -86,12 +87,13 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     kernel = _Composed.apply(first, second, groups)
     if first_bias is None:
         return kernel, second_bias
-    bias = torch.einsum("gomhw,gm->go", second.unflatten(0, (groups, -1)), first_bias.reshape(groups, -1)).flatten()
+    grouped = second.unflatten(0, (groups, -1))
+    bias = torch.einsum("gomhw,gm->go", grouped, first_bias.reshape(groups, -1)).flatten()
     return kernel, bias if second_bias is None else bias + second_bias
 
 
 class _Composed(torch.autograd.Function):
-    """The 1x1 kernel, turned round, run over the KxK kernels as over images; in full precision, backward too."""
+    """In full precision, backward too. Without groups the 1x1 kernel runs over KxK ones as over images."""
 
     @staticmethod
     def forward(ctx, first, second, groups):
@@ -100,21 +102,26 @@ class _Composed(torch.autograd.Function):
         with full_precision(first.device):
             if groups == 1:
                 return F.conv2d(second, first.transpose(0, 1))
-            composed = torch.einsum("gomhw,gmc->gochw", second.unflatten(0, (groups, -1)), first.view(groups, -1, first.shape[1]))
-            return composed.flatten(0, 1)
+            first, second = _grouped(groups, first, second)
+            return torch.einsum("gomhw,gmc->gochw", second, first[..., 0, 0]).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, d_kernel):
-        (first, second), groups = ctx.saved_tensors, ctx.groups
+        first, second = ctx.saved_tensors
         with full_precision(first.device):
-            if groups == 1:
+            if ctx.groups == 1:
                 d_second, d_first, _ = torch.ops.aten.convolution_backward(
-                    d_kernel, second, first.transpose(0, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+                    d_kernel, second, first.transpose(0, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+                    [True, True, False])
                 return d_first.transpose(0, 1), d_second, None
-            first_rows, second, d_kernel = (part.unflatten(0, (groups, -1)) for part in (first[..., 0, 0], second, d_kernel))
-            d_first = torch.einsum("gomhw,gochw->gmc", second, d_kernel)
-            d_second = torch.einsum("gmc,gochw->gomhw", first_rows, d_kernel)
-        return d_first.reshape(first.shape), d_second.flatten(0, 1), None
+            first, second, d_kernel = _grouped(ctx.groups, first, second, d_kernel)
+            d_first = torch.einsum("gomhw,gochw->gmc", second, d_kernel).flatten(0, 1)[..., None, None]
+            d_second = torch.einsum("gmc,gochw->gomhw", first[..., 0, 0], d_kernel).flatten(0, 1)
+        return d_first, d_second, None
+
+
+def _grouped(groups: int, *kernels: Tensor) -> list[Tensor]:
+    return [kernel.unflatten(0, (groups, -1)) for kernel in kernels]
 
 
 def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -122,8 +129,8 @@ def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor,
     return torch.cat(list(kernels)), torch.cat(list(biases))
 
 
-def average_kernel(channels: int, kernel_size: tuple[int, int], groups: int = 1, dtype: torch.dtype | None = None,
-                   device: torch.device | None = None) -> Tensor:
+def average_kernel(channels: int, kernel_size: tuple[int, int], groups: int = 1,
+                   dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
     """Transform V: average pooling (padding counted) is a convolution, `[C, C/G, KH, KW]`."""
     box = torch.full((1, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]), dtype=dtype, device=device)
     if groups == channels:
