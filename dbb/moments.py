@@ -84,34 +84,29 @@ class _Covariance(Function):
 
     @staticmethod
     def forward(ctx, x, groups, group):
+        ctx.set_materialize_grads(False)
+        values, count, everywhere = x.to(wide(x.dtype)), x.numel() // x.shape[1], (0, 2, 3)
+        average = Tensor.mean if count else Tensor.sum  # a process without images, beside others, has zeros
         with full_precision(x.device):
-            ctx.set_materialize_grads(False)
-            values, count = x.to(wide(x.dtype)), x.numel() // x.shape[1]
-            if groups == x.shape[1] and group is None:
-                variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-                ctx.save_for_backward(x, mean)
-                ctx.count, ctx.group = count, group
-                ctx.mark_non_differentiable(mean)
-                return mean.view(groups, 1, 1), variance.view(groups, 1, 1), count
-            mean = values.sum((0, 2, 3)) / max(1, count)
-            if group is not None:
-                total, count = over_processes(group, mean * count, mean.new_tensor([count]))
-                mean = total / count
+            mean = mean_over_processes(group, average(values, everywhere), count)
             # Centred before the product: E[xx'] - mm' loses all digits of channels with a large mean.
             centred = values - mean[:, None, None]
             if groups == x.shape[1]:
-                gram = centred.square().sum((0, 2, 3))[:, None, None]
+                gram = average(centred.square_(), everywhere)[:, None, None]
             elif x.is_contiguous() and x.shape[2] * x.shape[3] * groups >= x.shape[1]:
                 rows = centred.unflatten(1, (groups, -1)).flatten(3)  # [N, G, C/G, H*W]
-                gram = (rows @ rows.mT).sum(0)
+                gram = (rows @ rows.mT).sum(0) / max(1, count)
             else:  # images of few positions: one product over all of them
                 rows = centred.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))  # [G, C/G, N*H*W]
-                gram = rows @ rows.mT
-            gram, = over_processes(group, gram)
+                gram = rows @ rows.mT / max(1, count)
+            gram = mean_over_processes(group, gram, count)
+        total = count
+        if group is not None:
+            total, = over_processes(group, mean.new_tensor([count]))
         ctx.save_for_backward(x, mean)
-        ctx.count, ctx.group = count, group
-        ctx.mark_non_differentiable(*[part for part in (mean, count) if isinstance(part, Tensor)])
-        return mean.view(groups, -1, 1), gram / count, count
+        ctx.count, ctx.group = total, group
+        ctx.mark_non_differentiable(*[part for part in (mean, total) if isinstance(part, Tensor)])
+        return mean.view(groups, -1, 1), gram, total
 
     @staticmethod
     def backward(ctx, _, d_covariance, __):
