@@ -10,16 +10,23 @@ from torch.nn import functional as F
 from tests.conftest import relative_error
 
 
-def reference(block, x, sample=None):
-    """What a block computes: 1x1, factor per channel, padded KxK or average, BN; summed. Batch statistics in training mode.
+def cosine(i, frequency, size):
+    """OREPA's `fre_init` along one side of a kernel."""
+    return math.cos(math.pi * (i + 0.5) * frequency / size)
 
-    A linear block has no factor from an inner norm, learned factors in place of the outer ones, and one BN behind the sum.
-    Written from the design alone, each step a feature map; runs on copies of the block's norms.
+
+def reference(block, x, sample=None):
+    """What a block computes: 1x1, factor per channel, padded KxK or average, BN; summed.
+
+    Statistics are the batch's in training mode. A linear block has no factor from an inner norm, learned
+    factors in place of the outer ones, and one BN behind the sum. Written from the design alone, each step a
+    feature map; runs on copies of the block's norms.
 
     Args:
         block: a `ReparamConv2d`.
         x: `[N, C, H, W]`.
-        sample: what online variances are taken of: a function from a map to some of its positions. Means are of whole maps.
+        sample: a function from a map to those of its positions that online variances are taken of. Means are
+            of whole maps.
 
     Returns:
         The output, and a dict of the running statistics after the step.
@@ -47,8 +54,16 @@ def reference(block, x, sample=None):
         h, w = weight.shape[2:]
         top, left = (0 if h == kh else (kh - 1) // 2), (0 if w == kw else (kw - 1) // 2)
         padded = pad(x)
-        return sum(F.conv2d(window(padded, top + i, left + j), weight[:, :, i:i + 1, j:j + 1], groups=g.groups)
-                   for i in range(h) for j in range(w))
+
+        def tap(i, j):
+            seen = window(padded, top + i, left + j)
+            return F.conv2d(seen, weight[:, :, i:i + 1, j:j + 1], groups=g.groups)
+
+        return sum(tap(i, j) for i in range(h) for j in range(w))
+
+    def depthwise(padded, kernels):
+        """A kernel `[KH, KW]` for every channel."""
+        return sum(window(padded, i, j) * kernels[:, i, j, None, None] for i in range(kh) for j in range(kw))
 
     def average(x):
         padded = pad(x)
@@ -89,16 +104,15 @@ def reference(block, x, sample=None):
         elif kind == "avg":
             y = average(x)
         elif kind == "dw_1x1":  # eight kernels an input channel
-            padded = pad(x).repeat_interleave(8, 1)
-            y = sum(window(padded, i, j) * branch.first[:, 0, i, j, None, None] for i in range(kh) for j in range(kw))
+            y = depthwise(pad(x).repeat_interleave(8, 1), branch.first[:, 0])
             y = F.conv2d(y, branch.second, groups=g.groups)
-        elif kind == "1x1_prior":  # OREPA's fre_init: vertical frequencies in the first half of the channels, horizontal in the second
-            half, padded = g.out_channels / 2, pad(F.conv2d(x, branch.first, groups=g.groups))
-            prior = torch.tensor([[[math.cos(math.pi * (i + 0.5) * (o + 1) / kh) if o < half else
-                                    math.cos(math.pi * (j + 0.5) * (o + 1 - half) / kw) for j in range(kw)] for i in range(kh)]
+        elif kind == "1x1_prior":  # vertical frequencies in half of the channels, then horizontal ones
+            half = g.out_channels / 2
+            prior = torch.tensor([[[cosine(i, o + 1, kh) if o < half else cosine(j, o + 1 - half, kw)
+                                    for j in range(kw)] for i in range(kh)]
                                   for o in range(g.out_channels)], dtype=x.dtype)
             prior[prior.abs() < 1e-12] = 0
-            y = sum(window(padded, i, j) * prior[:, i, j, None, None] for i in range(kh) for j in range(kw))
+            y = depthwise(pad(F.conv2d(x, branch.first, groups=g.groups)), prior)
         else:
             first = branch.first
             if kind == "1x1_kxk" and len(first) == g.in_channels:
@@ -107,7 +121,9 @@ def reference(block, x, sample=None):
                     first[i, i % (g.in_channels // g.groups)] += 1
             u = inner(F.conv2d(x, first, groups=g.groups), branch, name)
             y = average(u) if kind == "1x1_avg" else convolve(u, branch.second)
-        total = total + (norm(y, branch.bn, f"branches.{name}.bn") if branch.factor is None else y * branch.factor[:, None, None])
+        factor = branch.factor
+        y = norm(y, branch.bn, f"branches.{name}.bn") if factor is None else y * factor[:, None, None]
+        total = total + y
     return (total if block.bn is None else norm(total, block.bn, "bn")), stats
 
 
@@ -123,7 +139,8 @@ def check_training(block, x, sample=None):
     state = block.state_dict()
     assert {name for name in state if "running" in name} == set(stats)
     for name, value in stats.items():
-        zero = max(float(value.abs().max()), float(state[name].abs().max())) < 1e-14  # but for rounding: halves that cancel
+        # Halves that cancel leave zero but for rounding.
+        zero = max(float(value.abs().max()), float(state[name].abs().max())) < 1e-14
         assert relative_error(state[name], value) < 1e-12 or zero, name
     # Against the norm of all gradients together: norms make single ones exactly zero.
     flat, expected_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, expected_grads))
@@ -131,7 +148,10 @@ def check_training(block, x, sample=None):
 
 
 class PublishedBlock(nn.Module):
-    """The Diverse Branch Block as the paper draws it: every branch a chain of modules, BN's value of zero as padding."""
+    """The Diverse Branch Block as the paper draws it: every branch a chain of modules.
+
+    Padding is BN's value of zero.
+    """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):
         super().__init__()
@@ -142,19 +162,23 @@ class PublishedBlock(nn.Module):
         def conv(i, o, k, stride=1, padding=0):
             return nn.Conv2d(i, o, k, stride, padding, groups=groups, bias=False)
 
-        self.origin, self.origin_bn = conv(in_channels, out_channels, k, stride, p), nn.BatchNorm2d(out_channels)
+        self.origin = conv(in_channels, out_channels, k, stride, p)
+        self.origin_bn = nn.BatchNorm2d(out_channels)
         self.first, self.first_bn = conv(in_channels, internal, 1), nn.BatchNorm2d(internal)
         self.second, self.second_bn = conv(internal, out_channels, k, stride), nn.BatchNorm2d(out_channels)
         self.pool, self.pool_bn = nn.AvgPool2d(k, stride), nn.BatchNorm2d(out_channels)
         self.depthwise = depthwise
         if not depthwise:
-            self.point, self.point_bn = conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
+            self.point = conv(in_channels, out_channels, 1, stride)
+            self.point_bn = nn.BatchNorm2d(out_channels)
             self.average, self.average_bn = conv(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels)
 
     def norm_and_pad(self, u, bn, pad_value=None):
-        value = bn.bias - bn.running_mean * bn.weight / torch.sqrt(bn.running_var + bn.eps) if pad_value is None else pad_value
+        if pad_value is None:
+            pad_value = bn.bias - bn.running_mean * bn.weight / torch.sqrt(bn.running_var + bn.eps)
         u, p = bn(u), self.p
-        padded = value[None, :, None, None].expand(len(u), -1, u.shape[2] + 2 * p, u.shape[3] + 2 * p).clone()
+        height, width = u.shape[2] + 2 * p, u.shape[3] + 2 * p
+        padded = pad_value[None, :, None, None].expand(len(u), -1, height, width).clone()
         padded[:, :, p:-p, p:-p] = u
         return padded
 

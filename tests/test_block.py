@@ -13,7 +13,8 @@ from tests.conftest import randomize, relative_error
 from tests.reference import PublishedBlock, check_training, import_published, reference
 
 ALL = ("kxk", "1x1", "1x1_kxk", "1x1_avg", "avg", "1xk", "kx1", "identity")
-CHANNELS = [(8, 8, 1), (6, 10, 1), (8, 12, 4), (8, 8, 8), (4, 8, 4)]  # in, out, groups: dense, grouped, depthwise, multiplier
+# in, out, groups: dense, dense, grouped, depthwise, depthwise with a multiplier
+CHANNELS = [(8, 8, 1), (6, 10, 1), (8, 12, 4), (8, 8, 8), (4, 8, 4)]
 KERNELS = [1, 2, 3, 4, 5, (3, 5), (1, 4)]
 
 
@@ -23,8 +24,11 @@ def geometry_id(value):
 
 def make(kernel_size, stride, channels, branches=ALL, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    (c_in, c_out, groups), (kh, kw) = channels, (kernel_size if isinstance(kernel_size, tuple) else (kernel_size,) * 2)
-    block = ReparamConv2d(c_in, c_out, kernel_size, stride, (kh // 2, kw // 2), groups=groups, branches=branches, dtype=dtype)
+    c_in, c_out, groups = channels
+    kh, kw = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+    padding = (kh // 2, kw // 2)
+    block = ReparamConv2d(c_in, c_out, kernel_size, stride, padding, groups=groups, branches=branches,
+                          dtype=dtype)
     return randomize(block, seed), torch.randn(3, c_in, 9, 8, dtype=dtype)
 
 
@@ -64,16 +68,17 @@ def test_published_block_is_the_same_function_in_eval(k, stride, channels):
     with torch.no_grad():
         assert relative_error(block(x), published(x)) < 1e-12
         assert relative_error(block.fuse()(x), published(x)) < 1e-12
-        wrong = published(x, pad_value=torch.zeros(1, dtype=torch.float64).expand(published.first.out_channels)) if c_in == c_out and \
-            not published.depthwise else None
-        assert wrong is None or relative_error(block(x), wrong) > 1e-3, "padding a shifted map with zeros is another function"
+        if c_in == c_out and not published.depthwise:  # both padded maps have as many channels
+            wrong = published(x, pad_value=torch.zeros(c_in, dtype=torch.float64))
+            assert relative_error(block(x), wrong) > 1e-3, "zeros around a shifted map: another function"
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [0, 1, (2, 0), "same"])
 def test_padding(padding_mode, padding):
-    block = randomize(ReparamConv2d(4, 6, (3, 4), 1, padding, dilation=(2, 1), branches=ALL, padding_mode=padding_mode,
-                                    dtype=torch.float64)).eval()
+    block = ReparamConv2d(4, 6, (3, 4), 1, padding, dilation=(2, 1), branches=ALL, padding_mode=padding_mode,
+                          dtype=torch.float64)
+    randomize(block).eval()
     x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
     with torch.no_grad(), branchwise(block):
         assert relative_error(block.fuse()(x), block(x)) < 1e-12
@@ -94,8 +99,8 @@ def test_composed_and_layerwise_training_agree(images):
 
 
 def test_dilated_average_skips_pixels():
-    block = ReparamConv2d(2, 2, 3, padding=2, dilation=2, groups=2, branches=("avg",), dtype=torch.float64).eval()
-    block.branches["avg"].bn.eps = 0.0
+    block = ReparamConv2d(2, 2, 3, padding=2, dilation=2, groups=2, branches=("avg",), dtype=torch.float64)
+    block.eval().branches["avg"].bn.eps = 0.0
     x = torch.randn(1, 2, 9, 9, dtype=torch.float64)
     padded = nn.functional.pad(x, [2] * 4)
     expected = sum(padded[:, :, 2 * i:2 * i + 9, 2 * j:2 * j + 9] for i in range(3) for j in range(3)) / 9
@@ -124,11 +129,12 @@ def test_frozen_norms_are_the_merged_convolution():
 def test_one_frozen_norm_freezes_its_inner_scale():
     block, x = make(3, 1, (8, 8, 1))
     block.train()
-    block.branches["1x1_kxk"].bn.eval()
-    frozen, free = block.branches["1x1_kxk"].scale.running_var.clone(), block.branches["1x1_avg"].scale.running_var.clone()
+    frozen, free = block.branches["1x1_kxk"], block.branches["1x1_avg"]
+    frozen.bn.eval()
+    kept, left = frozen.scale.running_var.clone(), free.scale.running_var.clone()
     block(x)
-    assert torch.equal(frozen, block.branches["1x1_kxk"].scale.running_var)
-    assert not torch.equal(free, block.branches["1x1_avg"].scale.running_var)
+    assert torch.equal(kept, frozen.scale.running_var)
+    assert not torch.equal(left, free.scale.running_var)
 
 
 def test_cumulative_average_of_momentum_none():
@@ -201,8 +207,9 @@ def test_nonlinear_survives_conversion():
         assert relative_error(block.fuse()(x), y) < 1e-5
 
 
-@pytest.mark.parametrize("block", [DiverseBranchBlock(6, 6, 3, padding=1), DiverseBranchBlock(6, 6, 3, padding=1, groups=6),
-                                   AsymmetricConvBlock(6, 6, 3, padding=1)], ids=["dense", "depthwise", "acb"])
+@pytest.mark.parametrize("block", [
+    DiverseBranchBlock(6, 6, 3, padding=1), DiverseBranchBlock(6, 6, 3, padding=1, groups=6),
+    AsymmetricConvBlock(6, 6, 3, padding=1)], ids=["dense", "depthwise", "acb"])
 def test_published_branches(block):
     names = {3: {"kxk", "avg", "1x1_kxk"} if isinstance(block, DiverseBranchBlock) else {"kxk", "1xk", "kx1"},
              4: {"kxk", "1x1", "1x1_avg", "1x1_kxk"}}
@@ -230,7 +237,8 @@ def test_autocast_keeps_statistics_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         actual = block(x)
     assert relative_error(actual, expected) < 2e-2
-    assert relative_error(block.branches["1x1_kxk"].scale.running_var, full.branches["1x1_kxk"].scale.running_var) < 1e-6
+    found, wanted = (net.branches["1x1_kxk"].scale.running_var for net in (block, full))
+    assert relative_error(found, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -254,7 +262,8 @@ def test_kernel_is_differentiable():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (dict(branches=("kxk", "2x2")), "2x2.*known are"), (dict(branches=("identity",), stride=2), "spans the kernel"),
+    (dict(branches=("kxk", "2x2")), "2x2.*known are"),
+    (dict(branches=("identity",), stride=2), "spans the kernel"),
     (dict(groups=3), "divisible by groups=3")])
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -262,4 +271,5 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_branch_that_does_not_fit_is_left_out():
-    assert list(ReparamConv2d(4, 4, 3, 2, 1, branches=("kxk", "identity", "kxk")).branches) == ["kxk", "kxk_2"]
+    block = ReparamConv2d(4, 4, 3, 2, 1, branches=("kxk", "identity", "kxk"))
+    assert list(block.branches) == ["kxk", "kxk_2"]

@@ -1,4 +1,4 @@
-"""Two processes against one with the joined batch: gradients under DDP, and the statistics that a block takes over all processes."""
+"""Two processes against one with the joined batch: gradients under DDP, statistics over all processes."""
 
 import copy
 from itertools import product
@@ -14,6 +14,8 @@ from tests.conftest import relative_error
 from tests.test_modes import SHAPES, make
 
 CASES = list(product(MODES, SHAPES, ["local", "synchronised", "synchronised, one without images"]))
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="torch's own SyncBatchNorm needs a GPU a process: two GPUs")]
 
 
 class Synchronised(nn.SyncBatchNorm):
@@ -21,7 +23,8 @@ class Synchronised(nn.SyncBatchNorm):
 
     def forward(self, x):
         if not self.training:
-            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            running = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, *running, self.weight, self.bias, eps=self.eps)
         n = all_reduce(x.new_tensor(x.numel() // x.shape[1]))
         mean = all_reduce(x.sum((0, 2, 3))) / n
         var = all_reduce((x - mean[:, None, None]).square().sum((0, 2, 3))) / n
@@ -29,7 +32,8 @@ class Synchronised(nn.SyncBatchNorm):
             self.num_batches_tracked += 1
             self.running_mean += self.momentum * (mean - self.running_mean)
             self.running_var += self.momentum * (var * n / (n - 1) - self.running_var)
-        return (x - mean[:, None, None]) * (self.weight / (var + self.eps).sqrt())[:, None, None] + self.bias[:, None, None]
+        factor = self.weight / (var + self.eps).sqrt()
+        return (x - mean[:, None, None]) * factor[:, None, None] + self.bias[:, None, None]
 
 
 def step(block, x, cotangent):
@@ -53,18 +57,18 @@ def shares_of(norms, x):
 
 
 def process(rank, folder, device):
-    """Run every case on one of two processes: on CPUs, or each on a GPU of its own with torch's own synchronised norms."""
-    device, backend = (torch.device("cuda", rank), "nccl") if device == "cuda" else (torch.device("cpu"), "gloo")
+    """Run every case as one of two processes: on the CPU, or on a GPU with torch's own synchronised norms."""
+    device, backend = (f"cuda:{rank}", "nccl") if device == "cuda" else ("cpu", "gloo")
     distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
     for mode, shape, norms in CASES:
         block, x, cotangent = case(mode, shape)
         shares = shares_of(norms, x)
-        block.positions = block.positions * shares[0] // len(x)  # so that the joined sample is that of the joined batch
+        block.positions = block.positions * shares[0] // len(x)  # together the sample of the joined batch
         parallel = DistributedDataParallel(block.to(device))
         if norms != "local":  # behind the back of DDP, which refuses them on the CPU
             for module in nn.SyncBatchNorm.convert_sync_batchnorm(block).modules():
-                if isinstance(module, nn.SyncBatchNorm) and device.type == "cpu":
+                if isinstance(module, nn.SyncBatchNorm) and device == "cpu":
                     module.__class__ = Synchronised
         found = step(parallel, x.split(shares)[rank].to(device), cotangent.split(shares)[rank].to(device))
         results.append({key: value.cpu() for key, value in found.items()})
@@ -72,8 +76,7 @@ def process(rank, folder, device):
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="torch's own SyncBatchNorm needs a GPU a process: two GPUs")])])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 def processes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(process, (str(folder), request.param), nprocs=2)
@@ -91,12 +94,15 @@ def test_two_processes(mode, shape, norms, processes):
             assert relative_error(torch.cat([first[key], second[key]]), expected[key]) < 1e-10
     else:  # every process on its own, gradients averaged
         block.positions //= 2
-        alone = [step(copy.deepcopy(block), *parts) for parts in zip(x.chunk(2), cotangent.chunk(2), strict=True)]
-        expected = {key: alone[0][key] + alone[1][key] if key.startswith("d ") else alone[0][key] for key in alone[0]}
-        assert relative_error(second["y"], alone[1]["y"]) < 1e-12
-    gradients = [torch.cat([found[key].flatten() for key in expected if key.startswith("d ")]) for found in (first, second, expected)]
-    assert torch.equal(gradients[0], gradients[1])
-    assert relative_error(2 * gradients[0], gradients[2]) < 1e-10
+        halves = zip(x.chunk(2), cotangent.chunk(2), strict=True)
+        expected, other = (step(copy.deepcopy(block), *half) for half in halves)
+        expected |= {key: expected[key] + other[key] for key in expected if key.startswith("d ")}
+        assert relative_error(second["y"], other["y"]) < 1e-12
+    names = [key for key in expected if key.startswith("d ")]
+    here, there, wanted = (torch.cat([found[name].flatten() for name in names])
+                           for found in (first, second, expected))
+    assert torch.equal(here, there)
+    assert relative_error(2 * here, wanted) < 1e-10
     for key in expected:
         if "running" in key:
             assert relative_error(first[key], expected[key]) < 1e-12, key

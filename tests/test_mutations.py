@@ -49,7 +49,9 @@ def swaps_height_and_width(kernel, kernel_size):
     top, left = transforms.offsets(kernel.shape[2:], kernel_size)
     bottom, right = kernel_size[0] - kernel.shape[2] - top, kernel_size[1] - kernel.shape[3] - left
     swapped = torch.nn.functional.pad(kernel, (top, bottom, left, right))
-    return swapped if swapped.shape[2:] == tuple(kernel_size) else transforms.embed_kernel(kernel, kernel_size).flip(3)
+    if swapped.shape[2:] == tuple(kernel_size):
+        return swapped
+    return transforms.embed_kernel(kernel, kernel_size).flip(3)
 
 
 def wrong_tap(kernel, kernel_size):
@@ -103,7 +105,8 @@ def error(groups, mutation=None):
     for kernel_size, channels in ((3, 8), ((3, 5), 8), (4, 8)):
         torch.manual_seed(0)
         padding = (1, 2) if kernel_size == (3, 5) else 1
-        block = ReparamConv2d(channels, channels, kernel_size, padding=padding, groups=groups, branches=ALL, dtype=torch.float64)
+        block = ReparamConv2d(channels, channels, kernel_size, padding=padding, groups=groups, branches=ALL,
+                              dtype=torch.float64)
         randomize(block).eval()
         x = torch.randn(2, channels, 9, 8, dtype=torch.float64)
         with torch.no_grad():
@@ -189,12 +192,12 @@ TRAINING_MUTATIONS = {
 
 
 def training_error(groups, mutation=None):
-    """Largest relative error of outputs, running statistics and gradients in training, against the reference."""
+    """Largest relative error against the reference: outputs, running statistics, gradients in training."""
     errors = []
     for kernel_size, mode in product((3, 4), MODES):
         torch.manual_seed(0)
-        made = ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, mode=mode, positions=64,
-                             dtype=torch.float64)
+        made = ReparamConv2d(8, 8, kernel_size, padding=1, groups=groups, branches=ALL, mode=mode,
+                             positions=64, dtype=torch.float64)
         randomize(made).train()
         x = (torch.randn(4, 8, 9, 8, dtype=torch.float64) + 1).requires_grad_()
         expected, stats = reference(made, x, sample_of(made, x) if mode == "online" else None)
