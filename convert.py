@@ -17,6 +17,7 @@ import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import nn
 
 from dbb import branch_shares, branchwise, compare_logits, fold_norms, restore_norms
 from export import graph, int8
@@ -35,6 +36,7 @@ from export.report import draw_graphs, draw_report, file_rows, markdown, rows
 from models import build_model, of_timm, recipe
 from training.callbacks import wandb_logger
 from training.cli import output_folder, plain_errors
+from training.data import ImageData
 from training.evaluate import cost, exact_arithmetic, latency_ms, load_run, pick_device, predict, scores
 from training.settings import Settings, resolve
 
@@ -60,14 +62,7 @@ def convert(settings: Settings, out: Path) -> dict:
     require(settings.export)
     require_places(out)
     net, data, about = load_run(settings, train=True)
-    if data.image_size != about["image_size"]:
-        raise ValueError(f"data.image_size={data.image_size}: this network was trained on images of "
-                         f"{about['image_size']} pixels, and its files are for those; leave it out (eval.py "
-                         "tests other sizes)")
-    if settings.hub and of_timm(about["model"], data.image_size) is None:
-        raise ValueError(f"hub=true: timm does not build {about['model']} for {data.image_size} pixels as it "
-                         "is here (it has another stem, or none), so that there is no folder for it to load; "
-                         "report.md has the lines that rebuild the network")
+    refuse_settings(settings, data, about)
     output_folder(out)
     device = pick_device(settings.trainer.accelerator)
     image = torch.zeros(2, 3, data.image_size, data.image_size)
@@ -92,34 +87,17 @@ def convert(settings: Settings, out: Path) -> dict:
     with staged(out) as part:
         save_network(stock, about, part / "model.safetensors")
         made = {"model.safetensors": load_network(part / "model.safetensors")[0]}
-        if {"onnx", "int8"} & set(settings.export):
-            graph.export_onnx(folded, image, about, part / "model.onnx")
-            made["model.onnx"] = graph.OnnxNetwork(part / "model.onnx")
-        if "training_onnx" in settings.export:
-            graph.export_onnx(net, image, about, part / "model-training.onnx", training=True)
-            made["model-training.onnx"] = graph.OnnxNetwork(part / "model-training.onnx")
-        if "pt2" in settings.export:
-            graph.export_pt2(folded, image, part / "model.pt2")
-            made["model.pt2"] = torch.export.load(part / "model.pt2").module()
+        made |= export_graphs(settings.export, net, folded, data, about, part)
         if "int8" in settings.export:
-            float_file, int8_file = part / "model.onnx", part / "model-int8.onnx"
-            int8.quantize(float_file, int8_file, data.calibration_images())
-            made["model-int8.onnx"] = graph.OnnxNetwork(int8_file)
-            report["int8"] = int8.layers(float_file, int8_file, data.calibration_images(64))
+            files = part / "model.onnx", part / "model-int8.onnx"
+            report["int8"] = int8.layers(*files, data.calibration_images(64))
         for name, network in made.items():
             file_logits, _ = predict(network, data, device, name)
             entry = {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size}
             entry |= measured(file_logits, targets, data)
             report["files"][name] = entry | asdict(compare_logits([(logits, file_logits)]))
-        has_blocks = bool(report["shares"])
-        if "training_onnx" in settings.export and "model.onnx" in made and has_blocks:
-            graphs = {"training structure": ("model-training.onnx", before),
-                      "converted": ("model.onnx", after)}
-            report["graphs"] = {}
-            for title, (name, of) in graphs.items():
-                costs = {"macs": of["macs"], "latency_ms": latency_ms(made[name], image[:1])}
-                report["graphs"][title] = graph.summary(part / name) | costs
-            draw_graphs(graph.first_block(net, image), report["graphs"], part / "graphs.png")
+        if "training_onnx" in settings.export and "model.onnx" in made and report["shares"]:
+            compare_graphs(net, made, report, part)
         refuse_changes(report, out)
         if settings.hub:
             save_hub(stock, about, part / "hub")
@@ -129,6 +107,53 @@ def convert(settings: Settings, out: Path) -> dict:
         (part / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "report-failed.json").unlink(missing_ok=True)  # of an earlier conversion
     return report
+
+
+def refuse_settings(settings: Settings, data: ImageData, about: dict) -> None:
+    """Refuse what this network cannot be converted to.
+
+    Raises:
+        ValueError: if it was trained on images of another size, or timm does not build it for `hub`.
+    """
+    if data.image_size != about["image_size"]:
+        raise ValueError(f"data.image_size={data.image_size}: this network was trained on images of "
+                         f"{about['image_size']} pixels, and its files are for those; leave it out (eval.py "
+                         "tests other sizes)")
+    if settings.hub and of_timm(about["model"], data.image_size) is None:
+        raise ValueError(f"hub=true: timm does not build {about['model']} for {data.image_size} pixels as it "
+                         "is here (it has another stem, or none), so that there is no folder for it to load; "
+                         "report.md has the lines that rebuild the network")
+
+
+def export_graphs(kinds: list[str], net: nn.Module, folded: nn.Module, data: ImageData, about: dict,
+                  part: Path) -> dict[str, nn.Module]:
+    """Write the files that `kinds` names into `part`; returned is, by file, what is loaded from it again."""
+    image, made = torch.zeros(2, 3, data.image_size, data.image_size), {}
+    if {"onnx", "int8"} & set(kinds):
+        graph.export_onnx(folded, image, about, part / "model.onnx")
+        made["model.onnx"] = graph.OnnxNetwork(part / "model.onnx")
+    if "training_onnx" in kinds:
+        graph.export_onnx(net, image, about, part / "model-training.onnx", training=True)
+        made["model-training.onnx"] = graph.OnnxNetwork(part / "model-training.onnx")
+    if "pt2" in kinds:
+        graph.export_pt2(folded, image, part / "model.pt2")
+        made["model.pt2"] = torch.export.load(part / "model.pt2").module()
+    if "int8" in kinds:
+        int8.quantize(part / "model.onnx", part / "model-int8.onnx", data.calibration_images())
+        made["model-int8.onnx"] = graph.OnnxNetwork(part / "model-int8.onnx")
+    return made
+
+
+def compare_graphs(net: nn.Module, made: dict[str, nn.Module], report: dict, part: Path) -> None:
+    """Add to the report what is in the graphs of training and conversion, and draw both."""
+    size = report["about"]["image_size"]
+    image = torch.zeros(2, 3, size, size)
+    report["graphs"] = {}
+    for title, name, when in (("training structure", "model-training.onnx", "before"),
+                              ("converted", "model.onnx", "after")):
+        costs = {"macs": report[when]["macs"], "latency_ms": latency_ms(made[name], image[:1])}
+        report["graphs"][title] = graph.summary(part / name) | costs
+    draw_graphs(graph.first_block(net, image), report["graphs"], part / "graphs.png")
 
 
 def measured(logits, targets, data) -> dict[str, float]:

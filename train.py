@@ -79,16 +79,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     checkpoint, done, changed = None, 0, []  # done: epochs
     if settings.ckpt is not None:
-        checkpoint = load_checkpoint(settings.ckpt)
-        stored, done = checkpoint["dbb"]["settings"], checkpoint["epoch"] + 1
-        changed = [*checkpoint["dbb"].get("changed", []), *changes(stored, settings, done)]
         evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
-        if done >= settings.trainer.max_epochs and evaluated:
-            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has "
-                             f"{done} epochs; set more to continue")
-        if stored["optim"]["name"] != settings.optim.name:
-            raise ValueError(f"optim.name={settings.optim.name} cannot continue with the state of "
-                             f"{stored['optim']['name']} in the checkpoint")
+        checkpoint, done, changed = continued(settings, evaluated)
     data = ImageData(settings.data, settings.seed, first_epoch=done)
     print(f"loading the images of data={settings.data.name}", flush=True)
     data.load(train=True)
@@ -101,29 +93,56 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         restore(model.net, checkpoint)  # says what does not fit, before Lightning would
 
     trainer.loggers = make_loggers(settings, run_dir)
-    if trainer.is_global_zero:
-        # Of an earlier session. Lightning's own checkpoints for SLURM are made in the middle of an epoch,
-        # from which the order of the data cannot continue.
-        for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
-            path.unlink(missing_ok=True)
-        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
-        trainer.loggers[-1].log_hyperparams(asdict(settings))
-        activations = activations_of_a_batch(model.net, settings.data.batch_size, data.image_size) / 2**20
-        parameters = sum(p.numel() for p in model.net.parameters())
-        reduced = ""
-        if model.net.total_stride:
-            reduced = f", images of {data.image_size} pixels reduced {model.net.total_stride} times"
-        print(f"{settings.model.name} with block={settings.block.name}, on {trainer.strategy.root_device}: "
-              f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}",
-              *[mode_line(settings), model.net.report] * bool(model.net.report),
-              *rough_start(settings) * (checkpoint is None), f"run folder: {run_dir}", sep="\n")
-        log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
-
+    cost = begin(settings, model, trainer, run_dir) if trainer.is_global_zero else {}
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
     if not trainer.is_global_zero:
         return {}
-    cost = {"parameters": parameters, "activations_mib": activations}
     return final_scores(settings, data, trainer, run_dir, cost)
+
+
+def continued(settings: Settings, evaluated: bool) -> tuple[dict, int, list[str]]:
+    """The checkpoint that training goes on from, its epochs, and the settings that have changed since.
+
+    Args:
+        settings: with `ckpt`.
+        evaluated: whether nothing is left to do, if no epoch is.
+
+    Raises:
+        ValueError: if the checkpoint is no start for these settings.
+    """
+    checkpoint = load_checkpoint(settings.ckpt)
+    stored, done = checkpoint["dbb"]["settings"], checkpoint["epoch"] + 1
+    if done >= settings.trainer.max_epochs and evaluated:
+        raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has "
+                         f"{done} epochs; set more to continue")
+    if stored["optim"]["name"] != settings.optim.name:
+        raise ValueError(f"optim.name={settings.optim.name} cannot continue with the state of "
+                         f"{stored['optim']['name']} in the checkpoint")
+    return checkpoint, done, [*checkpoint["dbb"].get("changed", []), *changes(stored, settings, done)]
+
+
+def begin(settings: Settings, model: Classifier, trainer: pl.Trainer, run_dir: Path) -> dict[str, float]:
+    """What the first process does before the training: clear the folder, write and print what is trained.
+
+    Returns:
+        `parameters`, and `activations_mib` of a batch.
+    """
+    # Of an earlier session. Lightning's own checkpoints for SLURM are made in the middle of an epoch,
+    # from which the order of the data cannot continue.
+    for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
+        path.unlink(missing_ok=True)
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
+    trainer.loggers[-1].log_hyperparams(asdict(settings))
+    net, size = model.net, model.image_size
+    activations = activations_of_a_batch(net, settings.data.batch_size, size) / 2**20
+    parameters = sum(p.numel() for p in net.parameters())
+    reduced = f", images of {size} pixels reduced {net.total_stride} times" if net.total_stride else ""
+    print(f"{settings.model.name} with block={settings.block.name}, on {trainer.strategy.root_device}: "
+          f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}",
+          *[mode_line(settings), net.report] * bool(net.report),
+          *rough_start(settings) * (settings.ckpt is None), f"run folder: {run_dir}", sep="\n")
+    log_convolutions(trainer.loggers[-1], net.report, run_dir)
+    return {"parameters": parameters, "activations_mib": activations}
 
 
 def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:

@@ -90,6 +90,29 @@ def named_start(init: str | None, trained: bool) -> str:
     return "single" if trained else {"auto": "mean", None: "ones"}[init]
 
 
+def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn.Module:
+    """The network of a name of ours or timm's, with timm's weights or at random."""
+    if name in UNTRAINED:
+        make, *arguments = UNTRAINED[name]
+        return make(*arguments, num_classes)
+    if name in OF_TIMM:
+        make = partial(OF_TIMM[name], num_classes, image_size)
+    elif timm.is_model(name):
+        make = partial(timm.create_model, name, num_classes=num_classes)
+    else:
+        nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4)
+        names = ", ".join(nearest or [*BACKBONES, "timm.list_models()"])
+        raise ValueError(f"model.name={name!r} is unknown here and to timm; nearest are {names}")
+    if not pretrained:
+        return make(pretrained=False)
+    try:
+        return _start_from_timms(make)
+    except Exception as error:  # no network, no such weights: whatever the hub's client raises
+        why = str(error).splitlines()[0]
+        raise ValueError(f"model.pretrained=true: the weights of {name} could not be fetched ({why}); "
+                         "model.weights=FILE starts from a file") from error
+
+
 def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224,
                 pretrained: bool = False, weights: Mapping[str, Tensor] | None = None,
                 init: str | None = "auto", weights_of: str | None = None, **surgery) -> nn.Module:
@@ -137,24 +160,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         raise ValueError(f"model.weights: the file says that its weights are of {weights_of}, which is "
                          f"another network than {name}: take model=timm model.name={weights_of}, or "
                          f"model.name={weights_of} if it is one of ours")
-    if name in UNTRAINED:
-        make, *arguments = UNTRAINED[name]
-        net = make(*arguments, num_classes)
-    elif name in OF_TIMM or timm.is_model(name):
-        make = partial(OF_TIMM[name], num_classes, image_size) if name in OF_TIMM else \
-            partial(timm.create_model, name, num_classes=num_classes)
-        try:
-            net = _start_from_timms(make) if pretrained else make(pretrained=False)
-        except Exception as error:  # no network, no such weights: whatever the hub's client raises
-            if not pretrained:
-                raise
-            why = str(error).splitlines()[0]
-            raise ValueError(f"model.pretrained=true: the weights of {name} could not be fetched ({why}); "
-                             "model.weights=FILE starts from a file") from error
-    else:
-        nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4)
-        names = ", ".join(nearest or [*BACKBONES, "timm.list_models()"])
-        raise ValueError(f"model.name={name!r} is unknown here and to timm; nearest are {names}")
+    net = _plain(name, num_classes, image_size, pretrained)
     if weights is not None:
         load_plain(net, weights)
     training, example, report = net.training, torch.zeros(1, 3, image_size, image_size), Report()
