@@ -3,7 +3,8 @@
     python predict.py outputs/.../convert/model.onnx cat.jpg dog.png
     python predict.py outputs/.../convert/model.safetensors images/*.png
 
-The report.json beside the file must have its SHA-256. Images that cannot be read are named, and the others classified.
+The report.json beside the file must have its SHA-256. Images that cannot be read are named, and the others
+classified.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def load(path: Path) -> tuple[nn.Module, dict]:
     """The network of a model.onnx or model.safetensors, and what its header says.
 
     Raises:
-        ValueError: if the file is missing, damaged, of another kind, or not the one that report.json describes.
+        ValueError: if the file is missing, damaged, of another kind, or not the one in report.json.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; convert.py writes model.onnx and model.safetensors")
@@ -42,10 +43,11 @@ def load(path: Path) -> tuple[nn.Module, dict]:
         try:
             known = json.loads(report.read_text())["files"][path.name]["sha256"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{report} does not say what {path.name} is: convert the checkpoint again") from error
+            raise ValueError(f"{report} does not say what {path.name} is: convert the checkpoint "
+                             "again") from error
         if sha256(path) != known:
-            raise ValueError(f"{path} is not the file that {report} describes (another SHA-256): it was changed or damaged; convert "
-                             "the checkpoint again")
+            raise ValueError(f"{path} is not the file that {report} describes (another SHA-256): it was "
+                             "changed or damaged; convert the checkpoint again")
     if path.suffix == ".safetensors":
         return load_network(path)
     net = OnnxNetwork(path)
@@ -67,7 +69,8 @@ def prepare(path: str, about: dict) -> Tensor:
 
 
 @torch.no_grad()
-def predictions(net: nn.Module, about: dict, paths: list[str]) -> Iterator[tuple[str, list[tuple[float, str]] | str]]:
+def predictions(net: nn.Module, about: dict,
+                paths: list[str]) -> Iterator[tuple[str, list[tuple[float, str]] | str]]:
     """By image, its five most probable classes, or why it cannot be read."""
     for start in range(0, len(paths), BATCH_SIZE):
         batch, results, images = paths[start:start + BATCH_SIZE], {}, {}
@@ -78,13 +81,16 @@ def predictions(net: nn.Module, about: dict, paths: list[str]) -> Iterator[tuple
                 results[index] = str(error)
         if images:
             top = net(torch.stack(list(images.values()))).softmax(1).topk(min(5, len(about["classes"])))
-            for index, probabilities, labels in zip(images, top.values.tolist(), top.indices.tolist(), strict=True):
-                results[index] = [(p, about["classes"][label]) for p, label in zip(probabilities, labels, strict=True)]
+            rows = zip(images, top.values.tolist(), top.indices.tolist(), strict=True)
+            for index, probabilities, labels in rows:
+                names = [about["classes"][label] for label in labels]
+                results[index] = list(zip(probabilities, names, strict=True))
         yield from ((path, results[index]) for index, path in enumerate(batch))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model.onnx or model.safetensors of convert.py")
     parser.add_argument("images", nargs="+", help="image files")
     arguments = parser.parse_args()

@@ -3,8 +3,9 @@
     python train.py -m model=resnet20 block=none,dbb 'seed=range(5)' out=outputs/study
     python report.py outputs/study [--out results/study] [--baseline LABEL]
 
-Runs that differ only in their seed are one variant. Each variant is compared, seed by seed, with the plain network
-(block=none) of otherwise the same settings. Writes report.md, variants.csv, runs.csv, epochs.csv and curves.png.
+Runs that differ only in their seed are one variant. Each variant is compared, seed by seed, with the plain
+network (block=none) of otherwise the same settings. Writes report.md, variants.csv, runs.csv, epochs.csv and
+curves.png.
 """
 
 import argparse
@@ -29,14 +30,15 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every run below some folders.
 
     Returns:
-        The runs, a row each: `folder`, `settings` (flat, without the seed), `seed`, `state` (finished, or why not) and, if finished,
-        what result.json holds, the final training loss and the seconds; and their epochs, a row each.
+        The runs, a row each: `folder`, `settings` (flat, without the seed), `seed`, `state` (finished, or why
+        not) and, if finished, what result.json holds, the final training loss and the seconds; and their
+        epochs, a row each.
 
     Raises:
         ValueError: if none is finished.
     """
-    found = {path.parent.resolve(): path.parent for folder in folders for name in (LOCK, "config.yaml", "error.txt")
-             for path in sorted(folder.rglob(name))}
+    found = {path.parent.resolve(): path.parent for folder in folders
+             for name in (LOCK, "config.yaml", "error.txt") for path in sorted(folder.rglob(name))}
     runs, epochs = [], []
     for place in found.values():
         error, run = place / "error.txt", {"folder": str(place), "settings": {}}
@@ -49,7 +51,8 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         if config is None:
             runs.append(run | {"state": why})
             continue
-        settings = {key: str(value) if isinstance(value, list) else value for key, value in of_the_training(config).items()}
+        settings = {key: str(value) if isinstance(value, list) else value
+                    for key, value in of_the_training(config).items()}
         if "seed" not in settings or "trainer.max_epochs" not in settings:
             continue  # a config.yaml of something else, as W&B writes one into its own folder
         epochs.append(rows)
@@ -60,11 +63,13 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             why = why if error.exists() else "not finished"
             run["state"] = f"{why} ({len(rows)} of {settings['trainer.max_epochs']} epochs)"
         else:
-            run |= {"state": "finished"} | dict.fromkeys(("train_loss", "seconds_per_step", "seconds"), np.nan) | result
+            unknown = dict.fromkeys(("train_loss", "seconds_per_step", "seconds"), np.nan)
+            run |= {"state": "finished"} | unknown | result
             if len(rows):
                 per_step = rows["seconds_per_step"].median()  # of a batch; the steps are the optimiser's
+                batches = (rows["step"].iloc[-1] + 1) * settings["trainer.accumulate_grad_batches"]
                 run |= {"train_loss": rows["train_loss"].iloc[-1], "seconds_per_step": per_step,
-                        "seconds": (rows["step"].iloc[-1] + 1) * settings["trainer.accumulate_grad_batches"] * per_step}
+                        "seconds": batches * per_step}
         runs.append(run)
     if not any(run["state"] == "finished" for run in runs):
         raise ValueError(f"no finished run below {', '.join(map(str, folders))}"
@@ -84,17 +89,19 @@ def read_epochs(place: Path) -> pd.DataFrame:
         rows = pd.DataFrame()
     except ValueError as error:
         raise ValueError(f"{place}/metrics.csv is damaged ({error})") from error
-    rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS).apply(pd.to_numeric, errors="coerce")
-    rows = rows.dropna(subset=list(METRICS.values()), how="all").groupby("epoch").last()
+    rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
+    rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
+    rows = rows.groupby("epoch").last()
     return rows.assign(folder=str(place), epoch=rows.index.astype(int) + 1)
 
 
 def name_variants(runs: pd.DataFrame) -> pd.Series:
-    """By run, its variant: the settings in which the finished ones differ; of the block only what tells two apart.
+    """By run, its variant: the settings in which the finished ones differ.
 
-    A run whose settings no finished run has belongs to no variant.
+    Of the block it has only what tells two apart. A run with settings of no finished run has no variant.
     """
-    variants = [dict(settings) for settings in {tuple(sorted(s.items())) for s in runs[runs["state"] == "finished"]["settings"]}]
+    finished = runs[runs["state"] == "finished"]["settings"]
+    variants = [dict(settings) for settings in {tuple(sorted(s.items())) for s in finished}]
     keys = {key for variant in variants for key in variant}
     differ = sorted(key for key in keys if len({str(variant.get(key)) for variant in variants}) > 1)
 
@@ -109,27 +116,33 @@ def name_variants(runs: pd.DataFrame) -> pd.Series:
         of_block = settings.get("block.name") != "none"  # without a block, its knobs mean nothing
         return ", ".join(str(settings.get(key)) if key == "block.name" else f"{key}={settings.get(key)}"
                          for key in names if key == "block.name" or of_block or not key.startswith("block."))
-    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings in variants else "")
+    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings in variants
+                                else "")
 
 
 def paired(runs: pd.DataFrame, variant: str, base: str) -> dict[str, Any]:
-    """Difference in top-1 (points) of the seeds that two variants share, with the 95% confidence interval of Student's t."""
-    both = runs[runs["variant"] == variant].set_index("seed")["top1"] - runs[runs["variant"] == base].set_index("seed")["top1"]
-    both = 100 * both.dropna()
+    """Difference in top-1 (points) of the seeds that two variants share, with its 95% confidence interval."""
+    top1 = {name: runs[runs["variant"] == name].set_index("seed")["top1"] for name in (variant, base)}
+    both = 100 * (top1[variant] - top1[base]).dropna()
     if both.empty:
         return {"pairs": 0}
     mean, half = mean_and_half_width(both)
     known = half > 1e-9  # one pair, or the same difference in all (few test images), gives no spread
-    return {"pairs": len(both), "difference": mean} | ({"low": mean - half, "high": mean + half} if known else {})
+    interval = {"low": mean - half, "high": mean + half} if known else {}
+    return {"pairs": len(both), "difference": mean} | interval
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and how far its 95% confidence interval (Student's t) reaches to each side; NaN for a single value."""
-    return np.mean(values), stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else np.nan
+    """Mean, and how far its 95% confidence interval (Student's t) reaches to each side; NaN for one value."""
+    if len(values) < 2:
+        return np.mean(values), np.nan
+    return np.mean(values), stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
 
 
 def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
-    """A variant a row: accuracy, cost, and the differences to its baseline after the same epochs and after about equal training time.
+    """A variant a row: accuracy, cost, and the differences to its baseline.
+
+    They are taken after the same epochs, and after about equal training time.
 
     Raises:
         ValueError: if there is no variant of the baseline's name, or a seed ran twice in a variant.
@@ -137,15 +150,19 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     done = runs[runs["state"] == "finished"]
     twice = done[done.duplicated(["variant", "seed"])]
     if len(twice):
-        raise ValueError(f"seed {twice['seed'].iloc[0]:.0f} of {twice['variant'].iloc[0]} is there twice, in {twice['folder'].iloc[0]} and "
-                         "elsewhere: name the folder of one study")
+        again = twice.iloc[0]
+        raise ValueError(f"seed {again['seed']:.0f} of {again['variant']} is there twice, in "
+                         f"{again['folder']} and elsewhere: name the folder of one study")
     if baseline is not None and baseline not in set(done["variant"]):
-        raise ValueError(f"--baseline {baseline}: there is no such variant; the variants are {'; '.join(sorted(set(done['variant'])))}")
+        names = "; ".join(sorted(set(done["variant"])))
+        raise ValueError(f"--baseline {baseline}: there is no such variant; the variants are {names}")
     first = done.drop_duplicates("variant").set_index("variant")["settings"]
-    lengths = {variant: sorted(set(group["epochs"].astype(int))) for variant, group in done.groupby("variant")}
+    lengths = {variant: sorted(set(group["epochs"].astype(int)))
+               for variant, group in done.groupby("variant")}
 
     def family(variant: str) -> dict:
-        return {k: v for k, v in first[variant].items() if not k.startswith("block.") and k != "trainer.max_epochs"}
+        return {key: value for key, value in first[variant].items()
+                if not key.startswith("block.") and key != "trainer.max_epochs"}
 
     def is_base(variant: str) -> bool:
         if baseline is None:
@@ -154,13 +171,17 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
 
     rows = []
     for variant, group in done.groupby("variant", sort=False):
-        row = {"variant": variant, "n": len(group), "epochs": "-".join(map(str, lengths[variant][:1] + lengths[variant][1:][-1:])),
-               "train_loss": group["train_loss"].mean(skipna=False), "train_loss_std": group["train_loss"].std(skipna=False),
+        ends = lengths[variant][:1] + lengths[variant][1:][-1:]  # the shortest and the longest
+        row = {"variant": variant, "n": len(group), "epochs": "-".join(map(str, ends)),
+               "train_loss": group["train_loss"].mean(skipna=False),
+               "train_loss_std": group["train_loss"].std(skipna=False),
                "top1": 100 * group["top1"].mean(), "top1_std": 100 * group["top1"].std(),
-               "converted_top1": 100 * group["converted_top1"].mean(), "predictions_changed": int(group["predictions_changed"].sum()),
-               "milliseconds_per_step": 1e3 * group["seconds_per_step"].median(), "activations_mib": group["activations_mib"].iloc[0],
-               "seconds": group["seconds"].median()}
-        bases = [a for a in first.index if a != variant and is_base(a) and (baseline is not None or family(a) == family(variant))]
+               "converted_top1": 100 * group["converted_top1"].mean(),
+               "predictions_changed": int(group["predictions_changed"].sum()),
+               "milliseconds_per_step": 1e3 * group["seconds_per_step"].median(),
+               "activations_mib": group["activations_mib"].iloc[0], "seconds": group["seconds"].median()}
+        bases = [a for a in first.index
+                 if a != variant and is_base(a) and (baseline is not None or family(a) == family(variant))]
         base = next((a for a in bases if lengths[a] == lengths[variant]), None)
         if base is not None:
             row |= {"baseline": base} | paired(done, variant, base)
@@ -171,12 +192,14 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
             row |= {"equal_time": nearest, "time_ratio": times[nearest],
                     "wanted_epochs": round(times[nearest] * lengths[nearest][-1])}
             if SAME_TIME[0] <= times[nearest] <= SAME_TIME[1]:
-                row |= {f"{key}_equal_time": value for key, value in paired(done, variant, nearest).items()}
+                row |= {f"{key}_equal_time": value
+                        for key, value in paired(done, variant, nearest).items()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path], baseline: str | None = None) -> str:
+def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path],
+             baseline: str | None = None) -> str:
     """The report, for people."""
     def cell(row, key, form):
         return form.format(row[key]) if key in row and pd.notna(row[key]) else ""
@@ -185,9 +208,10 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path], ba
         pairs = cell(row, "pairs" + suffix, "{:.0f}")
         if pairs in ("", "0"):
             return ["no seed in common" if pairs else "", ""]
-        return [cell(row, "difference" + suffix, "{:+.2f}") + (f" ({pairs} pairs)" if pairs != str(row["n"]) else ""),
-                cell(row, "low" + suffix, "{:+.2f}") + cell(row, "high" + suffix, " to {:+.2f}")
-                or ("one pair only" if pairs == "1" else "no spread")]
+        count = f" ({pairs} pairs)" if pairs != str(row["n"]) else ""
+        interval = cell(row, "low" + suffix, "{:+.2f}") + cell(row, "high" + suffix, " to {:+.2f}")
+        return [cell(row, "difference" + suffix, "{:+.2f}") + count,
+                interval or ("one pair only" if pairs == "1" else "no spread")]
 
     plain = baseline or "plain"
     first, equal = [], []
@@ -199,7 +223,8 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path], ba
                       f"{row['train_loss']:.4f}" + cell(row, "train_loss_std", " ± {:.4f}"),
                       f"{row['top1']:.2f}" + cell(row, "top1_std", " ± {:.2f}"), *difference(row),
                       f"{row['converted_top1']:.2f} ({row['predictions_changed']} changed)",
-                      cell(row, "milliseconds_per_step", f"{{:.0f}}{ratio[0]}"), f"{row['activations_mib']:.1f}{ratio[1]}"])
+                      cell(row, "milliseconds_per_step", f"{{:.0f}}{ratio[0]}"),
+                      f"{row['activations_mib']:.1f}{ratio[1]}"])
         if cell(row, "equal_time", "{}"):
             near = cell(row, "pairs_equal_time", "{}")
             wanted = f"not run yet: train it with trainer.max_epochs={row['wanted_epochs']:.0f}"
@@ -208,23 +233,29 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path], ba
     more = len(folders) - 1
     others = f" and {more} more folder{'s' * (more > 1)}" if more else ""
     parts = [f"# {folders[0].name}{others}",
-             f"Each row is a *variant*: all n runs that differ only in their seed. Its name is what tells it from the others (`none` is "
-             f"the plain network), and differences are to {baseline or 'the plain network of otherwise the same settings'}.",
+             "Each row is a *variant*: all n runs that differ only in their seed. Its name is what tells it "
+             "from the others (`none` is the plain network), and differences are to "
+             f"{baseline or 'the plain network of otherwise the same settings'}.",
              "![curves](curves.png)", "## After the same number of epochs",
-             table(["variant", "n", "epochs", "final training loss", "test top-1, %", f"difference to {plain}, points", "95% interval",
-                     "top-1 after conversion, % (predictions)", "ms a step", "activations a batch, MiB"], first),
-             "± is the standard deviation over seeds. A difference is the mean over pairs of runs with the same seed; if its interval "
-             "contains 0, it is not significant. Each interval is for one comparison: without any effect, one in twenty still misses 0. "
-             "It covers the chance in the seeds, not in the choice of the test images, which matters where they are few. Times are as "
-             "logged, on a machine that may have been busy with other work. Activations are the memory that a forward pass in float32 "
-             "keeps for the backward pass."]
+             table(["variant", "n", "epochs", "final training loss", "test top-1, %",
+                    f"difference to {plain}, points", "95% interval",
+                    "top-1 after conversion, % (predictions)", "ms a step", "activations a batch, MiB"],
+                   first),
+             "± is the standard deviation over seeds. A difference is the mean over pairs of runs with the "
+             "same seed; if its interval contains 0, it is not significant. Each interval is for one "
+             "comparison: without any effect, one in twenty still misses 0. It covers the chance in the "
+             "seeds, not in the choice of the test images, which matters where they are few. Times are as "
+             "logged, on a machine that may have been busy with other work. Activations are the memory that "
+             "a forward pass in float32 keeps for the backward pass."]
     if equal:
-        head = ["variant", f"{plain}, trained for about the same time", f"its time / that of {plain}", "difference, points", "95% interval"]
+        head = ["variant", f"{plain}, trained for about the same time", f"its time / that of {plain}",
+                "difference, points", "95% interval"]
         parts += ["## At about equal training time", table(head, equal)]
     left = [f"- `{row.folder}`: {row.state}" for row in runs[runs["state"] != "finished"].itertuples()]
     parts.append("\n".join([f"## Not in the tables: {len(left)} of {len(runs)} runs\n", *left]) if left else
                  f"All {len(runs)} runs found are finished.")
-    seeds = {variant: set(group["seed"].astype(int)) for variant, group in runs[runs["state"] == "finished"].groupby("variant")}
+    done = runs[runs["state"] == "finished"]
+    seeds = {variant: set(group["seed"].astype(int)) for variant, group in done.groupby("variant")}
     lacking = {variant: sorted(set().union(*seeds.values()) - of) for variant, of in seeds.items()}
     if any(lacking.values()):
         parts.append("Seeds that others have: " + "; ".join(
@@ -233,7 +264,7 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path], ba
 
 
 def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
-    """Training loss and test top-1 by epoch, a variant a line; the band is a standard deviation to each side."""
+    """Training loss and test top-1 by epoch, a variant a line; the band is a standard deviation each way."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -241,7 +272,8 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
     for axis, (column, title, scale) in zip(figure.subplots(1, 2), shown, strict=True):
         for variant, group in epochs.groupby("variant", sort=False):
             curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")
-            mean, std = curve.mean(axis=1, skipna=False), curve.std(axis=1).fillna(0)  # one that diverged ends the line
+            mean = curve.mean(axis=1, skipna=False)  # one that diverged ends the line
+            std = curve.std(axis=1).fillna(0)
             [line] = axis.plot(mean.index, mean, label=f"{variant} (n={group['folder'].nunique()})")
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="epoch")
@@ -252,10 +284,12 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="of runs, or of folders of runs")
     parser.add_argument("--out", type=Path, help="where to write; by default into the first folder")
-    parser.add_argument("--baseline", help="the variant to compare all others with; by default the plain network of the same settings")
+    parser.add_argument("--baseline", help="the variant to compare all others with; by default the plain "
+                                           "network of the same settings")
     options = parser.parse_args()
     with plain_errors():
         runs, epochs = read_runs(options.folders)

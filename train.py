@@ -21,7 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from dbb import branchwise, compare_logits, reparameterize
-from training.callbacks import log_convolutions, log_predictions, make_callbacks, make_loggers, shows_progress_bar
+from training.callbacks import (
+    log_convolutions,
+    log_predictions,
+    make_callbacks,
+    make_loggers,
+    shows_progress_bar,
+)
 from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors, write_text
 from training.data import ImageData
@@ -43,12 +49,14 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
 
     Args:
         settings: of the run; with `ckpt` set, training goes on from there.
-        run_dir: gets config.yaml, convolutions.csv, metrics.csv, checkpoints/last.ckpt, result.json and W&B's files. If it holds
-            this very run, training goes on where that stopped; if that is finished, its result is returned.
+        run_dir: gets config.yaml, convolutions.csv, metrics.csv, checkpoints/last.ckpt, result.json and W&B's
+            files. If it holds this very run, training goes on where that stopped; if that is finished, its
+            result is returned.
 
     Returns:
-        `top1`, `top5` (fractions) and `loss` of the checkpoint kept, branch by branch; `val_top1`, where images are held out;
-        `converted_top1` and `predictions_changed` by conversion. Empty in all processes but the first.
+        `top1`, `top5` (fractions) and `loss` of the checkpoint kept, branch by branch; `val_top1`, where
+        images are held out; `converted_top1` and `predictions_changed` by conversion. Empty in all processes
+        but the first.
 
     Raises:
         ValueError: if a setting or the data is wrong, or `run_dir` already holds another run; see also
@@ -60,8 +68,9 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         print(f"{run_dir} is finished: {sentence(result, last)}")
         return result
     if settings.source is not None:
-        raise ValueError(f"source={settings.source}: train.py continues its own checkpoints only; model.weights=FILE starts from "
-                         "a plain network's weights, convert.py reads published files")
+        raise ValueError(f"source={settings.source}: train.py continues its own checkpoints only; "
+                         "model.weights=FILE starts from a plain network's weights, convert.py reads "
+                         "published files")
     if settings.logger.id is None or (wanted is not None and not last.exists()):
         # The id in a checkpoint belongs to its own folder.
         settings = replace(settings, logger=replace(settings.logger, id=secrets.token_hex(4)))
@@ -70,15 +79,8 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     checkpoint, done, changed = None, 0, []  # done: epochs
     if settings.ckpt is not None:
-        checkpoint = load_checkpoint(settings.ckpt)
-        done, optimizer = checkpoint["epoch"] + 1, checkpoint["dbb"]["settings"]["optim"]["name"]
-        changed = [*checkpoint["dbb"].get("changed", []), *changes(checkpoint["dbb"]["settings"], settings, done)]
         evaluated = result is not None or not last.exists()  # else it stopped in its last evaluation
-        if done >= settings.trainer.max_epochs and evaluated:
-            raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has {done} "
-                             "epochs; set more to continue")
-        if optimizer != settings.optim.name:
-            raise ValueError(f"optim.name={settings.optim.name} cannot continue with the state of {optimizer} in the checkpoint")
+        checkpoint, done, changed = continued(settings, evaluated)
     data = ImageData(settings.data, settings.seed, first_epoch=done)
     print(f"loading the images of data={settings.data.name}", flush=True)
     data.load(train=True)
@@ -91,26 +93,56 @@ def train(settings: Settings, run_dir: Path) -> dict[str, float]:
         restore(model.net, checkpoint)  # says what does not fit, before Lightning would
 
     trainer.loggers = make_loggers(settings, run_dir)
-    if trainer.is_global_zero:
-        # Of an earlier session. Lightning's own checkpoints for SLURM are made in the middle of an epoch,
-        # from which the order of the data cannot continue.
-        for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
-            path.unlink(missing_ok=True)
-        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
-        trainer.loggers[-1].log_hyperparams(asdict(settings))
-        activations = activations_of_a_batch(model.net, settings.data.batch_size, data.image_size) / 2**20
-        parameters = sum(p.numel() for p in model.net.parameters())
-        reduced = f", images of {data.image_size} pixels reduced {model.net.total_stride} times" * bool(model.net.total_stride)
-        print(f"{settings.model.name} with block={settings.block.name}, on {trainer.strategy.root_device}: {parameters:,} parameters, "
-              f"{activations:.0f} MiB for the activations of a batch{reduced}",
-              *[mode_line(settings), model.net.report] * bool(model.net.report), *rough_start(settings) * (checkpoint is None),
-              f"run folder: {run_dir}", sep="\n")
-        log_convolutions(trainer.loggers[-1], model.net.report, run_dir)
-
+    cost = begin(settings, model, trainer, run_dir) if trainer.is_global_zero else {}
     trainer.fit(model, data, ckpt_path=settings.ckpt, weights_only=True)
     if not trainer.is_global_zero:
         return {}
-    return final_scores(settings, data, trainer, run_dir, {"parameters": parameters, "activations_mib": activations})
+    return final_scores(settings, data, trainer, run_dir, cost)
+
+
+def continued(settings: Settings, evaluated: bool) -> tuple[dict, int, list[str]]:
+    """The checkpoint that training goes on from, its epochs, and the settings that have changed since.
+
+    Args:
+        settings: with `ckpt`.
+        evaluated: whether nothing is left to do, if no epoch is.
+
+    Raises:
+        ValueError: if the checkpoint is no start for these settings.
+    """
+    checkpoint = load_checkpoint(settings.ckpt)
+    stored, done = checkpoint["dbb"]["settings"], checkpoint["epoch"] + 1
+    if done >= settings.trainer.max_epochs and evaluated:
+        raise ValueError(f"trainer.max_epochs={settings.trainer.max_epochs}: the checkpoint already has "
+                         f"{done} epochs; set more to continue")
+    if stored["optim"]["name"] != settings.optim.name:
+        raise ValueError(f"optim.name={settings.optim.name} cannot continue with the state of "
+                         f"{stored['optim']['name']} in the checkpoint")
+    return checkpoint, done, [*checkpoint["dbb"].get("changed", []), *changes(stored, settings, done)]
+
+
+def begin(settings: Settings, model: Classifier, trainer: pl.Trainer, run_dir: Path) -> dict[str, float]:
+    """What the first process does before the training: clear the folder, write and print what is trained.
+
+    Returns:
+        `parameters`, and `activations_mib` of a batch.
+    """
+    # Of an earlier session. Lightning's own checkpoints for SLURM are made in the middle of an epoch,
+    # from which the order of the data cannot continue.
+    for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
+        path.unlink(missing_ok=True)
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
+    trainer.loggers[-1].log_hyperparams(asdict(settings))
+    net, size = model.net, model.image_size
+    activations = activations_of_a_batch(net, settings.data.batch_size, size) / 2**20
+    parameters = sum(p.numel() for p in net.parameters())
+    reduced = f", images of {size} pixels reduced {net.total_stride} times" if net.total_stride else ""
+    print(f"{settings.model.name} with block={settings.block.name}, on {trainer.strategy.root_device}: "
+          f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}",
+          *[mode_line(settings), net.report] * bool(net.report),
+          *rough_start(settings) * (settings.ckpt is None), f"run folder: {run_dir}", sep="\n")
+    log_convolutions(trainer.loggers[-1], net.report, run_dir)
+    return {"parameters": parameters, "activations_mib": activations}
 
 
 def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
@@ -148,25 +180,35 @@ def mode_line(settings: Settings) -> str:
             f"{activations:.1f} times its memory for activations (measured on a CPU, 32x32 images)")
 
 
-def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path, cost: dict[str, float]) -> dict[str, float]:
-    """Evaluate the checkpoint kept, branch by branch and converted; print, log and write result.json, whose content is returned."""
+def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path,
+                 cost: dict[str, float]) -> dict[str, float]:
+    """Evaluate the checkpoint kept, branch by branch and converted; print, log and write result.json.
+
+    Returns:
+        What result.json holds.
+    """
     last = run_dir / "checkpoints" / "last.ckpt"
     net, device = load_network(load_checkpoint(last), settings), pick_device(settings.trainer.accelerator)
     with branchwise(net):
         logits, targets = predict(net, data, device, "test")
-        held_out = {"val_top1": scores(*predict(net, data, device, "val", data.held_out_dataloader()))["top1"]} \
-            if settings.data.val_size else {}
+        held_out = {}
+        if settings.data.val_size:
+            of_val = scores(*predict(net, data, device, "val", data.held_out_dataloader()))
+            held_out["val_top1"] = of_val["top1"]
     converted, _ = predict(reparameterize(net), data, device, "converted")
-    result = scores(logits, targets) | held_out | {"converted_top1": scores(converted, targets)["top1"],
-                                        "predictions_changed": compare_logits([(logits, converted)]).predictions_changed} | cost
+    by_conversion = {"converted_top1": scores(converted, targets)["top1"],
+                     "predictions_changed": compare_logits([(logits, converted)]).predictions_changed}
+    result = scores(logits, targets) | held_out | by_conversion | cost
     changed = trainer.lightning_module.changed
-    write_text(run_dir / "result.json", json.dumps(result | ({"changed": changed} if changed else {}), indent=2) + "\n")
+    written = result | ({"changed": changed} if changed else {})
+    write_text(run_dir / "result.json", json.dumps(written, indent=2) + "\n")
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
     log_predictions(trainer.loggers[-1], data, logits, targets)
-    print(sentence(result, last), f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of {len(targets)} "
-          f"predictions changed (python convert.py ckpt={last} writes the files)", sep="\n")
+    print(sentence(result, last),
+          f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "
+          f"{len(targets)} predictions changed (python convert.py ckpt={last} writes the files)", sep="\n")
     return result
 
 
@@ -179,10 +221,11 @@ def main(cfg: DictConfig) -> float | None:
     run_dir = Path(hydra_cfg.runtime.output_dir)
     try:
         with plain_errors(), alone_in(run_dir):
-            return train(resolve(cfg, hydra_cfg.overrides.task), run_dir).get("val_top1")  # what a sweeper may select by
+            result = train(resolve(cfg, hydra_cfg.overrides.task), run_dir)
+            return result.get("val_top1")  # what a sweeper may select by
     except (SystemExit, Exception) as stop:
         why = stop.code if isinstance(stop, SystemExit) else f"error: {type(stop).__name__}: {stop}"
-        if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(why, str):  # a number: somebody stopped it
+        if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(why, str):  # a number: it was stopped
             raise
         if not isinstance(stop, SystemExit):
             traceback.print_exc()

@@ -23,7 +23,8 @@ from training.data import ImageData
 from training.evaluate import predict, scores
 from training.settings import DataConf
 
-VARIANTS = {"int8": {}, "int8, classifier too": {"classifier": True}, "int8, signed weights": {"signed": True}}
+VARIANTS = {"int8": {}, "int8, classifier too": {"classifier": True},
+            "int8, signed weights": {"signed": True}}
 
 
 def main() -> None:
@@ -31,8 +32,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="data.root of the data set that the reports name")
     parser.add_argument("folders", nargs="+", type=Path)
     options = parser.parse_args()
-    head = ["network", "block", "float", *VARIANTS, "int8 - float, points", "predictions changed", "widest / median channel",
-            "worst layers, dB"]
+    head = ["network", "block", "float", *VARIANTS, "int8 - float, points", "predictions changed",
+            "widest / median channel", "worst layers, dB"]
     print("| " + " | ".join(head) + " |", "|" + "---|" * len(head), sep="\n")
     for folder in options.folders:
         report = json.loads((folder / "report.json").read_text())
@@ -42,17 +43,21 @@ def main() -> None:
                         crop_pct=about["image_size"] / about["resize"])
         data = ImageData(conf, 0)
         data.load(train=True)
-        logits, targets = predict(OnnxNetwork(folder / "model.onnx"), data, torch.device("cpu"), "float")
+        cpu, source = torch.device("cpu"), folder / "model.onnx"
+        logits, targets = predict(OnnxNetwork(source), data, cpu, "float")
         top1, found = scores(logits, targets)["top1"], {}
         with tempfile.TemporaryDirectory() as scratch:
-            for name, options_ in VARIANTS.items():
-                quantize(folder / "model.onnx", Path(scratch) / "int8.onnx", data.calibration_images(), **options_)
-                found[name], _ = predict(OnnxNetwork(Path(scratch) / "int8.onnx"), data, torch.device("cpu"), name)
+            for name, variant in VARIANTS.items():
+                target = Path(scratch) / "int8.onnx"
+                quantize(source, target, data.calibration_images(), **variant)
+                found[name], _ = predict(OnnxNetwork(target), data, cpu, name)
         accuracies = {name: scores(values, targets)["top1"] for name, values in found.items()}
         worst = ", ".join(f"{row['layer']} {row['output_db']:.1f}" for row in report["int8"][:3])
-        cells = [about["model"], about["block"], f"{top1:.4f}", *(f"{value:.4f}" for value in accuracies.values()),
-                 f"{100 * (accuracies['int8'] - top1):+.2f}", f"{int((logits.argmax(1) != found['int8'].argmax(1)).sum()):,}",
-                 f"{max(row['spread'] for row in report['int8']):.1f}", worst]
+        changed = int((logits.argmax(1) != found["int8"].argmax(1)).sum())
+        spread = max(row["spread"] for row in report["int8"])
+        cells = [about["model"], about["block"], f"{top1:.4f}",
+                 *(f"{value:.4f}" for value in accuracies.values()),
+                 f"{100 * (accuracies['int8'] - top1):+.2f}", f"{changed:,}", f"{spread:.1f}", worst]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -1,10 +1,11 @@
-"""What inference costs before and after conversion: four forms of one network, three ways to run them, three batch sizes.
+"""What inference costs before and after conversion: four forms of one network, three ways to run them.
 
     python benchmarks/latency.py ckpt=outputs/.../checkpoints/last.ckpt
 
-Forms: branch by branch as trained; merged (plain convolutions, the other norms as they are); the plain network with its norms;
-the plain network with its norms folded in. All cells of a batch size are timed in turn, round by round, in this one process;
-medians, in milliseconds. On the CPU, where onnxruntime runs too. Writes all numbers to benchmarks/results/.
+Forms: branch by branch as trained; merged (plain convolutions, the other norms as they are); the plain
+network with its norms; the plain network with its norms folded in. All cells of a batch size are timed in
+turn, round by round, in this one process; medians, in milliseconds. On the CPU, where onnxruntime runs too.
+Writes all numbers to benchmarks/results/.
 """
 
 import csv
@@ -49,17 +50,19 @@ class Branchwise(nn.Module):
 def measure(settings: Settings) -> list[dict]:
     """Milliseconds of every form, way and batch size, a row each."""
     checkpoint = load_checkpoint(settings.ckpt)
-    net, size, classes = load_network(checkpoint, settings), checkpoint["dbb"]["image_size"], len(checkpoint["dbb"]["classes"])
-    image, stock = torch.zeros(2, 3, size, size), build_model(settings.model.name, classes, image_size=size).eval()
+    net, size = load_network(checkpoint, settings), checkpoint["dbb"]["image_size"]
+    classes, image = len(checkpoint["dbb"]["classes"]), torch.zeros(2, 3, size, size)
+    stock = build_model(settings.model.name, classes, image_size=size).eval()
     forms = {"branch by branch": Branchwise(net), "merged": reparameterize(net), "plain, with norms": stock,
              "plain, norms folded": fold_norms(stock, image)}
     cells = {}
     with tempfile.TemporaryDirectory() as folder:
         for form, network in forms.items():
             path, branches = Path(folder) / f"{len(cells)}.onnx", form == "branch by branch"
-            about = {"model": settings.model.name, "classes": ["a"], "image_size": size, "resize": size, "mean": [0.0] * 3,
-                     "std": [1.0] * 3}
-            export_onnx(net if branches else network, image, about, path, training=branches or form == "plain, with norms")
+            about = {"model": settings.model.name, "classes": ["a"], "image_size": size, "resize": size,
+                     "mean": [0.0] * 3, "std": [1.0] * 3}
+            training = form in ("branch by branch", "plain, with norms")  # every norm as a node of its own
+            export_onnx(net if branches else network, image, about, path, training=training)
             cells |= {(form, "eager"): network, (form, "compiled"): torch.compile(network, dynamic=False),
                       (form, "onnxruntime"): OnnxNetwork(path, torch.get_num_threads())}
     rows = []
@@ -71,8 +74,9 @@ def measure(settings: Settings) -> list[dict]:
             cells[cell](x)
             if round_ >= 2:
                 times[cell].append(1e3 * (time.perf_counter() - start))
-        rows += [{"model": settings.model.name, "image_size": size, "batch": batch, "form": form, "way": way,
-                  "ms": f"{statistics.median(found):.4f}"} for (form, way), found in times.items()]
+        rows += [{"model": settings.model.name, "image_size": size, "batch": batch, "form": form,
+                  "way": way, "ms": f"{statistics.median(found):.4f}"}
+                 for (form, way), found in times.items()]
     return rows
 
 
@@ -82,7 +86,8 @@ def table(rows: list[dict]) -> str:
     columns.sort(key=lambda column: ("eager", "compiled", "onnxruntime").index(column[0]))
     cells = {(row["form"], row["way"], row["batch"]): f"{float(row['ms']):.2f}" for row in rows}
     head = ["", *(f"{way}, {batch}" for way, batch in columns)]
-    body = [[form, *(cells[form, *column] for column in columns)] for form in dict.fromkeys(row["form"] for row in rows)]
+    forms = dict.fromkeys(row["form"] for row in rows)
+    body = [[form, *(cells[form, *column] for column in columns)] for form in forms]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
@@ -92,13 +97,14 @@ def main(cfg: DictConfig) -> None:
         settings = resolve(cfg, HydraConfig.get().overrides.task)
         rows = measure(settings)
     version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
-    path = Path(__file__).parent / "results" / f"latency_{settings.model.name}_torch{version}_cpu_{threads}threads.csv"
+    name = f"latency_{settings.model.name}_torch{version}_cpu_{threads}threads.csv"
+    path = Path(__file__).parent / "results" / name
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{settings.model.name}, {rows[0]['image_size']} pixels, milliseconds a batch, {threads} threads, torch {version}\n\n"
-          f"{table(rows)}\n\nwritten to {path}")
+    print(f"{settings.model.name}, {rows[0]['image_size']} pixels, milliseconds a batch, {threads} threads, "
+          f"torch {version}\n\n{table(rows)}\n\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/pipeline.py [--imagenet data/imagenet] [--rounds 7]
 
-One thread for the pipelines; medians, what is compared is interleaved. Writes all numbers to benchmarks/results/.
+One thread for the pipelines; medians, what is compared is interleaved. Writes all numbers to
+benchmarks/results/.
 """
 
 import argparse
@@ -59,9 +60,11 @@ class PerImage(Dataset):
     """CIFAR as torchvision serves it: one image at a time, through Pillow and the usual transforms."""
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor, settings: Settings):
-        self.images, self.targets = images.permute(0, 2, 3, 1).contiguous().numpy(), targets.tolist()
-        self.transform = transforms.Compose([transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                             transforms.Normalize(settings.data.mean, settings.data.std)])
+        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.targets = targets.tolist()
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize(settings.data.mean, settings.data.std)])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,9 +76,11 @@ class PerImage(Dataset):
 def cifar(rounds: int) -> dict[str, float]:
     """Images per second of a CIFAR epoch: torchvision's way, ours; and of ResNet-20's training step."""
     settings = settings_of("model=resnet20", "data=cifar10")
-    images, targets = torch.randint(256, (8192, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (8192,))
+    images = torch.randint(256, (8192, 3, 32, 32), dtype=torch.uint8)
+    targets = torch.randint(10, (8192,))
     data = ImageData(settings.data, 0)
-    data.train_set, data.train_indices = TensorImages(images, targets, settings.data, 0, augment=True), torch.arange(8192)
+    data.train_set = TensorImages(images, targets, settings.data, 0, augment=True)
+    data.train_indices = torch.arange(8192)
     theirs = DataLoader(PerImage(images, targets, settings), 128, shuffle=True)
     model = Classifier(settings, [str(i) for i in range(10)], 32).train()
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())))
@@ -84,13 +89,15 @@ def cifar(rounds: int) -> dict[str, float]:
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         return len(batch[0])
 
-    return rates({"torchvision": lambda: sum(len(x) for x, _ in theirs),
-                  "ours": lambda: sum(len(data.on_after_batch_transfer(b)[0]) for b in data.train_dataloader()),
-                  "resnet20 step": step}, rounds)
+    def ours() -> int:
+        return sum(len(data.on_after_batch_transfer(batch)[0]) for batch in data.train_dataloader())
+
+    return rates({"torchvision": lambda: sum(len(x) for x, _ in theirs), "ours": ours, "resnet20 step": step},
+                 rounds)
 
 
 def imagenet(root: str, rounds: int) -> dict[str, float]:
-    """Images per second: decoding alone, by Pillow and by torchvision, and our training and test pipelines."""
+    """Images per second: decoding alone, by Pillow and by torchvision; our training and test pipelines."""
     settings = settings_of("model=resnet18", "data=imagenet", f"data.root={Path(root).resolve()}")
     train, test = (load_files(settings.data, 0, train)[0] for train in (True, False))
     test.tree = train.tree  # the same files
@@ -102,9 +109,15 @@ def imagenet(root: str, rounds: int) -> dict[str, float]:
             read(path)
         return len(paths)
 
-    return rates({"Pillow": lambda: decode(lambda path: Image.open(path).convert("RGB")),
-                  "torchvision.io": lambda: decode(lambda path: torchvision.io.decode_image(path, torchvision.io.ImageReadMode.RGB)),
-                  "ours, training": lambda: len(train.__getitems__(keys)), "ours, test": lambda: len(test.__getitems__(keys))}, rounds)
+    def pillow(path: str) -> Image.Image:
+        return Image.open(path).convert("RGB")
+
+    def by_torchvision(path: str) -> torch.Tensor:
+        return torchvision.io.decode_image(path, torchvision.io.ImageReadMode.RGB)
+
+    return rates({"Pillow": lambda: decode(pillow), "torchvision.io": lambda: decode(by_torchvision),
+                  "ours, training": lambda: len(train.__getitems__(keys)),
+                  "ours, test": lambda: len(test.__getitems__(keys))}, rounds)
 
 
 class Times(Callback):
@@ -124,9 +137,10 @@ class Times(Callback):
 
 
 def lightning(rounds: int) -> dict[str, float]:
-    """Milliseconds of a ResNet-20 step (batch 128, 32x32): a bare loop, and train.py's trainer with all its callbacks."""
-    settings = settings_of("model=resnet20", "data=digits", "data.image_size=32", "data.batch_size=128", "logger=csv",
-                           "trainer.max_epochs=1", "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false")
+    """Milliseconds of a ResNet-20 step (batch 128, 32x32): bare, and by train.py's trainer with callbacks."""
+    settings = settings_of("model=resnet20", "data=digits", "data.image_size=32", "data.batch_size=128",
+                           "logger=csv", "trainer.max_epochs=1", "trainer.limit_val_batches=0",
+                           "trainer.enable_progress_bar=false")
     data = ImageData(settings.data, 0)
     data.load(train=True)
     bare, steps = [], Times()
@@ -147,8 +161,11 @@ def lightning(rounds: int) -> dict[str, float]:
             model = Classifier(settings, data.classes, 32)
             callbacks = [steps, *make_callbacks(settings, Path(folder))]
             options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": False}
-            pl.Trainer(**options, default_root_dir=folder, callbacks=callbacks, logger=make_loggers(settings.logger, Path(folder)),
-                       enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0).fit(model, data)
+            trainer = pl.Trainer(**options, default_root_dir=folder, callbacks=callbacks,
+                                 logger=make_loggers(settings.logger, Path(folder)),
+                                 enable_model_summary=False, use_distributed_sampler=False,
+                                 num_sanity_val_steps=0)
+            trainer.fit(model, data)
     return {"bare loop": 1e3 * statistics.median(bare), "trainer": 1e3 * statistics.median(steps.steps)}
 
 
@@ -158,7 +175,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     threads, numbers = torch.get_num_threads(), []
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()} CPU, {options.rounds} rounds, medians\n")
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()} CPU, "
+          f"{options.rounds} rounds, medians\n")
 
     def report(what: str, values: dict[str, float], unit: str, base: str) -> None:
         for name, value in values.items():
@@ -173,7 +191,8 @@ def main() -> None:
     if options.imagenet:
         report("ImageNet files, one thread", imagenet(options.imagenet, options.rounds), "images/s", "Pillow")
     version = torch.__version__.split("+")[0]
-    with (ROOT / "benchmarks" / "results" / f"pipeline_torch{version}_cpu_{threads}threads.csv").open("w", newline="") as file:
+    path = ROOT / "benchmarks" / "results" / f"pipeline_torch{version}_cpu_{threads}threads.csv"
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(numbers[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(numbers)

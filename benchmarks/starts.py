@@ -1,9 +1,10 @@
 """What a start of the branches does at the first step, layer by layer: `python benchmarks/starts.py`.
 
-For every convolution that becomes a block: the variance of the block's output and its speed, both as ratios to the plain
-convolution and norm on the same input. Speed is how fast the output moves under SGD: the squared norm of the gradient of
-a random projection of the output, over all kernels. Prints median, smallest and largest over the layers, and writes all
-layers to results/starts.csv. Images are standard normal noise, weights fresh; no data is needed, and one core for a minute.
+For every convolution that becomes a block: the variance of the block's output and its speed, both as ratios
+to the plain convolution and norm on the same input. Speed is how fast the output moves under SGD: the squared
+norm of the gradient of a random projection of the output, over all kernels. Prints median, smallest and
+largest over the layers, and writes all layers to results/starts.csv. Images are standard normal noise,
+weights fresh; no data is needed, and one core for a minute.
 """
 
 import csv
@@ -23,17 +24,22 @@ from training.checkpoint import blocks_of
 from training.settings import BlockConf
 
 NETWORKS = ("resnet20", "vgg16_narrow", "mobilenet_v1")
-BLOCKS = {"dbb": BlockConf(branches=["kxk", "1x1", "1x1_avg", "1x1_kxk"], depthwise=["kxk", "avg", "1x1_kxk"]),
-          "acb": BlockConf(branches=["kxk", "1xk", "kx1"]), "repvgg": BlockConf(branches=["kxk", "1x1", "identity"]),
-          "mobileone": BlockConf(branches=["kxk", "1x1", "identity"], copies=4)}  # as in configs/block/
+BLOCKS = {  # as in configs/block/
+    "dbb": BlockConf(branches=["kxk", "1x1", "1x1_avg", "1x1_kxk"], depthwise=["kxk", "avg", "1x1_kxk"]),
+    "acb": BlockConf(branches=["kxk", "1xk", "kx1"]),
+    "repvgg": BlockConf(branches=["kxk", "1x1", "identity"]),
+    "mobileone": BlockConf(branches=["kxk", "1x1", "identity"], copies=4)}
 COLUMNS = ["network", "block", "init", "layer", "branches", "variance", "speed"]
 
 
 def inputs_of(net: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
     """What some modules get as their input in a training forward."""
     seen = {}
-    handles = [net.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
-               for name in names]
+    handles = []
+    for name in names:
+        def keep(module, args, name=name):
+            seen[name] = args[0]
+        handles.append(net.get_submodule(name).register_forward_pre_hook(keep))
     with torch.no_grad():
         net.train()(images)
     for handle in handles:
@@ -58,7 +64,8 @@ def main() -> None:
         plain = build_model(network, 10, image_size=32)
         for block in BLOCKS:
             for init in (init for init in INITS if init != "single"):
-                net, report = replace_convs(plain, blocks_of(BLOCKS[block]), example_input=images[:1], init=init)
+                blocks = blocks_of(BLOCKS[block])
+                net, report = replace_convs(plain, blocks, example_input=images[:1], init=init)
                 swapped = [row for row in report if row.block]
                 seen = inputs_of(plain, [row.module for row in swapped], images)
                 found = []
@@ -69,8 +76,10 @@ def main() -> None:
                     after = variance_and_speed(net.get_submodule(row.module), seen[row.module])
                     ratios = [new / old for new, old in zip(after, before, strict=True)]
                     found.append(ratios)
-                    rows.append([network, block, init, row.module, row.block, *(f"{ratio:.4g}" for ratio in ratios)])
-                cells = [f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})" for of in zip(*found, strict=True)]
+                    rows.append([network, block, init, row.module, row.block,
+                                 *(f"{ratio:.4g}" for ratio in ratios)])
+                cells = [f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+                         for of in zip(*found, strict=True)]
                 print("|", " | ".join([network, block, init, *cells]), "|", flush=True)
     with (ROOT / "benchmarks" / "results" / "starts.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])

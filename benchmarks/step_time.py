@@ -2,8 +2,9 @@
 
     python benchmarks/step_time.py [--device cuda] [--rounds 7] [--batch 64] [--rows depthwise]
 
-Forward and backward, medians over rounds, all variants interleaved within each round in this one process; and the bytes
-that a forward pass leaves allocated. Prints ratios to plain as a table, and writes all numbers to benchmarks/results/.
+Forward and backward, medians over rounds, all variants interleaved within each round in this one process; and
+the bytes that a forward pass leaves allocated. Prints ratios to plain as a table, and writes all numbers to
+benchmarks/results/.
 """
 
 import argparse
@@ -26,13 +27,14 @@ from models import build_model
 from training.evaluate import activation_bytes
 
 # channels in, out, groups, side of the map, stride
-LAYERS = [(64, 64, 1, 32, 1), (128, 128, 1, 16, 1), (128, 256, 1, 16, 2), (256, 256, 1, 8, 1), (512, 512, 1, 4, 1),
-          (128, 128, 128, 16, 1), (512, 512, 512, 8, 1)]
-OURS = {"exact": DiverseBranchBlock, "online": partial(DiverseBranchBlock, mode="online"), "linear": OnlineReparamBlock}
+LAYERS = [(64, 64, 1, 32, 1), (128, 128, 1, 16, 1), (128, 256, 1, 16, 2), (256, 256, 1, 8, 1),
+          (512, 512, 1, 4, 1), (128, 128, 128, 16, 1), (512, 512, 512, 8, 1)]
+OURS = {"exact": DiverseBranchBlock, "online": partial(DiverseBranchBlock, mode="online"),
+        "linear": OnlineReparamBlock}
 
 
 class DrawnBlock(nn.Module):
-    """The Diverse Branch Block (3x3) as the paper draws it, every branch a chain of modules with all of its maps.
+    """The Diverse Branch Block (3x3) as the paper draws it, every branch a chain of modules with its maps.
 
     The inner map is padded with its norm's value of zero, detached, as in the authors' code.
     """
@@ -56,7 +58,8 @@ class DrawnBlock(nn.Module):
 
     @staticmethod
     def pad(u, bn):
-        value = (bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt()).detach()[None, :, None, None]
+        value = bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt()
+        value = value.detach()[None, :, None, None]
         y = nn.functional.pad(u, [1] * 4)
         y[:, :, :1], y[:, :, -1:], y[:, :, :, :1], y[:, :, :, -1:] = value, value, value, value
         return y
@@ -65,11 +68,15 @@ class DrawnBlock(nn.Module):
         y = self.origin(x) + self.second(self.pad(self.first_bn(self.first(x)), self.first_bn))
         if self.point is None:
             return y + self.pool(x)
-        return y + self.point(x) + self.pool(self.pad(self.average_bn(self.average(x)), self.average_bn))
+        average = self.average_bn(self.average(x))
+        return y + self.point(x) + self.pool(self.pad(average, self.average_bn))
 
 
 class PublishedOREPA(nn.Module):
-    """OREPA's 3x3 unit as its authors run it: six kernels, each times a factor per output, all by einsum, and one norm."""
+    """OREPA's 3x3 unit as its authors run it: six kernels, each times a factor per output, and one norm.
+
+    All of it by einsum.
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int, groups: int):
         super().__init__()
@@ -79,8 +86,9 @@ class PublishedOREPA(nn.Module):
         def kernel(*shape):
             return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape)))
 
-        self.origin, self.average, self.frequency = kernel(c_out, per_group, 3, 3), kernel(c_out, per_group), kernel(c_out, per_group)
-        self.point, self.first, self.second = kernel(c_out, per_group), kernel(inside, per_group), kernel(c_out, inside // groups, 3, 3)
+        self.origin, self.average = kernel(c_out, per_group, 3, 3), kernel(c_out, per_group)
+        self.frequency, self.point = kernel(c_out, per_group), kernel(c_out, per_group)
+        self.first, self.second = kernel(inside, per_group), kernel(c_out, inside // groups, 3, 3)
         self.dw, self.pw = kernel(8 * c_in, 1, 3, 3), kernel(c_out, 8 * per_group)
         self.vector = nn.Parameter(torch.full((6, c_out), 0.5))
         self.register_buffer("box", torch.full((3, 3), 1 / 9))
@@ -90,13 +98,14 @@ class PublishedOREPA(nn.Module):
     def forward(self, x):
         g = self.groups
         first, second = self.first.unflatten(0, (g, -1)), self.second.unflatten(0, (g, -1))
-        dw = self.dw.reshape(g, -1, 8, 1, 3, 3)
+        dw, pw = self.dw.reshape(g, -1, 8, 1, 3, 3), self.pw.reshape(len(self.pw) // g, g, -1, 8)
         kernels = [self.origin, torch.einsum("oi,hw->oihw", self.average, self.box),
                    torch.einsum("oi,ohw->oihw", self.frequency, self.prior),
                    torch.einsum("gti,gothw->goihw", first, second).flatten(0, 1),
                    nn.functional.pad(self.point[:, :, None, None], [1] * 4),
-                   torch.einsum("cgtihw,ocgt->cogihw", dw, self.pw.reshape(len(self.pw) // g, g, -1, 8)).reshape(self.origin.shape)]
-        weight = sum(torch.einsum("oihw,o->oihw", kernel, factor) for kernel, factor in zip(kernels, self.vector, strict=True))
+                   torch.einsum("cgtihw,ocgt->cogihw", dw, pw).reshape(self.origin.shape)]
+        weight = sum(torch.einsum("oihw,o->oihw", kernel, factor)
+                     for kernel, factor in zip(kernels, self.vector, strict=True))
         return self.bn(nn.functional.conv2d(x, weight, None, self.stride, 1, 1, g))
 
 
@@ -111,7 +120,8 @@ def published(block: type[nn.Module], net: nn.Module) -> nn.Module:
 
 def layer(c_in: int, c_out: int, groups: int, stride: int) -> dict[str, nn.Module]:
     """A 3x3 layer in every variant."""
-    plain = nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out))
+    conv = nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False)
+    plain = nn.Sequential(conv, nn.BatchNorm2d(c_out))
     arguments = c_in, c_out, stride, groups
     return {"plain": plain, "drawn": DrawnBlock(*arguments), "published OREPA": PublishedOREPA(*arguments),
             **{mode: block(c_in, c_out, 3, stride, 1, groups=groups) for mode, block in OURS.items()}}
@@ -119,7 +129,8 @@ def layer(c_in: int, c_out: int, groups: int, stride: int) -> dict[str, nn.Modul
 
 def network(name: str, size: int) -> dict[str, nn.Module]:
     """A network in every variant."""
-    return {"plain": build_model(name, 10, None, size), "drawn": published(DrawnBlock, build_model(name, 10, "dbb", size)),
+    return {"plain": build_model(name, 10, None, size),
+            "drawn": published(DrawnBlock, build_model(name, 10, "dbb", size)),
             "published OREPA": published(PublishedOREPA, build_model(name, 10, "dbb", size)),
             **{mode: build_model(name, 10, block, size) for mode, block in OURS.items()}}
 
@@ -141,7 +152,10 @@ def step(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> float:
 
 
 def memory(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> tuple[int, int]:
-    """Bytes that a forward pass leaves allocated (the input counted, the output not), and at the peak of a step (CUDA only)."""
+    """Bytes that a forward pass leaves allocated, and at the peak of a step (CUDA only).
+
+    The input is counted, the output not.
+    """
     net.zero_grad(set_to_none=True)
     x.grad = None
     if x.is_cuda:
@@ -184,17 +198,20 @@ class Bench:
         for key, net in nets.items():
             left, peak = memory(net, x, cotangent)
             kept[key] = left
-            self.numbers.append({"row": name, "variant": key, "ms": f"{ms[key]:.3f}", "kept_mb": f"{left / 1e6:.3f}",
+            self.numbers.append({"row": name, "variant": key, "ms": f"{ms[key]:.3f}",
+                                 "kept_mb": f"{left / 1e6:.3f}",
                                  "peak_mb": f"{peak / 1e6:.3f}" if peak else ""})
-        cells = [f"{ms['plain']:.1f}", *(f"{ms[key] / ms['plain']:.2f}" for key in nets if key != "plain"),
-                 f"{kept['plain'] / 1e6:.1f}", *(f"{kept[key] / kept['plain']:.2f}" for key in nets if key != "plain")]
+        others = [key for key in nets if key != "plain"]
+        cells = [f"{ms['plain']:.1f}", *(f"{ms[key] / ms['plain']:.2f}" for key in others),
+                 f"{kept['plain'] / 1e6:.1f}", *(f"{kept[key] / kept['plain']:.2f}" for key in others)]
         print("|", " | ".join([name, *cells]), "|", flush=True)
 
     def write(self, path: Path) -> None:
         """Write the numbers, among those of other rows that are there already."""
-        measured = {number["row"] for number in self.numbers}
-        before = [number for number in csv.DictReader(path.open()) if number["row"] not in measured] if self.rows and path.exists() else []
-        self.numbers = before + self.numbers
+        if self.rows and path.exists():
+            measured = {number["row"] for number in self.numbers}
+            before = [number for number in csv.DictReader(path.open()) if number["row"] not in measured]
+            self.numbers = before + self.numbers
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(self.numbers[0]), lineterminator="\n")
             writer.writeheader()
@@ -206,18 +223,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rows", default="", help="only the rows whose name has this in it; the file keeps the others")
+    parser.add_argument("--rows", default="",
+                        help="only the rows whose name has this in it; the file keeps the others")
     options = parser.parse_args()
     device, n = torch.device(options.device), options.batch
     torch.manual_seed(0)
-    machine, units = (torch.cuda.get_device_name(), "gpu") if device.type == "cuda" else \
-        (f"{platform.machine()} CPU", f"{torch.get_num_threads()}threads")
-    print(f"torch {torch.__version__}, timm {timm.__version__}, {machine}, {units}, float32, batch {n}, median of {options.rounds} rounds")
+    machine, units = f"{platform.machine()} CPU", f"{torch.get_num_threads()}threads"
+    if device.type == "cuda":
+        machine, units = torch.cuda.get_device_name(), "gpu"
+    print(f"torch {torch.__version__}, timm {timm.__version__}, {machine}, {units}, float32, batch {n}, "
+          f"median of {options.rounds} rounds")
     bench = Bench(device, options.rounds, options.rows)
 
     bench.heading("layers", list(layer(8, 8, 1, 1)))
     for c_in, c_out, groups, side, stride in LAYERS:
-        bench.row(f"{'depthwise' if groups > 1 else 'dense'} {c_in} to {c_out}, {side}x{side}, stride {stride}",
+        kind = "depthwise" if groups > 1 else "dense"
+        bench.row(f"{kind} {c_in} to {c_out}, {side}x{side}, stride {stride}",
                   layer(c_in, c_out, groups, stride), torch.randn(n, c_in, side, side))
     bench.heading("networks, 32x32 images", list(layer(8, 8, 1, 1)))
     for name in ("resnet18", "mobilenet_v1", "resnet20", "resnet56"):
@@ -233,9 +254,10 @@ def main() -> None:
     bench.heading("as branches are added, 128 channels, 16x16", ["plain", "exact", "online", "linear"])
     branches = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "kxk", "1xk")
     for count in range(1, len(branches) + 1):
+        taken = branches[:count]
         nets = {"plain": layer(128, 128, 1, 1)["plain"],
-                **{mode: ReparamConv2d(128, 128, 3, padding=1, branches=branches[:count], mode=mode) for mode in OURS}}
-        bench.row(f"{count}: {', '.join(branches[:count])}", nets, torch.randn(n, 128, 16, 16))
+                **{mode: ReparamConv2d(128, 128, 3, padding=1, branches=taken, mode=mode) for mode in OURS}}
+        bench.row(f"{count}: {', '.join(taken)}", nets, torch.randn(n, 128, 16, 16))
 
     version = torch.__version__.split("+")[0]
     bench.write(Path(__file__).parent / "results" / f"step_time_torch{version}_{device.type}_{units}.csv")

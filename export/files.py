@@ -22,8 +22,8 @@ KINDS = {  # of export=[...]: the file, and the packages it takes
     "int8": ("model-int8.onnx", ("onnx", "onnxscript", "onnxruntime")),
     "pt2": ("model.pt2", ()),
 }
-WRITTEN = ("model.safetensors", *(file for file, _ in KINDS.values()), "report.md", "report.json", "report.png", "graphs.png",
-           "hub/model.safetensors", "hub/config.json")
+WRITTEN = ("model.safetensors", *(file for file, _ in KINDS.values()), "report.md", "report.json",
+           "report.png", "graphs.png", "hub/model.safetensors", "hub/config.json")
 
 
 def require(kinds: Sequence[str]) -> None:
@@ -32,10 +32,12 @@ def require(kinds: Sequence[str]) -> None:
     Raises:
         ValueError: if one is not.
     """
-    for knob, packages in [*((f"export=[{kind}]", KINDS[kind][1]) for kind in kinds), ("report.png", ("matplotlib",))]:
+    wanted = [*((f"export=[{kind}]", KINDS[kind][1]) for kind in kinds), ("report.png", ("matplotlib",))]
+    for knob, packages in wanted:
         for package in packages:
             if find_spec(package) is None:
-                raise ValueError(f"{knob} needs {package}, which is not installed: pip install -e '.[train,export]'")
+                raise ValueError(f"{knob} needs {package}, which is not installed: "
+                                 "pip install -e '.[train,export]'")
 
 
 def require_places(out: Path) -> None:
@@ -46,12 +48,13 @@ def require_places(out: Path) -> None:
     """
     for name in WRITTEN:
         if (out / name).is_dir() or (out / name).parent.is_file():
-            raise ValueError(f"{out / name} is to be written, but something else stands there: choose another folder with out=DIR")
+            raise ValueError(f"{out / name} is to be written, but something else stands there: choose "
+                             "another folder with out=DIR")
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder to write into, whose files take the place of an earlier conversion's in `out` when all are written."""
+    """A folder to write into, whose files replace an earlier conversion's in `out` when all are written."""
     umask = os.umask(0)
     os.umask(umask)
     converted_before = (out / "report.json").is_file()
@@ -97,12 +100,16 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
 
 
 def save_hub(net: nn.Module, about: dict, folder: Path) -> None:
-    """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; `net` as timm builds it."""
+    """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+    `net` is as timm builds it.
+    """
     size = about["image_size"]
     data = {"input_size": (3, size, size), "mean": about["mean"], "std": about["std"],
             "interpolation": about["interpolation"],
             "crop_pct": size / (about["resize"] + 0.5)}  # timm rounds size / crop_pct down
-    timm.models.save_for_hf(net.cpu(), folder, model_config={"label_names": about["classes"]}, safe_serialization=True, data_config=data)
+    timm.models.save_for_hf(net.cpu(), folder, model_config={"label_names": about["classes"]},
+                            safe_serialization=True, data_config=data)
 
 
 def parse_about(text: str | None, path: Path) -> dict:
@@ -113,14 +120,17 @@ def parse_about(text: str | None, path: Path) -> dict:
     """
     try:
         about = {"interpolation": "bilinear"} | json.loads(text or "null")  # older files do not say
-        good = (isinstance(about["model"], str) and all(isinstance(name, str) for name in about["classes"]) and about["classes"]
+        good = (isinstance(about["model"], str)
+                and all(isinstance(name, str) for name in about["classes"]) and about["classes"]
                 and about["interpolation"] in ("bilinear", "bicubic")
-                and all(isinstance(about[key], int) and 0 < about[key] < 10_000 for key in ("image_size", "resize"))
-                and all(len(about[key]) == 3 and all(isinstance(value, float) for value in about[key]) for key in ("mean", "std"))
+                and all(isinstance(about[key], int) and 0 < about[key] < 10_000
+                        for key in ("image_size", "resize"))
+                and all(len(about[key]) == 3 and all(isinstance(value, float) for value in about[key])
+                        for key in ("mean", "std"))
                 and min(about["std"]) > 0)
     except (TypeError, KeyError, ValueError):
         good = False
     if not good:
-        raise ValueError(f"{path} has no header of convert.py that says which network, classes and normalisation it has (of a "
-                         "folder hub/, take the file beside it)")
+        raise ValueError(f"{path} has no header of convert.py that says which network, classes and "
+                         "normalisation it has (of a folder hub/, take the file beside it)")
     return about

@@ -63,7 +63,7 @@ class quiet(warnings.catch_warnings):  # noqa: N801
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file in onnxruntime, on the CPU, called as any network; `about` is what the file says of itself.
+    """An ONNX file in onnxruntime, on the CPU, called as any network; `about` is what the file says of it.
 
     Raises:
         ValueError: if onnxruntime cannot read the file, or it was not written by convert.py.
@@ -76,7 +76,8 @@ class OnnxNetwork(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            providers = ["CPUExecutionProvider"]
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own kinds, which share no base class
             raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         self.about = parse_about(self.session.get_modelmeta().custom_metadata_map.get("dbb"), path)
@@ -86,7 +87,7 @@ class OnnxNetwork(nn.Module):
 
 
 class Node(NamedTuple):
-    """An operator of an ONNX file: its kind, the tensors that it reads (no constants) and writes, its kernel."""
+    """An operator of an ONNX file: its kind, the tensors it reads (no constants) and writes, its kernel."""
 
     kind: str
     inputs: list[str]
@@ -154,6 +155,7 @@ def summary(path: Path) -> dict:
     """Number of nodes by type, and of parameters (all constants that are not whole numbers)."""
     import onnx
 
-    floats = [tensor for tensor in onnx.load(path).graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    constants = onnx.load(path).graph.initializer
+    floats = [tensor for tensor in constants if tensor.data_type == onnx.TensorProto.FLOAT]
     return {"nodes": dict(Counter(node.kind for node in nodes(path)).most_common()),
             "parameters": sum(torch.Size(tensor.dims).numel() for tensor in floats)}

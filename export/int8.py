@@ -10,16 +10,20 @@ from torch import Tensor
 from export.graph import quiet
 
 
-def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: bool = False, signed: bool = False) -> None:
-    """Write the int8 model: weights a scale per output channel, activations a scale per map, from calibration images.
+def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: bool = False,
+             signed: bool = False) -> None:
+    """Write the int8 model: weights a scale per output channel, activations a scale per map.
+
+    The latter scales come from calibration images.
 
     Args:
         source: the fused float model.
         target: the int8 model, in QDQ format.
         batches: normalised training images `[N, C, H, W]`.
-        classifier: quantise it too. One scale for all logits is ruined by a class with a wide range (docs/int8.md), and a
-            classifier costs next to nothing in float.
-        signed: weights in -127 .. 127; on CPUs without VNNI onnxruntime then adds pairs of products in 16 bits, and overflows.
+        classifier: quantise it too. One scale for all logits is ruined by a class with a wide range
+            (docs/int8.md), and a classifier costs next to nothing in float.
+        signed: weights in -127 .. 127; on CPUs without VNNI onnxruntime then adds pairs of products in 16
+            bits, and overflows.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -28,17 +32,19 @@ def quantize(source: Path, target: Path, batches: Iterable[Tensor], classifier: 
     with tempfile.TemporaryDirectory() as folder, quiet():
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        kept = [] if classifier else [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Gemm"]
-        quantize_static(prepared, target, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True, nodes_to_exclude=kept,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8 if signed else QuantType.QUInt8)
+        heads = [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Gemm"]
+        quantize_static(prepared, target, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True,
+                        nodes_to_exclude=[] if classifier else heads, activation_type=QuantType.QUInt8,
+                        weight_type=QuantType.QInt8 if signed else QuantType.QUInt8)
 
 
 def layers(source: Path, target: Path, batches: Iterable[Tensor]) -> list[dict]:
-    """By convolution: how its weights are spread, and the signal to noise of its output in int8, worst first.
+    """By convolution: how its weights are spread, and the signal to noise of its output, worst first.
 
     Returns:
-        `layer`; `range`, the largest weight; `spread`, the widest channel's range over the median channel's; `weight_db` and
-        `output_db`, signal to quantisation noise in decibels of the weight, and of the output with all that came before it.
+        `layer`; `range`, the largest weight; `spread`, the widest channel's range over the median channel's;
+        `weight_db` and `output_db`, signal to quantisation noise in decibels of the weight, and of the output
+        with all that came before it.
     """
     import onnx
     from onnx import numpy_helper
@@ -61,10 +67,12 @@ def layers(source: Path, target: Path, batches: Iterable[Tensor]) -> list[dict]:
             scale = np.maximum(ranges, np.finfo(np.float32).tiny).reshape(-1, *[1] * (weight.ndim - 1)) / 127
             noise = weight - np.round(weight / scale) * scale
             # The output of a convolution that feeds an activation or a sum is quantised behind it.
-            output = next((errors[name]["xmodel_err"] for name in (node.output[0], consumers.get(node.output[0])) if name in errors), None)
+            places = (node.output[0], consumers.get(node.output[0]))
+            output = next((errors[name]["xmodel_err"] for name in places if name in errors), None)
+            signal, noise = np.linalg.norm(weight), max(np.linalg.norm(noise), 1e-12)
             rows.append({"layer": node.input[1].removesuffix(".weight"), "range": float(ranges.max()),
                          "spread": float(ranges.max() / max(np.median(ranges), 1e-12)),
-                         "weight_db": float(20 * np.log10(np.linalg.norm(weight) / max(np.linalg.norm(noise), 1e-12))),
+                         "weight_db": float(20 * np.log10(signal / noise)),
                          "output_db": None if output is None else float(output)})
     return sorted(rows, key=lambda row: float("inf") if row["output_db"] is None else row["output_db"])
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from export.graph import Node
 
-FORMATS = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}", "latency_ms": "{:.2f}"}
+FORMATS = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}",
+           "latency_ms": "{:.2f}"}
 
 COLORS = {"Conv": "#dbe9fb", "BatchNormalization": "#fde9cf"}  # as in docs/block.svg
 
@@ -12,7 +13,8 @@ COLORS = {"Conv": "#dbe9fb", "BatchNormalization": "#fde9cf"}  # as in docs/bloc
 def rows(report: dict) -> list[list[str]]:
     """The table before / after, a row per measure."""
     measured = {name: form for name, form in FORMATS.items() if name in report["before"]}
-    return [[name, *(form.format(report[when][name]) for when in ("before", "after"))] for name, form in measured.items()]
+    return [[name, *(form.format(report[when][name]) for when in ("before", "after"))]
+            for name, form in measured.items()]
 
 
 def file_rows(report: dict) -> list[list[str]]:
@@ -23,35 +25,41 @@ def file_rows(report: dict) -> list[list[str]]:
         if "int8" in name:  # with errors that large, nearly every change would count as a tie
             changed, ties = changed + ties, "-"
         top1 = f"{entry['top1']:.4f}" if "top1" in entry else ""
-        result.append([name, f"{entry['bytes']:,}", top1, str(changed), str(ties), f"{entry['relative_error']:.1e}"])
+        result.append([name, f"{entry['bytes']:,}", top1, str(changed), str(ties),
+                       f"{entry['relative_error']:.1e}"])
     return result
 
 
 def markdown(report: dict, recipe: str) -> str:
     """The report, for people."""
     about = report["about"]
-    labelled = "top1" in report["before"]
+    noise = "" if "top1" in report["before"] else " of noise (`data=none`): no accuracy was measured"
+    hashes = "\n".join(f"    {entry['sha256']}  {name}" for name, entry in report["files"].items())
     parts = [f"# {about['model']}, {len(about['classes'])} classes, {about['image_size']} pixels: conversion",
              "![time and size before and after, and the share of every branch](report.png)",
              table(["", "before: branch by branch", "after: one convolution each"], rows(report)),
-             f"Compared on {report['images']:,} images" + ("" if labelled else " of noise (`data=none`): no accuracy was measured")
-             + ". Each file against the network branch by branch:",
-             table(["file", "bytes", "top-1", "predictions changed", "ties", "largest relative logit error"], file_rows(report)),
-             "SHA-256:\n\n" + "\n".join(f"    {entry['sha256']}  {name}" for name, entry in report["files"].items())]
+             f"Compared on {report['images']:,} images{noise}. "
+             "Each file against the network branch by branch:",
+             table(["file", "bytes", "top-1", "predictions changed", "ties", "largest relative logit error"],
+                   file_rows(report)),
+             f"SHA-256:\n\n{hashes}"]
     if "graphs" in report:
-        kinds = sorted({kind for graph in report["graphs"].values() for kind in graph["nodes"]})
-        body = [[kind, *(str(graph["nodes"].get(kind, 0)) for graph in report["graphs"].values())] for kind in kinds]
-        body += [["all nodes", *(str(sum(graph["nodes"].values())) for graph in report["graphs"].values())]]
-        body += [[name, *(form.format(graph[name]) for graph in report["graphs"].values())]
-                  for name, form in FORMATS.items() if name in ("parameters", "macs", "latency_ms")]
+        graphs = report["graphs"].values()
+        kinds = sorted({kind for graph in graphs for kind in graph["nodes"]})
+        body = [[kind, *(str(graph["nodes"].get(kind, 0)) for graph in graphs)] for kind in kinds]
+        body += [["all nodes", *(str(sum(graph["nodes"].values())) for graph in graphs)]]
+        body += [[name, *(FORMATS[name].format(graph[name]) for graph in graphs)]
+                 for name in ("parameters", "macs", "latency_ms")]
         parts += ["## Graphs\n\n![both graphs](graphs.png)", table(["", *report["graphs"]], body)]
     if "int8" in report:
         worst = [[row["layer"], f"{row['range']:.3g}", f"{row['spread']:.1f}", f"{row['weight_db']:.1f}",
                   "" if row["output_db"] is None else f"{row['output_db']:.1f}"] for row in report["int8"]]
-        parts += ["## int8\n\nonnxruntime, static, a scale per output channel, calibrated on training images; the "
-                  "classifier stays in float. Worst layers first.",
-                  table(["layer", "largest weight", "widest / median channel", "weight, dB", "output, dB"], worst)]
-    lines = f'{recipe}\nfrom safetensors.torch import load_file\nnet.load_state_dict(load_file("model.safetensors"))\nnet.eval()'
+        parts += ["## int8\n\nonnxruntime, static, a scale per output channel, calibrated on training "
+                  "images; the classifier stays in float. Worst layers first.",
+                  table(["layer", "largest weight", "widest / median channel", "weight, dB", "output, dB"],
+                        worst)]
+    lines = (f"{recipe}\nfrom safetensors.torch import load_file\n"
+             'net.load_state_dict(load_file("model.safetensors"))\nnet.eval()')
     parts += [f"## Load it without this repository\n\n```python\n{lines}\n```",
               f"Images: {about['image_size']}x{about['image_size']} (shorter side to {about['resize']}, "
               f"{about['interpolation']}, centre crop), RGB in 0 .. 1, minus {about['mean']}, "
@@ -62,7 +70,8 @@ def markdown(report: dict, recipe: str) -> str:
 
 def table(head: list[str], body: list[list[str]]) -> str:
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [head, ["---"] * len(head), *body])
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, ["---"] * len(head), *body]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw_report(report: dict, path: Path) -> None:
@@ -72,8 +81,8 @@ def draw_report(report: dict, path: Path) -> None:
     layers = report["shares"]
     figure = Figure(figsize=(10, 3 + 0.22 * len(layers)), layout="constrained")
     top, bottom = figure.subfigures(2, height_ratios=[3, max(0.22 * len(layers), 0.1)])
-    for axis, (name, title) in zip(top.subplots(1, 3), [("latency_ms", "one image, ms"), ("parameters", "parameters"),
-                                                        ("macs", "multiply-accumulates")], strict=True):
+    bars = [("latency_ms", "one image, ms"), ("parameters", "parameters"), ("macs", "multiply-accumulates")]
+    for axis, (name, title) in zip(top.subplots(1, 3), bars, strict=True):
         values = [report[when][name] for when in ("before", "after")]
         axis.bar(["before", "after"], values, color=["tab:orange", "tab:blue"])
         axis.set_title(title)
@@ -111,7 +120,8 @@ def draw_graphs(block: tuple[str, list[Node], list[Node]], counts: dict[str, dic
     height = 0.8 / len(counts)
     for index, (title, graph) in enumerate(counts.items()):
         rows_of_graph = [row + index * height for row in range(len(kinds))]
-        bars = right.barh(rows_of_graph, [graph["nodes"].get(kind, 0) for kind in kinds], height, color=("tab:orange", "tab:blue")[index],
+        counted = [graph["nodes"].get(kind, 0) for kind in kinds]
+        bars = right.barh(rows_of_graph, counted, height, color=("tab:orange", "tab:blue")[index],
                           label=f"{title}: {sum(graph['nodes'].values())} operators")
         right.bar_label(bars, padding=2)
     right.set_yticks([row + (len(counts) - 1) * height / 2 for row in range(len(kinds))], kinds)
@@ -134,7 +144,8 @@ def draw_operators(axis, operators: list[Node]) -> None:
         key = node.outputs[0]
         places[key] = (across, min(places[source][1] for source in sources) - 1)
         made |= dict.fromkeys(node.outputs, key)
-        box = {"boxstyle": "round,pad=0.4", "facecolor": COLORS.get(node.kind, "white"), "edgecolor": "dimgray"}
+        box = {"boxstyle": "round,pad=0.4", "facecolor": COLORS.get(node.kind, "white"),
+               "edgecolor": "dimgray"}
         axis.text(*places[key], label, ha="center", va="center", zorder=2, fontsize=9, bbox=box)
     places["x"] = ((columns - 1) / 2, 0.0)
     circle = {"boxstyle": "circle", "facecolor": "white"}
@@ -144,7 +155,8 @@ def draw_operators(axis, operators: list[Node]) -> None:
         to_the_edge = 4 + 5.8 * lines  # half the height of the box, in points
         for name in node.inputs:
             arrow = {"arrowstyle": "-|>", "color": "dimgray", "shrinkB": to_the_edge}
-            axis.annotate("", places[node.outputs[0]], places[made.get(name, "x")], zorder=1, arrowprops=arrow)
+            source = places[made.get(name, "x")]
+            axis.annotate("", places[node.outputs[0]], source, zorder=1, arrowprops=arrow)
     across, down = zip(*places.values(), strict=True)
     axis.set_xlim(min(across) - 0.6, max(across) + 0.6)
     axis.set_ylim(min(down) - 0.6, 0.6)

@@ -15,12 +15,14 @@ class AlexNet(nn.Module):
         super().__init__()
         layers, in_channels = [], 3
         for width, kernel_size, stride, pool in SHAPES:
-            layers += [nn.Conv2d(in_channels, width, kernel_size, stride, 2 if kernel_size > 3 else 1, bias=False), nn.BatchNorm2d(width),
-                       nn.ReLU(True), *([nn.MaxPool2d(3, 2)] if pool else [])]
+            padding = 2 if kernel_size > 3 else 1
+            layers += [nn.Conv2d(in_channels, width, kernel_size, stride, padding, bias=False),
+                       nn.BatchNorm2d(width), nn.ReLU(True), *([nn.MaxPool2d(3, 2)] if pool else [])]
             in_channels = width
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.Linear(256 * 6 * 6, 4096), nn.ReLU(True), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(True),
-                                        nn.Dropout(), nn.Linear(4096, num_classes))
+        self.classifier = nn.Sequential(nn.Linear(256 * 6 * 6, 4096), nn.ReLU(True), nn.Dropout(),
+                                        nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(),
+                                        nn.Linear(4096, num_classes))
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.features(x)

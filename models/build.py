@@ -36,7 +36,8 @@ def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bo
     net = timm.create_model(name, pretrained, num_classes=num_classes, **kwargs)
     if image_size <= SMALL_IMAGE:
         strided = [key for key, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
-        for key in strided[:2]:  # the stem and the first strided block: the last map is 8 times smaller than the image, not 32
+        # The stem and the first strided block: the last map is 8 times smaller than the image, not 32.
+        for key in strided[:2]:
             net.get_submodule(key).stride = (1, 1)
         if pretrained:
             rank_zero_only(print)(f"model.pretrained=true: at {image_size} pixels the stride is 1 where the "
@@ -52,11 +53,12 @@ def _start_from_timms(make: Callable[..., nn.Module]) -> nn.Module:
     fresh = [key for key, value in net.state_dict().items()
              if value.is_floating_point() and torch.equal(value, untrained[key])]
     if fresh:
-        rank_zero_only(print)(f"model.pretrained=true: not from the file, so they start at random: {', '.join(fresh)}")
+        rank_zero_only(print)("model.pretrained=true: not from the file, so they start at random: "
+                              f"{', '.join(fresh)}")
     return net
 
 
-UNTRAINED = {  # of our own, without weights to fetch: the class, and its arguments before the number of classes
+UNTRAINED = {  # of our own, with no weights to fetch: the class, its arguments before the number of classes
     "resnet8": (CifarResNet, 8),
     "resnet20": (CifarResNet, 20),
     "resnet56": (CifarResNet, 56),
@@ -88,63 +90,77 @@ def named_start(init: str | None, trained: bool) -> str:
     return "single" if trained else {"auto": "mean", None: "ones"}[init]
 
 
-def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224, pretrained: bool = False,
-                weights: Mapping[str, Tensor] | None = None, init: str | None = "auto",
-                weights_of: str | None = None, **surgery) -> nn.Module:
+def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn.Module:
+    """The network of a name of ours or timm's, with timm's weights or at random."""
+    if name in UNTRAINED:
+        make, *arguments = UNTRAINED[name]
+        return make(*arguments, num_classes)
+    if name in OF_TIMM:
+        make = partial(OF_TIMM[name], num_classes, image_size)
+    elif timm.is_model(name):
+        make = partial(timm.create_model, name, num_classes=num_classes)
+    else:
+        nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4)
+        names = ", ".join(nearest or [*BACKBONES, "timm.list_models()"])
+        raise ValueError(f"model.name={name!r} is unknown here and to timm; nearest are {names}")
+    if not pretrained:
+        return make(pretrained=False)
+    try:
+        return _start_from_timms(make)
+    except Exception as error:  # no network, no such weights: whatever the hub's client raises
+        why = str(error).splitlines()[0]
+        raise ValueError(f"model.pretrained=true: the weights of {name} could not be fetched ({why}); "
+                         "model.weights=FILE starts from a file") from error
+
+
+def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224,
+                pretrained: bool = False, weights: Mapping[str, Tensor] | None = None,
+                init: str | None = "auto", weights_of: str | None = None, **surgery) -> nn.Module:
     """Build a classifier `[N, 3, H, W]` to `[N, num_classes]`.
 
     Args:
         name: one of `BACKBONES`, or any network of timm.
         num_classes: number of classes.
-        block: as `dbb.replace_convs` takes it: "dbb", a list of branches, a dict of them; None leaves plain convolutions.
+        block: as `dbb.replace_convs` takes it: "dbb", a list of branches, a dict of them; None leaves plain
+            convolutions.
         image_size: side of the images in pixels; decides the stem (up to 64 pixels: that of CIFAR networks).
         pretrained: start from timm's weights, which are fetched.
         weights: start from these, of the plain network in timm's or torchvision's layout.
-        init: see `dbb.replace_convs`; "auto" is "mean", with trained weights "single": the blocks compute what the plain
-            network did. None, in old files, is what "auto" was: "ones", with trained weights "single".
+        init: see `dbb.replace_convs`; "auto" is "mean", with trained weights "single": the blocks compute
+            what the plain network did. None, in old files, is what "auto" was: "ones", with trained weights
+            "single".
         weights_of: name of the network that `weights` are of, where it is known: a state dict does not
             tell ReLU from ReLU6.
         **surgery: further arguments of `dbb.replace_convs`.
 
     Returns:
-        The network. Its attribute `report` says of every convolution what became of it; `total_stride` side of the
-        image over side of the last feature map (None for a network without one).
+        The network. Its attribute `report` says of every convolution what became of it; `total_stride` side
+        of the image over side of the last feature map (None for a network without one).
 
     Raises:
-        ValueError: if a name is unknown (with the nearest known ones), the network cannot take images of that size, the
-            weights are another network's or cannot be fetched, or `init` would change what trained weights compute.
+        ValueError: if a name is unknown (with the nearest known ones), the network cannot take images of that
+            size, the weights are another network's or cannot be fetched, or `init` would change what trained
+            weights compute.
     """
     trained = pretrained or weights is not None
     if init in ("auto", None):
         init = named_start(init, trained)
     elif trained and block is not None and init != "single":
-        raise ValueError(f"block.init={init} would change what the trained weights compute: leave it out, or take single")
+        raise ValueError(f"block.init={init} would change what the trained weights compute: leave it out, or "
+                         "take single")
     if pretrained and name in UNTRAINED:
-        raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts from your own")
+        raise ValueError(f"model.pretrained=true: {name} has no weights to fetch; model.weights=FILE starts "
+                         "from your own")
     if trained and name in OF_TIMM and OF_TIMM[name].keywords and weights_of != name:
         theirs = OF_TIMM[name].args[0]
         raise ValueError(f"model.name={name} has ReLU; these weights are of timm's network with ReLU6, or "
                          f"do not say of which: take model=timm model.name={theirs}, which has ReLU6, or by "
                          f"model.weights=FILE a checkpoint or model.safetensors of {name} from here")
     if weights_of is not None and timms_name(weights_of) != timms_name(name):
-        raise ValueError(f"model.weights: the file says that its weights are of {weights_of}, which is another network than "
-                         f"{name}: take model=timm model.name={weights_of}, or model.name={weights_of} if it is one of ours")
-    if name in UNTRAINED:
-        make, *arguments = UNTRAINED[name]
-        net = make(*arguments, num_classes)
-    elif name in OF_TIMM or timm.is_model(name):
-        make = partial(OF_TIMM[name], num_classes, image_size) if name in OF_TIMM else \
-            partial(timm.create_model, name, num_classes=num_classes)
-        try:
-            net = _start_from_timms(make) if pretrained else make(pretrained=False)
-        except Exception as error:  # no network, no such weights: whatever the hub's client raises
-            if not pretrained:
-                raise
-            raise ValueError(f"model.pretrained=true: the weights of {name} could not be fetched ({str(error).splitlines()[0]}); "
-                             "model.weights=FILE starts from a file") from error
-    else:
-        nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4) or [*BACKBONES, "timm.list_models()"]
-        raise ValueError(f"model.name={name!r} is unknown here and to timm; nearest are {', '.join(nearest)}")
+        raise ValueError(f"model.weights: the file says that its weights are of {weights_of}, which is "
+                         f"another network than {name}: take model=timm model.name={weights_of}, or "
+                         f"model.name={weights_of} if it is one of ours")
+    net = _plain(name, num_classes, image_size, pretrained)
     if weights is not None:
         load_plain(net, weights)
     training, example, report = net.training, torch.zeros(1, 3, image_size, image_size), Report()
@@ -153,8 +169,10 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
             net.eval()(example)
             features = net.forward_features(example)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{name} cannot take images of {image_size} pixels (data.image_size sets it): {error}") from error
+        raise ValueError(f"{name} cannot take images of {image_size} pixels (data.image_size sets it): "
+                         f"{error}") from error
     if block is not None:
         net, report = replace_convs(net, block, example_input=example, init=init, **surgery)
-    net.report, net.total_stride = report, round(image_size / features.shape[-1]) if features.ndim == 4 else None
+    net.report = report
+    net.total_stride = round(image_size / features.shape[-1]) if features.ndim == 4 else None
     return net.train(training)

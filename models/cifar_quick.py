@@ -13,7 +13,8 @@ class CifarQuick(nn.Module):
         super().__init__()
         layers, in_channels = [], 3
         for width, pool in ((32, nn.MaxPool2d(3, 2)), (32, nn.AvgPool2d(3, 2)), (64, nn.AvgPool2d(3, 2))):
-            layers += [nn.Conv2d(in_channels, width, 5, padding=2, bias=False), nn.BatchNorm2d(width), nn.ReLU(True), pool]
+            layers += [nn.Conv2d(in_channels, width, 5, padding=2, bias=False), nn.BatchNorm2d(width),
+                       nn.ReLU(True), pool]
             in_channels = width
         self.features = nn.Sequential(*layers)
         self.fc1, self.relu, self.fc2 = nn.Linear(64 * 3 * 3, 64), nn.ReLU(), nn.Linear(64, num_classes)

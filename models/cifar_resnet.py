@@ -1,4 +1,7 @@
-"""The residual networks for 32x32 images of He et al. (CVPR 2016, section 4.2): depth 6n + 2, widths 16, 32, 64."""
+"""The residual networks for 32x32 images of He et al. (CVPR 2016, section 4.2).
+
+Depth 6n + 2, widths 16, 32, 64.
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +25,10 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-`depth` for small images, `[N, 3, H, W]` to `[N, num_classes]`; the last map is 4 times smaller."""
+    """ResNet-`depth` for small images, `[N, 3, H, W]` to `[N, num_classes]`.
+
+    The last map is 4 times smaller.
+    """
 
     def __init__(self, depth: int, num_classes: int):
         super().__init__()

@@ -1,14 +1,16 @@
-"""The VGG-16 of the ACNet and DBB papers: a BatchNorm after every convolution, pooling, and one layer of 512 neurons."""
+"""The VGG-16 of the ACNet and DBB papers: a BatchNorm after each convolution, one layer of 512 neurons."""
 
 from torch import Tensor, nn
 
-WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
+WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool",
+          512, 512, 512, "pool")
 
 
 class VGG16(nn.Module):
-    """VGG-16 for small images (at least 32 pixels), `[N, 3, H, W]` to `[N, num_classes]`; the last map is 32 times smaller.
+    """VGG-16 for small images (at least 32 pixels), `[N, 3, H, W]` to `[N, num_classes]`.
 
-    As in ACNet's code (`base_model/vgg.py`), with the mean over positions, where larger images leave more than one.
+    The last map is 32 times smaller. As in ACNet's code (`base_model/vgg.py`), with the mean over positions,
+    where larger images leave more than one.
     """
 
     narrower = 1  # all widths are divided by this

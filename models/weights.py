@@ -14,9 +14,11 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ValueError: if a key is missing or too many, or a shape differs.
     """
     own = net.state_dict()
-    lists = {"missing": sorted(own.keys() - weights.keys()), "unexpected": sorted(weights.keys() - own.keys()),
+    both = sorted(own.keys() & weights.keys())
+    lists = {"missing": sorted(own.keys() - weights.keys()),
+             "unexpected": sorted(weights.keys() - own.keys()),
              "of another shape": [f"{key}: {list(weights[key].shape)}, here {list(own[key].shape)}"
-                                  for key in sorted(own.keys() & weights.keys()) if own[key].shape != weights[key].shape]}
+                                  for key in both if own[key].shape != weights[key].shape]}
     if any(lists.values()):
         text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
@@ -25,7 +27,9 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a plain checkpoint of timm or torchvision; a classifier for other classes starts at random, and a line says so.
+    """Load a plain checkpoint of timm or torchvision.
+
+    A classifier for other classes starts at random, and a line says so.
 
     Raises:
         ValueError: see `load_weights`; also if a weight is infinite or no number.
@@ -34,14 +38,17 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if "features.0.0.weight" in weights and "conv_stem.weight" in own:
         weights = {_from_torchvision(key, net): value for key, value in weights.items()}
     for key in list(weights):
-        if key.endswith("running_var") and f"{key.removesuffix('running_var')}num_batches_tracked" in own:
-            weights.setdefault(f"{key.removesuffix('running_var')}num_batches_tracked", own[key].new_zeros((), dtype=int))
+        counter = f"{key.removesuffix('running_var')}num_batches_tracked"
+        if key.endswith("running_var") and counter in own:
+            weights.setdefault(counter, own[key].new_zeros((), dtype=int))
     linear = nn.Linear | nn.Conv2d  # some end in a convolution
-    head = next(f"{name}." for name, module in reversed(list(net.named_modules())) if isinstance(module, linear))
+    modules = reversed(list(net.named_modules()))
+    head = next(f"{name}." for name, module in modules if isinstance(module, linear))
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError("these weights are not all finite numbers")
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
-    if theirs is not None and theirs.ndim == ours.ndim and theirs.shape[0] != ours.shape[0] and theirs.shape[1:] == ours.shape[1:]:
+    if theirs is not None and theirs.ndim == ours.ndim and len(theirs) != len(ours) \
+            and theirs.shape[1:] == ours.shape[1:]:
         fresh = {key: value for key, value in own.items() if key.startswith(head)}
         rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
                               f"so they start at random: {', '.join(fresh)}")
@@ -59,6 +66,7 @@ def _from_torchvision(key: str, net: nn.Module) -> str:
     if block is None:
         return key
     index, layer, leaf = int(block[1]), block[2], block[3]
-    names = ["conv_dw", "bn1", "conv_pw", "bn2"] if index == 1 else ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
-    layers = ["0.0", "0.1", "1", "2"] if index == 1 else ["0.0", "0.1", "1.0", "1.1", "2", "3"]
-    return f"{blocks[index - 1]}.{dict(zip(layers, names, strict=True)).get(layer, layer)}.{leaf}"
+    layers = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
+    if index == 1:
+        layers = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
+    return f"{blocks[index - 1]}.{layers.get(layer, layer)}.{leaf}"

@@ -1,4 +1,7 @@
-"""The wide ResNets of Zagoruyko and Komodakis (BMVC 2016) for small images: norm and ReLU before each convolution."""
+"""The wide ResNets of Zagoruyko and Komodakis (BMVC 2016) for small images.
+
+Norm and ReLU come before each convolution.
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +26,9 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`width` without dropout, `[N, 3, H, W]` to `[N, num_classes]`; the last map is 4 times smaller.
+    """WRN-`depth`-`width` without dropout, `[N, 3, H, W]` to `[N, num_classes]`.
+
+    The last map is 4 times smaller.
 
     Args:
         depth: 6n + 4: 16, 22, 28, 40.

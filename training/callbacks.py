@@ -26,7 +26,7 @@ WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server with
 
 
 class Speed(Callback):
-    """Log seconds per training step, images per second over all processes, and peak memory (MiB), each epoch."""
+    """Log seconds per training step, images per second of all processes, peak memory (MiB), each epoch."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if torch.cuda.is_available():
@@ -43,8 +43,11 @@ class Speed(Callback):
             self.steps, self.seconds = self.steps + 1, now - self.start
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         module.log("train/peak_memory_mib", peak / 2**20)
         if self.steps:
             per_step = self.seconds / self.steps
@@ -66,12 +69,16 @@ class EpochLine(Callback):
 
 
 class Branches(Callback):
-    """Log each epoch, to W&B and TensorBoard, every branch's share of its merged kernel and its gammas' mean size, layer by layer."""
+    """Log the branches each epoch, to W&B and TensorBoard, layer by layer.
+
+    Of every branch its share of the merged kernel, and its gammas' mean size.
+    """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        values = {f"share/{layer}/{branch}": share for layer, of in branch_shares(module.net).items() for branch, share in of.items()}
+        values = {f"share/{layer}/{branch}": share
+                  for layer, of in branch_shares(module.net).items() for branch, share in of.items()}
         for layer, block in module.net.named_modules():
             if isinstance(block, ReparamConv2d):
                 for name, branch in block.branches.items():
@@ -86,7 +93,8 @@ def make_callbacks(settings: Settings, run_dir: Path) -> list[Callback]:
     callbacks = [
         Speed(),
         LearningRateMonitor(logging_interval="step"),
-        ModelCheckpoint(run_dir / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
+        ModelCheckpoint(run_dir / "checkpoints", filename="last", save_on_train_epoch_end=True,
+                        enable_version_counter=False),
     ]
     if settings.logger.name != "csv" and (settings.block.branches or settings.block.layers):
         callbacks.append(Branches())
@@ -104,7 +112,7 @@ def shows_progress_bar(settings: Settings) -> bool:
 
 
 def make_loggers(settings: Settings, run_dir: Path) -> list[Logger]:
-    """CSV, and with it W&B or TensorBoard as `logger.name` says; all go on where an earlier session of the same run stopped."""
+    """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped."""
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, run_dir) for make in more[settings.logger.name]]
     return [_csv(run_dir), *(logger for logger in made if logger is not None)]
@@ -115,14 +123,15 @@ def tensorboard_logger(settings: Settings, run_dir: Path) -> TensorBoardLogger |
     try:
         return TensorBoardLogger(run_dir, "", "")
     except ImportError:
-        rank_zero_only(print)("logger=tensorboard: it is not installed (pip install tensorboard): the run goes on "
-                              "without it; metrics.csv has all of its metrics")
+        rank_zero_only(print)("logger=tensorboard: it is not installed (pip install tensorboard): the run "
+                              "goes on without it; metrics.csv has all of its metrics")
         return None
 
 
 def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
     """Write what became of every convolution to convolutions.csv, and to W&B as a table."""
-    rows = [[row.module, "x".join(map(str, row.kernel_size)), row.block, row.reason, row.norm] for row in report]
+    rows = [[row.module, "x".join(map(str, row.kernel_size)), row.block, row.reason, row.norm]
+            for row in report]
     with (run_dir / "convolutions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
     if isinstance(logger, WandbLogger) and rows:
@@ -132,9 +141,9 @@ def log_convolutions(logger: Logger, report: Report, run_dir: Path) -> None:
 def wandb_logger(settings: Settings, run_dir: Path) -> WandbLogger | None:
     """The W&B run of a run's folder, new or not; named by model, block, seed; grouped by model and data.
 
-    Without a key it is offline, to be sent later with `wandb sync`. It is offline too, with a printed sentence, if W&B
-    cannot be reached within `WANDB_WAIT` seconds or refuses. None if it cannot write offline either: a logger
-    must not stop a run.
+    Without a key it is offline, to be sent later with `wandb sync`. It is offline too, with a printed
+    sentence, if W&B cannot be reached within `WANDB_WAIT` seconds or refuses. None if it cannot write offline
+    either: a logger must not stop a run.
     """
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
     conf, model, block = settings.logger, settings.model.name, settings.block.name
@@ -167,19 +176,22 @@ def _wandb_mode(conf: LoggerConf) -> str:
 
 
 def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
-    """Add to W&B the confusion matrix (up to 100 classes), and images of the network's most confident mistakes."""
+    """Add to W&B the confusion matrix (up to 100 classes), and images of the most confident mistakes."""
     if not isinstance(logger, WandbLogger):
         return
     sure, predicted = logits.softmax(1).max(1)
     names = data.classes
     if len(names) <= 100:
-        matrix = wandb.plot.confusion_matrix(y_true=targets.tolist(), preds=predicted.tolist(), class_names=names)
+        matrix = wandb.plot.confusion_matrix(y_true=targets.tolist(), preds=predicted.tolist(),
+                                             class_names=names)
         logger.experiment.log({"confusion_matrix": matrix})
-    worst = (sure * (predicted != targets)).argsort(descending=True)[:int(min((predicted != targets).sum(), 36))].tolist()
+    wrong = predicted != targets
+    worst = (sure * wrong).argsort(descending=True)[:int(min(wrong.sum(), 36))].tolist()
     if worst:
-        images, *_ = data.test_set.collate(data.test_set.__getitems__([(0, int(data.test_indices[i]), True) for i in worst]))
-        logger.log_image("wrongly_classified", list(images.cpu()), caption=[
-            f"{names[targets[i]]}, taken for {names[predicted[i]]} ({sure[i]:.2f})" for i in worst])
+        keys = [(0, int(data.test_indices[i]), True) for i in worst]
+        images, *_ = data.test_set.collate(data.test_set.__getitems__(keys))
+        captions = [f"{names[targets[i]]}, taken for {names[predicted[i]]} ({sure[i]:.2f})" for i in worst]
+        logger.log_image("wrongly_classified", list(images.cpu()), caption=captions)
 
 
 def _csv(run_dir: Path) -> CSVLogger:
@@ -189,7 +201,7 @@ def _csv(run_dir: Path) -> CSVLogger:
         path.rename(kept)
     logger = CSVLogger(run_dir, name="", version="")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")  # the file it would delete was moved away
+        warnings.filterwarnings("ignore", "Experiment logs directory")  # its metrics.csv was moved away
         writer = logger.experiment
     if kept.exists():
         kept.rename(path)

@@ -17,16 +17,18 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     """Load a checkpoint of train.py onto the CPU.
 
     Raises:
-        ValueError: if it is missing, damaged, holds more than plain values and tensors, or is not one of ours.
+        ValueError: if it is missing, damaged, not of plain values and tensors only, or not one of ours.
     """
     if path is None:
         raise ValueError("ckpt=PATH is needed: the checkpoint of a run, outputs/.../checkpoints/last.ckpt")
     if not Path(path).is_file():
-        raise ValueError(f"ckpt={path}: there is no such file; a run keeps its own under outputs/.../checkpoints/last.ckpt")
+        raise ValueError(f"ckpt={path}: there is no such file; a run keeps its own under "
+                         "outputs/.../checkpoints/last.ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, depending on the bytes
-        raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain tensors") from error
+        raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain "
+                         "tensors") from error
     if not isinstance(checkpoint, dict) or "settings" not in checkpoint.get("dbb", ()):
         raise ValueError(f"ckpt={path} was not written by train.py: it holds no settings of ours")
     return checkpoint
@@ -36,13 +38,13 @@ def build_network(settings, num_classes: int, image_size: int, pretrained: bool 
                   weights: dict[str, Tensor] | None = None, weights_of: str | None = None) -> nn.Module:
     """The network of a run's `Settings`; see `models.build_model`, also for what it raises."""
     block = settings.block
-    return build_model(settings.model.name, num_classes, blocks_of(block), image_size, pretrained, weights, block.init,
-                       weights_of=weights_of, include=block.include, exclude=block.exclude,
+    return build_model(settings.model.name, num_classes, blocks_of(block), image_size, pretrained, weights,
+                       block.init, weights_of=weights_of, include=block.include, exclude=block.exclude,
                        kernel_sizes=block.kernel_sizes)
 
 
 def start_network(settings, num_classes: int, image_size: int) -> nn.Module:
-    """The network that a new run starts from: fresh, or warm from the trained weights that its `Settings` name.
+    """The network that a new run starts from: fresh, or warm from the weights that its `Settings` name.
 
     Raises:
         ValueError: if these cannot be read, or are those of another network.
@@ -55,17 +57,20 @@ def start_network(settings, num_classes: int, image_size: int) -> nn.Module:
 
 
 def blocks_of(conf) -> dict[str, Any] | None:
-    """The blocks that a `BlockConf` asks for, as `dbb.replace_convs` takes them; None for plain convolutions."""
+    """The blocks that a `BlockConf` asks for, as `dbb.replace_convs` takes them; None for plain ones."""
     def listed(names):
         return [name for name in names for _ in range(conf.copies if name == "kxk" else 1)]
 
     def make(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, **kwargs):
         depthwise = conf.depthwise is not None and groups == in_channels == out_channels
+        branches = listed(conf.depthwise if depthwise else conf.branches)
         return ReparamConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                             listed(conf.depthwise if depthwise else conf.branches), conf.mode, conf.positions, **kwargs)
+                             branches, conf.mode, conf.positions, **kwargs)
 
     def of_layers(branches):
-        return partial(ReparamConv2d, branches=listed(branches), mode=conf.mode, positions=conf.positions) if branches else None
+        if not branches:
+            return None
+        return partial(ReparamConv2d, branches=listed(branches), mode=conf.mode, positions=conf.positions)
 
     blocks = {"*": make} if conf.branches else {}
     return blocks | {layers.modules: of_layers(layers.branches) for layers in conf.layers} or None
@@ -92,25 +97,29 @@ def restore(net: nn.Module, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: if they are those of another network.
     """
-    load_weights(net, {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")})
+    weights = checkpoint["state_dict"]
+    load_weights(net, {key.removeprefix("net."): value for key, value in weights.items()
+                       if key.startswith("net.")})
 
 
 def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
-    """Rebuild the network of a file that the authors of `settings.source` published, in eval, and count its classes.
+    """Rebuild the network of a file that the authors of `settings.source` published, and count its classes.
 
-    Training-time files come with their branches. Deployed ones are plain convolutions, as are OREPA's once squeezed:
-    they start blocks as trained weights do, without changing the function.
+    It is in eval. Training-time files come with their branches. Deployed ones are plain convolutions, as are
+    OREPA's once squeezed: they start blocks as trained weights do, without changing the function.
 
     Raises:
-        ValueError: if the file cannot be read, or its weights are not those of `settings.model` and `settings.block`.
+        ValueError: if the file cannot be read, or its weights are not those of `settings.model` and
+            `settings.block`.
     """
     if settings.ckpt is None:
         raise ValueError(f"ckpt=PATH is needed: the published file that source={settings.source} is to read")
     weights, _ = read_weights(settings.ckpt)
-    head = next((key for key in ("linear2.weight", "linear.weight") if key in weights and weights[key].ndim == 2), None)
-    if head is None:
-        raise ValueError(f"ckpt={settings.ckpt} holds no linear.weight, as every file of source={settings.source} does")
-    num_classes = len(weights[head])
+    heads = [key for key in ("linear2.weight", "linear.weight") if key in weights and weights[key].ndim == 2]
+    if not heads:
+        raise ValueError(f"ckpt={settings.ckpt} holds no linear.weight, as every file of "
+                         f"source={settings.source} does")
+    num_classes = len(weights[heads[0]])
     plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
     if not with_blocks:

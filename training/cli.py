@@ -1,4 +1,4 @@
-"""What the three scripts share on the command line: plain sentences instead of tracebacks, and output folders."""
+"""What the scripts share on the command line: plain sentences instead of tracebacks, and output folders."""
 
 import logging
 import os
@@ -52,7 +52,8 @@ def output_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return Path(path)
     except OSError as error:
-        raise ValueError(f"out: cannot write into {path} ({error.strerror}): choose another folder") from error
+        raise ValueError(f"out: cannot write into {path} ({error.strerror}): choose another "
+                         "folder") from error
 
 
 def write_text(path: Path, text: str) -> None:

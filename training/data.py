@@ -1,8 +1,8 @@
 """The data module: which images, in which order, with which augmentation.
 
-Order and augmentation are functions of (seed, epoch, index of the image), for any number of workers or processes; the
-sampler therefore yields keys `(epoch, index, real)`, where `real` is False for a repeated image that fills up the share
-of a process and must not be counted (its target becomes -1).
+Order and augmentation are functions of (seed, epoch, index of the image), for any number of workers or
+processes; the sampler therefore yields keys `(epoch, index, real)`, where `real` is False for a repeated
+image that fills up the share of a process and must not be counted (its target becomes -1).
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,13 @@ from training.sources import load_files, load_noise, load_tensors
 
 
 class KeySampler(Sampler):
-    """Keys `(epoch, index, real)` for one process of `world_size`; shuffled ones drop the last few, others fill up."""
+    """Keys `(epoch, index, real)` for one process of `world_size`.
 
-    def __init__(self, indices: Tensor, shuffle: bool, seed: int, rank: int, world_size: int, epoch: int = 0):
+    Shuffled ones drop the last few, others fill up.
+    """
+
+    def __init__(self, indices: Tensor, shuffle: bool, seed: int, rank: int, world_size: int,
+                 epoch: int = 0):
         self.indices, self.shuffle, self.seed = indices, shuffle, seed
         self.rank, self.world_size, self.epoch = rank, world_size, epoch
 
@@ -42,14 +46,17 @@ class KeySampler(Sampler):
 
 
 class ImageData(pl.LightningDataModule):
-    """Any of the data sets, by `conf.name`; once loaded, `classes` has the names of its classes (None for `data=none`).
+    """Any of the data sets, by `conf.name`.
+
+    Once loaded, `classes` has the names of its classes (None for `data=none`).
 
     Batches on the device are `(images, targets)`: float `[N, 3, H, W]`, normalised, and int64 `[N]`.
 
     Args:
         conf: the settings.
         seed: of the run, for order and augmentation.
-        first_epoch: where a resumed run goes on; Lightning lets workers fetch ahead before it tells the sampler.
+        first_epoch: where a resumed run goes on; Lightning lets workers fetch ahead before it tells the
+            sampler.
     """
 
     def __init__(self, conf: DataConf, seed: int, first_epoch: int = 0):
@@ -57,7 +64,7 @@ class ImageData(pl.LightningDataModule):
         self.conf, self.seed, self.first_epoch = conf, seed, first_epoch
 
     def load(self, train: bool) -> None:
-        """Find and read the test images, and with `train` the training images; decoded once where they are small.
+        """Find and read the test images, and with `train` the training images; decoded once where small.
 
         Raises:
             ValueError: if there is no such data, or it is not of the expected form.
@@ -73,14 +80,17 @@ class ImageData(pl.LightningDataModule):
         self.test_indices = self._some(torch.arange(len(self.test_set)))
         if train:
             self.train_set, _ = read(self.conf, self.seed, train=True)
-            order = torch.randperm(len(self.train_set), generator=generator(0))  # the same are held out whatever the run's seed
-            self.val_indices, rest = order.split([held := min(self.conf.val_size, len(order)), len(order) - held])
+            # The same images are held out whatever the run's seed.
+            order = torch.randperm(len(self.train_set), generator=generator(0))
+            held = min(self.conf.val_size, len(order))
+            self.val_indices, rest = order.split([held, len(order) - held])
             self.train_indices = self._some(rest.sort().values)
             if len(self.train_indices) < self.conf.batch_size:
-                fewer = [f"{knob}={value}" for knob, value in (("data.val_size", self.conf.val_size),
-                                                               ("data.max_images", self.conf.max_images)) if value]
-                raise ValueError(f"data.batch_size={self.conf.batch_size} is larger than the {len(self.train_indices)} training images "
-                                 f"of data={self.conf.name}" + (f" with {', '.join(fewer)}" if fewer else ""))
+                knobs = {"data.val_size": self.conf.val_size, "data.max_images": self.conf.max_images}
+                fewer = ", ".join(f"{knob}={value}" for knob, value in knobs.items() if value)
+                raise ValueError(f"data.batch_size={self.conf.batch_size} is larger than the "
+                                 f"{len(self.train_indices)} training images of data={self.conf.name}"
+                                 + (f" with {fewer}" if fewer else ""))
 
     def _some(self, indices: Tensor) -> Tensor:
         """At most `max_images`, spread evenly: they come sorted by class."""
@@ -96,10 +106,11 @@ class ImageData(pl.LightningDataModule):
         if self.classes is None or self.classes == trained:
             return
         if len(self.classes) != len(trained):
-            raise ValueError(f"the checkpoint was trained for {len(trained)} classes, but data={self.conf.name} has {len(self.classes)}")
+            raise ValueError(f"the checkpoint was trained for {len(trained)} classes, but "
+                             f"data={self.conf.name} has {len(self.classes)}")
         ours, theirs = next((a, b) for a, b in zip(self.classes, trained, strict=True) if a != b)
-        raise ValueError(f"data={self.conf.name} has other classes than the checkpoint was trained for: {ours} where that has {theirs}; "
-                         "name its folders as in the training")
+        raise ValueError(f"data={self.conf.name} has other classes than the checkpoint was trained for: "
+                         f"{ours} where that has {theirs}; name its folders as in the training")
 
     @property
     def image_size(self) -> int:
@@ -123,14 +134,19 @@ class ImageData(pl.LightningDataModule):
 
     def held_out_dataloader(self) -> DataLoader:
         """All of the held-out training images, in one process."""
-        return self._loader(self.train_set.without_augmentation(), self.val_indices, shuffle=False, whole=True)
+        plain = self.train_set.without_augmentation()
+        return self._loader(plain, self.val_indices, shuffle=False, whole=True)
 
     def calibration_images(self, count: int = 1024) -> Iterator[Tensor]:
-        """Normalised training images `[N, 3, H, W]` without augmentation, always the same; of `data=none`, its noise images."""
+        """Normalised training images `[N, 3, H, W]` without augmentation, always the same.
+
+        Of `data=none`, its noise images.
+        """
         dataset, indices = self.test_set, self.test_indices
         if self.classes is not None:
             dataset = self.train_set.without_augmentation()
-            indices = self.train_indices[torch.randperm(len(self.train_indices), generator=generator(0))[:count]]
+            order = torch.randperm(len(self.train_indices), generator=generator(0))
+            indices = self.train_indices[order[:count]]
         for batch in self._loader(dataset, indices, shuffle=False, whole=True):
             yield self.on_after_batch_transfer(batch)[0]
 
@@ -138,18 +154,20 @@ class ImageData(pl.LightningDataModule):
         alone = whole or self.trainer is None
         rank, world_size = (0, 1) if alone else (self.trainer.global_rank, self.trainer.world_size)
         if self.conf.batch_size % world_size:
-            raise ValueError(f"data.batch_size={self.conf.batch_size} is the batch of all {world_size} processes together and "
-                             "must be divisible by their number")
+            raise ValueError(f"data.batch_size={self.conf.batch_size} is the batch of all {world_size} "
+                             "processes together and must be divisible by their number")
         if self.conf.on_device and self.trainer is not None:
             dataset.images = dataset.images.to(self.trainer.strategy.root_device)
         workers = self.conf.num_workers
-        return DataLoader(dataset, self.conf.batch_size // world_size, drop_last=shuffle, num_workers=workers,
-                          sampler=KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch),
-                          collate_fn=dataset.collate, pin_memory=torch.cuda.is_available() and not self.conf.on_device,
-                          persistent_workers=workers > 0 and shuffle,
+        sampler = KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch)
+        return DataLoader(dataset, self.conf.batch_size // world_size, drop_last=shuffle, sampler=sampler,
+                          num_workers=workers, persistent_workers=workers > 0 and shuffle,
+                          collate_fn=dataset.collate,
+                          pin_memory=torch.cuda.is_available() and not self.conf.on_device,
                           generator=torch.Generator())  # its own: the global one is left alone
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...],
+                                dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
         """Augment and normalise a whole batch on the device.
 
         Args:
@@ -159,7 +177,8 @@ class ImageData(pl.LightningDataModule):
         images, targets, *moves = batch
         if moves:
             images = crop_and_flip(images, moves[0], self.conf.crop_padding)
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (self.conf.mean, self.conf.std))
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] * 255
+                     for values in (self.conf.mean, self.conf.std))
         return images.float().sub_(mean).div_(std), targets
 
 
@@ -177,4 +196,5 @@ def crop_and_flip(images: Tensor, moves: Tensor, padding: int) -> Tensor:
     columns = torch.arange(width, device=images.device)
     columns = moves[:, 1:2] + torch.where(moves[:, 2:] > 0, columns.flip(0), columns)
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # [N, H, W], the same in all channels
-    return padded.flatten(2).gather(2, pixels.reshape(n, 1, -1).expand(-1, channels, -1)).reshape(images.shape)
+    pixels = pixels.reshape(n, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, pixels).reshape(images.shape)

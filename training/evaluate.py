@@ -47,26 +47,29 @@ def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageD
     data = ImageData(data_conf, settings.seed)
     data.load(train and data_conf.name != "none")
     if checkpoint is not None:
-        net, classes, image_size = load_network(checkpoint, settings), checkpoint["dbb"]["classes"], checkpoint["dbb"]["image_size"]
+        about = checkpoint["dbb"]
+        net = load_network(checkpoint, settings)
+        classes, image_size = about["classes"], about["image_size"]
     else:
         image_size = data.image_size
         net, count = load_published(settings, image_size)
-        classes = data.classes if data.classes and len(data.classes) == count else [str(label) for label in range(count)]
+        known = data.classes and len(data.classes) == count
+        classes = data.classes if known else [str(label) for label in range(count)]
     data.check_classes(classes)
     # Noise images say nothing of the normalisation: it is that of the training.
     shown = asdict(data_conf)
     if checkpoint and data.classes is None:
         shown = asdict(DataConf()) | checkpoint["dbb"]["settings"]["data"]  # an old file says less
     resize = resized_side(image_size, shown["crop_pct"]) if shown["name"] in FILE_SETS else image_size
-    return net, data, {"model": settings.model.name, "block": settings.block.name, "classes": classes, "image_size": image_size,
-                       "resize": resize, "mean": list(map(float, shown["mean"])), "std": list(map(float, shown["std"])),
-                       "interpolation": shown["interpolation"],
-                       "data": data_conf.name, "checkpoint_sha256": sha256(settings.ckpt),
-                       "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
-
+    about = {"model": settings.model.name, "block": settings.block.name, "classes": classes,
+             "image_size": image_size, "resize": resize, "mean": list(map(float, shown["mean"])),
+             "std": list(map(float, shown["std"])), "interpolation": shown["interpolation"],
+             "data": data_conf.name, "checkpoint_sha256": sha256(settings.ckpt),
+             "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
+    return net, data, about
 
 def pick_device(accelerator: str) -> torch.device:
-    """The machine's accelerator, unless `trainer.accelerator=cpu`: a network trained on a GPU is evaluated anywhere."""
+    """The machine's accelerator, unless `trainer.accelerator=cpu`, wherever the network was trained."""
     if accelerator != "cpu" and torch.accelerator.is_available():
         return torch.accelerator.current_accelerator()
     return torch.device("cpu")
@@ -98,7 +101,8 @@ def predict(net: nn.Module, data: ImageData, device: torch.device, text: str,
     """
     net, logits, targets = net.to(device), [], []
     with exact_arithmetic():
-        for batch in tqdm(data.test_dataloader() if loader is None else loader, text, disable=None, leave=False):
+        batches = data.test_dataloader() if loader is None else loader
+        for batch in tqdm(batches, text, disable=None, leave=False):
             images, target = data.on_after_batch_transfer([part.to(device) for part in batch])
             logits.append(net(images).cpu())
             targets.append(target.cpu())
@@ -116,7 +120,8 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
     count = classes if classes > 1 else None  # torchmetrics takes no 1
     accuracy = partial(multiclass_accuracy, logits, targets, count, average="micro")
     top = {k: accuracy(top_k=min(k, classes)).double().item() for k in (1, 5)}
-    return {"top1": round(top[1] * len(targets)) / len(targets), "top5": round(top[5] * len(targets)) / len(targets),
+    right = {k: round(fraction * len(targets)) for k, fraction in top.items()}
+    return {"top1": right[1] / len(targets), "top5": right[5] / len(targets),
             "loss": F.cross_entropy(logits.double(), targets).item()}
 
 
@@ -127,7 +132,7 @@ def sentence(result: dict[str, float], ckpt: object) -> str:
 
 @torch.no_grad()
 def cost(net: nn.Module, image_size: int) -> dict[str, Any]:
-    """Parameters, multiply-accumulates and milliseconds of one image (median, on the network's own device)."""
+    """Parameters, multiply-accumulates and milliseconds of one image (median, on the network's device)."""
     image = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
     with FlopCounterMode(display=False) as counter:
         net(image)
@@ -166,9 +171,10 @@ class Allocations(TorchDispatchMode):
 
 
 def activation_bytes(net: nn.Module, images: Tensor) -> int:
-    """Bytes that a forward pass in training mode leaves allocated for backward, the images included; on the CPU, in float32.
+    """Bytes that a forward pass in training mode leaves for backward, the images included.
 
-    Measured, not counted from saved-tensor hooks, from which a custom autograd function can hide what it keeps.
+    On the CPU, in float32. Measured, not counted from saved-tensor hooks, from which a custom autograd
+    function can hide what it keeps.
 
     Args:
         net: left as it is.
@@ -181,6 +187,6 @@ def activation_bytes(net: nn.Module, images: Tensor) -> int:
 
 
 def activations_of_a_batch(net: nn.Module, batch_size: int, image_size: int) -> float:
-    """Bytes that a batch of training leaves for backward: `activation_bytes`, of large images measured on fewer."""
+    """Bytes that a batch of training leaves for backward: `activation_bytes`, of large images with fewer."""
     images = torch.zeros(min(batch_size, 2**21 // image_size**2), 3, image_size, image_size)
     return batch_size / len(images) * activation_bytes(net, images)

@@ -37,16 +37,18 @@ class Classifier(pl.LightningModule):
 
     def __init__(self, settings: Settings, classes: list[str], image_size: int, changed: Sequence[str] = ()):
         super().__init__()
-        self.settings, self.classes, self.image_size, self.changed = settings, classes, image_size, list(changed)
+        self.settings, self.classes, self.image_size = settings, classes, image_size
+        self.changed = list(changed)
         build = start_network if settings.ckpt is None else build_network
         self.net = build(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
-            # torch's own converter, which Lightning's flag calls, drops the activation inside timm's BatchNormAct2d.
+            # torch's own converter, which Lightning's flag calls, drops the activation in BatchNormAct2d.
             self.net = timm.layers.convert_sync_batchnorm(self.net)
         if settings.model.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         if settings.model.compile:
-            torch.compiler.reset()  # graphs of a sweep's earlier jobs count against the limit of recompilations, past which all is eager
+            # Graphs of a sweep's earlier jobs count against the recompilation limit, past which all is eager.
+            torch.compiler.reset()
             self.net.compile()  # in place: the keys of the state dict stay as they are
         count = len(classes) if len(classes) > 1 else None  # torchmetrics takes no 1
         self.metrics = nn.ModuleDict({split: MetricCollection({
@@ -90,24 +92,27 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         conf, optimizer = self.settings.optim, make_optimizer(self.settings, self.net)
-        self.fresh_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self.fresh_options = [{key: value for key, value in group.items() if key != "params"}
+                              for group in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = steps * conf.warmup_epochs // self.trainer.max_epochs
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        # A checkpoint has its optimiser's options; those of the settings count, as the command line may change them.
-        # The schedule goes on at epochs done out of epochs wanted, however many steps an epoch has now.
+        # A checkpoint has its optimiser's options; those of the settings count, as the command line may
+        # change them. The schedule goes on at epochs done out of epochs wanted, whatever steps an epoch has.
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        schedule.last_epoch = int(self.trainer.estimated_stepping_batches) * self.current_epoch // self.trainer.max_epochs
+        steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs
+        schedule.last_epoch = steps * self.current_epoch // epochs
         schedule.base_lrs = [fresh["lr"] for fresh in self.fresh_options]
+        factor = schedule.lr_lambdas[0](schedule.last_epoch)
         for group, fresh in zip(optimizer.param_groups, self.fresh_options, strict=True):
-            group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)})
+            group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * factor})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes, "image_size": self.image_size,
-                             "changed": self.changed}
+        checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes,
+                             "image_size": self.image_size, "changed": self.changed}
 
 
 def make_optimizer(settings: Settings, net: nn.Module) -> Optimizer:
@@ -136,23 +141,31 @@ def try_optimizer(settings: Settings, device: torch.device) -> None:
 
 
 def learning_rate(settings: Settings) -> float:
-    """`optim.lr`, scaled linearly from `optim.lr_batch_size` to the images of an optimiser step (Goyal et al. 2017, section 2.1)."""
+    """`optim.lr`, scaled linearly from `optim.lr_batch_size` to the images of an optimiser step.
+
+    See Goyal et al. 2017, section 2.1.
+    """
     images = settings.data.batch_size * settings.trainer.accumulate_grad_batches
     return settings.optim.lr * images / (settings.optim.lr_batch_size or images)
 
 
 def rough_start(settings: Settings) -> list[str]:
-    """A sentence if the blocks are known to lose the first epochs (benchmarks/README.md, "The first steps")."""
+    """A sentence if the blocks are known to lose the first epochs.
+
+    See benchmarks/README.md, "The first steps".
+    """
     block, rate = settings.block, learning_rate(settings)
+    from_ones = block.init in ("ones", None)
     with_norms = (block.branches or block.layers) and block.mode != "linear"
-    if not with_norms or block.init not in ("ones", None) or settings.optim.warmup_epochs or rate < ROUGH_RATE:
+    if not with_norms or not from_ones or settings.optim.warmup_epochs or rate < ROUGH_RATE:
         return []
-    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up is a rough start: expect a test "
-            "accuracy near chance for the first epochs. optim.warmup_epochs=5 or block.init=mean avoids it"]
+    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up is a rough "
+            "start: expect a test accuracy near chance for the first epochs. optim.warmup_epochs=5 or "
+            "block.init=mean avoids it"]
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate at a step: linear over `warmup` steps, then a cosine that reaches 0 after `steps`."""
+    """Factor of the learning rate: linear over `warmup` steps, then a cosine that reaches 0 after `steps`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

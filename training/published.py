@@ -1,8 +1,9 @@
 """Weight files that others published, under the names of our networks.
 
-A published network is a list of units, a unit being a convolution and all that belongs to it (`stage1.0.conv1`). Each
-stands for one convolution and norm of ours; which tensors stand under its prefix tells what it is. Layouts as in the
-authors' repositories DingXiaoH/DiverseBranchBlock, DingXiaoH/ACNet and JUGGHM/OREPA_CVPR2022.
+A published network is a list of units, a unit being a convolution and all that belongs to it
+(`stage1.0.conv1`). Each stands for one convolution and norm of ours; which tensors stand under its prefix
+tells what it is. Layouts as in the authors' repositories DingXiaoH/DiverseBranchBlock, DingXiaoH/ACNet and
+JUGGHM/OREPA_CVPR2022.
 """
 
 import json
@@ -34,8 +35,10 @@ NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
     "dbb_1x1.conv.weight": "conv.branches.1x1.weight", "dbb_1x1.bn": "conv.branches.1x1.bn",
     "dbb_avg.conv.weight": "conv.branches.1x1_avg.first", "dbb_avg.bn": "conv.branches.1x1_avg.inner",
     "dbb_avg.avgbn": "conv.branches.1x1_avg.bn",
-    "dbb_1x1_kxk.idconv1.weight": "conv.branches.1x1_kxk.first", "dbb_1x1_kxk.conv1.weight": "conv.branches.1x1_kxk.first",
-    "dbb_1x1_kxk.bn1": "conv.branches.1x1_kxk.inner", "dbb_1x1_kxk.conv2.weight": "conv.branches.1x1_kxk.second",
+    "dbb_1x1_kxk.idconv1.weight": "conv.branches.1x1_kxk.first",
+    "dbb_1x1_kxk.conv1.weight": "conv.branches.1x1_kxk.first",
+    "dbb_1x1_kxk.bn1": "conv.branches.1x1_kxk.inner",
+    "dbb_1x1_kxk.conv2.weight": "conv.branches.1x1_kxk.second",
     "dbb_1x1_kxk.bn2": "conv.branches.1x1_kxk.bn",
 }
 
@@ -76,8 +79,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
             weights = weights[wrapper]
             if wrapper in AVERAGED:
                 rank_zero_only(print)(f"{path}: its averaged weights are taken ({wrapper})")
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
-        raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under state_dict or model")
+    if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor)
+                                                for key, value in weights.items()):
+        raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under "
+                         "state_dict or model")
     weights = {re.sub(f"^{prefix}", "", key): value for key, value in weights.items() if key != "n_averaged"}
     return weights, network
 
@@ -88,7 +93,8 @@ def _network_of_header(path: Path) -> str | None:
     return None if header is None else json.loads(header)["model"]
 
 
-def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module) -> tuple[dict[str, Tensor], bool]:
+def translate(weights: dict[str, Tensor], source: str, name: str,
+              net: nn.Module) -> tuple[dict[str, Tensor], bool]:
     """Rename published weights to those of our network; keys that no rule knows keep their names.
 
     Args:
@@ -98,7 +104,7 @@ def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module
         net: that backbone, with plain convolutions.
 
     Returns:
-        The weights, and whether they are those of the network with blocks; if not, they are the plain network's.
+        The weights, and whether they are those of the network with blocks; else they are of the plain one.
 
     Raises:
         ValueError: if there is no layout of that name, or a unit lacks a tensor or does not fit together.
@@ -115,15 +121,18 @@ def translate(weights: dict[str, Tensor], source: str, name: str, net: nn.Module
         try:
             layer = _layer(u, modules[conv], modules[norm].eps)
         except KeyError as error:
-            raise ValueError(f"{prefix}* lacks {error.args[0]}: the file is cut, or not {source}'s {name}") from error
+            raise ValueError(f"{prefix}* lacks {error.args[0]}: the file is cut, or not {source}'s "
+                             f"{name}") from error
         except (RuntimeError, IndexError, ValueError) as error:  # what torch's operators raise on odd shapes
-            raise ValueError(f"the tensors of {prefix}* do not fit together: the file is not {source}'s {name}; "
-                             "OREPA's units with groups (ResNeXt) are not read") from error
+            raise ValueError(f"the tensors of {prefix}* do not fit together: the file is not {source}'s "
+                             f"{name}; OREPA's units with groups (ResNeXt) are not read") from error
         ours = {"conv": conv, "norm": norm}
         result |= {ours[key[:4]] + key[4:]: value for key, value in layer.items()}
         rest |= {prefix + key: value for key, value in u.items()}
-    for head, theirs in zip(heads, ["linear1", "linear2"] if name == "vgg16" else ["linear"], strict=True):
-        result |= {f"{head}.{leaf}": rest.pop(f"{theirs}.{leaf}") for leaf in ("weight", "bias") if f"{theirs}.{leaf}" in rest}
+    linears = ["linear1", "linear2"] if name == "vgg16" else ["linear"]
+    for head, theirs in zip(heads, linears, strict=True):
+        found = [leaf for leaf in ("weight", "bias") if f"{theirs}.{leaf}" in rest]
+        result |= {f"{head}.{leaf}": rest.pop(f"{theirs}.{leaf}") for leaf in found}
     return rest | result, any(".branches." in key for key in result)
 
 
@@ -132,18 +141,20 @@ def _units(source: str, name: str, convs: list[str]) -> list[str]:
     if name == "vgg16":
         return [f"stem.conv{i + 1}" for i in range(len(convs))]
     if name == "mobilenet_v1":
-        return ["conv1", *(f"stem.{k}.{layer}" for k in range(len(convs) // 2) for layer in ("depthwise", "pointwise"))]
+        layers = ("depthwise", "pointwise")
+        return ["conv1", *(f"stem.{k}.{layer}" for k in range(len(convs) // 2) for layer in layers)]
     stem = "conv1" if source == "acnet" else "stage0.conv1"
     return [stem, *(conv.replace("layer", "stage").replace("downsample.0", "shortcut") for conv in convs[1:])]
 
 
 def _layer(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tensor]:
-    """Take what is known out of a unit: a pair (`conv.weight` and `norm.*`) or a block (`conv.branches.*`)."""
+    """Take what is known out of a unit: a pair (`conv.weight`, `norm.*`) or a block (`conv.branches.*`)."""
     layer = {}
     for part in DEPLOYED:
         if f"{part}.bias" in u:  # a norm that only adds the bias: gamma / sqrt(1 + eps) is 1
             bias = u.pop(f"{part}.bias")
-            layer = {"conv.weight": u.pop(f"{part}.weight"), "norm.weight": torch.full_like(bias, (1 + eps) ** 0.5), "norm.bias": bias,
+            layer = {"conv.weight": u.pop(f"{part}.weight"),
+                     "norm.weight": torch.full_like(bias, (1 + eps) ** 0.5), "norm.bias": bias,
                      "norm.running_mean": torch.zeros_like(bias), "norm.running_var": torch.ones_like(bias)}
             break
     for sign, kernel in OREPA.items():
@@ -154,10 +165,12 @@ def _layer(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tenso
         if conv.groups == conv.out_channels:
             ours = ours.replace("1x1_avg", "avg")
         for key in [key for key in u if key == theirs or key.startswith(f"{theirs}.")]:
-            target = ours + key.removeprefix(theirs).removeprefix(".bn")  # the newer layout has a norm inside the padding one
-            if target not in layer:  # a second tensor for the same name, such as a norm behind a bias, is left over as unexpected
+            # The newer layout has a norm inside the padding one. A second tensor for the same name, such as a
+            # norm behind a bias, is left over as unexpected.
+            target = ours + key.removeprefix(theirs).removeprefix(".bn")
+            if target not in layer:
                 layer[target] = u.pop(key)
-    for key in [key for key in layer if key.endswith(".running_var")]:  # files of old PyTorch did not count batches
+    for key in [key for key in layer if key.endswith(".running_var")]:  # old PyTorch did not count batches
         layer.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     for branch in [key.removesuffix("inner.weight") for key in layer if key.endswith("inner.weight")]:
         _drop_shift(layer, branch, conv.groups, eps)
@@ -167,10 +180,12 @@ def _layer(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tenso
 def _drop_shift(layer: dict[str, Tensor], branch: str, groups: int, eps: float) -> None:
     """Turn the inner norm of a DBB's two-layer branch into our Scale.
 
-    It pads the map between the layers with the inner norm's shift, which so adds a constant to the map that the outer
-    norm sees: second, summed over its taps, times the shift. Without a shift, the outer norm's mean is less by that.
+    It pads the map between the layers with the inner norm's shift, which so adds a constant to the map that
+    the outer norm sees: second, summed over its taps, times the shift. Without a shift, the outer norm's mean
+    is less by that.
     """
-    inner = {leaf: layer.pop(f"{branch}inner.{leaf}") for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    inner = {leaf: layer.pop(f"{branch}inner.{leaf}") for leaf in leaves}
     constant = _shift(**{leaf: value.double() for leaf, value in inner.items()}, eps=eps)
     if f"{branch}second" in layer:  # the average's taps add up to 1
         taps = layer[f"{branch}second"].double().sum((2, 3)).unflatten(0, (groups, -1))  # [G, O/G, M/G]
@@ -180,19 +195,25 @@ def _drop_shift(layer: dict[str, Tensor], branch: str, groups: int, eps: float) 
               f"{branch}scale.weight": inner["weight"], f"{branch}scale.running_var": inner["running_var"]}
 
 
-def _shift(weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, **_) -> Tensor:
+def _shift(weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float,
+           **_) -> Tensor:
     """A norm's value of zero, `[M]`."""
     return bias - running_mean * weight / (running_var + eps).sqrt()
 
 
 def _orepa(u: dict[str, Tensor], prefix: str = "") -> Tensor:
-    """The kernel `[O, I, K, K]` in float64 of an OREPA unit (its `weight_gen`): six kernels, each times a factor per output."""
-    origin, *kernels = [u.pop(f"{prefix}weight_orepa_{name}").double() for name in (
-        "origin", "avg_conv", "avg_avg", "pfir_conv", "prior", "1x1_kxk_idconv1", "1x1_kxk_conv2", "1x1", "gconv_dw", "gconv_pw")]
+    """The kernel `[O, I, K, K]` in float64 of an OREPA unit, as its `weight_gen` makes it.
+
+    Six kernels, each times a factor per output.
+    """
+    names = ("origin", "avg_conv", "avg_avg", "pfir_conv", "prior", "1x1_kxk_idconv1", "1x1_kxk_conv2", "1x1",
+             "gconv_dw", "gconv_pw")
+    origin, *kernels = [u.pop(f"{prefix}weight_orepa_{name}").double() for name in names]
     average, box, pfir, prior, first, second, pointwise, dw, pw = kernels
     identity, vector = u.pop(f"{prefix}id_tensor").double(), u.pop(f"{prefix}vector").double()
     inputs = (origin.shape[1], -1)
-    gconv = torch.einsum("ithw,oit->oihw", dw.squeeze(1).unflatten(0, inputs), pw.flatten(1).unflatten(1, inputs))
+    dw, pw = dw.squeeze(1).unflatten(0, inputs), pw.flatten(1).unflatten(1, inputs)
+    gconv = torch.einsum("ithw,oit->oihw", dw, pw)
     kernels = [origin, average * box, pfir * prior[:, None], merge_1x1_kxk(first + identity, second)[0],
                embed_kernel(pointwise, origin.shape[2:]), gconv]
     return torch.einsum("bo,boihw->oihw", vector, torch.stack(kernels))
@@ -200,13 +221,16 @@ def _orepa(u: dict[str, Tensor], prefix: str = "") -> Tensor:
 
 def _orepa_1x1(u: dict[str, Tensor]) -> Tensor:
     """The kernel `[O, I, 1, 1]` in float64 of an OREPA_1x1 unit: one kernel, and two in a row."""
-    origin, first, second = (u.pop(f"weight_or1x1_{name}").double() for name in ("origin", "l2i_conv1", "l2i_conv2"))
-    return torch.einsum("bo,boihw->oihw", u.pop("vector").double(), torch.stack([origin, merge_1x1_kxk(first, second)[0]]))
+    names = ("origin", "l2i_conv1", "l2i_conv2")
+    origin, first, second = (u.pop(f"weight_or1x1_{name}").double() for name in names)
+    kernels = torch.stack([origin, merge_1x1_kxk(first, second)[0]])
+    return torch.einsum("bo,boihw->oihw", u.pop("vector").double(), kernels)
 
 
 def _orepa_large(u: dict[str, Tensor]) -> Tensor:
-    """The kernel `[O, I, 7, 7]` in float64 of OREPA_LargeConv: three 3x3 ones, correlated as its `weight_gen` does."""
-    kernels = [u.pop(f"weight{i}").double() if f"weight{i}" in u else _orepa(u, f"weight{i}.") for i in range(3)]
+    """The kernel `[O, I, 7, 7]` in float64 of OREPA_LargeConv: three 3x3, correlated as by `weight_gen`."""
+    kernels = [u.pop(f"weight{i}").double() if f"weight{i}" in u else _orepa(u, f"weight{i}.")
+               for i in range(3)]
     kernel = kernels[0].transpose(0, 1)
     for following in kernels[1:]:
         kernel = F.conv2d(kernel, following, padding=2)

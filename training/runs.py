@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: whether it is this one, whether it is finished, and what its result is."""
+"""What a run's folder says of the run: whether it is this one, whether it is finished, what its result is."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -38,7 +38,8 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     except NotImplementedError:
         pass  # a file system without locks cannot keep others out
     except Timeout as error:
-        raise FolderTakenError(f"another process is training in {run_dir}: let it finish, or choose another folder with out=DIR") from error
+        raise FolderTakenError(f"another process is training in {run_dir}: let it finish, or choose another "
+                               "folder with out=DIR") from error
     try:
         yield
     finally:
@@ -69,11 +70,14 @@ def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
     try:
         return dict(parse(path.read_text()))
     except Exception as error:  # of many kinds, depending on the text
-        raise ValueError(f"{path} is damaged: remove it, and go on with the run by ckpt={path.parent}/checkpoints/last.ckpt") from error
+        raise ValueError(f"{path} is damaged: remove it, and go on with the run by "
+                         f"ckpt={path.parent}/checkpoints/last.ckpt") from error
 
 
 def take_up(settings: Settings, run_dir: Path) -> Settings:
-    """Go on where a folder's run stopped, if it is the run that these settings describe: a sweep or a job started again.
+    """Go on where a folder's run stopped, if it is the run that these settings describe.
+
+    A sweep or a job may thus be started again.
 
     Returns:
         The settings, with the checkpoint and the W&B id of that run, where there are any.
@@ -84,11 +88,13 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
     last = run_dir / "checkpoints" / "last.ckpt"
     if settings.ckpt is not None:
         if last.exists() and Path(settings.ckpt).resolve() != last.resolve():
-            raise FolderTakenError(f"{run_dir} already holds another run than ckpt={settings.ckpt}: choose another folder with out=DIR")
+            raise FolderTakenError(f"{run_dir} already holds another run than ckpt={settings.ckpt}: choose "
+                                   "another folder with out=DIR")
         return settings
     stored = read_config(run_dir)
-    if settings.block.init == "auto" and stored is not None:  # a run keeps its start, even if a new run would have another
-        settings = replace(settings, block=replace(settings.block, init=stored.get("block", {}).get("init")))
+    if settings.block.init == "auto" and stored is not None:  # a run keeps its start, whatever a new one has
+        init = stored.get("block", {}).get("init")
+        settings = replace(settings, block=replace(settings.block, init=init))
     settings = with_start(settings)
     old, new = of_the_training(stored or {}), of_the_training(asdict(settings))
     before = flat({"data": asdict(DataConf())})  # the meaning of a knob that an older file does not have
@@ -97,8 +103,9 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
         identity = replace(settings.logger, id=stored["logger"]["id"])
         return replace(settings, ckpt=str(last) if last.exists() else None, logger=identity)
     if last.exists() or (run_dir / "result.json").exists():
-        raise FolderTakenError(f"{run_dir} already holds a run with another {', '.join(different[:4])}: choose another folder with "
-                               "out=DIR" + f", or go on with that run by ckpt={last}" * last.exists())
+        continued = f", or go on with that run by ckpt={last}" * last.exists()
+        raise FolderTakenError(f"{run_dir} already holds a run with another {', '.join(different[:4])}: "
+                               f"choose another folder with out=DIR{continued}")
     return settings
 
 
@@ -111,13 +118,19 @@ def with_start(settings: Settings) -> Settings:
 
 
 def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, flat, that make a run what it is: not the command's own, nor where it is logged, nor how its images are fetched."""
+    """The settings, flat, that make a run what it is.
+
+    The command's own are left out, and where it is logged, and how its images are fetched.
+    """
     known = flat(settings)
-    ignored = {*SAME_RUN, *["data.root"] * (known.get("data.name") in TENSOR_SETS)}  # these are the same images in every place
+    ignored = set(SAME_RUN)
+    if known.get("data.name") in TENSOR_SETS:  # the same images in every place
+        ignored.add("data.root")
     return {key: value for key, value in known.items() if not {key, key.split(".")[0]} & ignored}
 
 
 def changes(stored: dict[str, Any], settings: Settings, done: int) -> list[str]:
     """Settings of the training that differ from a checkpoint's, of `done` epochs, a sentence each."""
     old, new = of_the_training(stored), of_the_training(asdict(settings))
-    return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items() if key in old and old[key] != value]
+    return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items()
+            if key in old and old[key] != value]

@@ -32,6 +32,13 @@ from training.published import SOURCES
 TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
 FILE_SETS = ("imagenet", "folder")  # read image by image
 OF_THE_COMMAND = ("ckpt", "out", "source", "tolerance", "export", "hub")  # not of the training
+LEAST = {  # what a number must be at least
+    "data.batch_size": 1, "data.image_size": 1, "data.val_size": 0, "data.num_workers": 0,
+    "data.max_images": 1, "data.crop_pct": 0.1, "data.crop_padding": 0, "data.mixup": 0, "data.cutmix": 0,
+    "optim.lr_batch_size": 1, "block.copies": 1, "block.positions": 4, "block.kernel_sizes": 1,
+    "trainer.max_epochs": 1, "trainer.accumulate_grad_batches": 1, "optim.warmup_epochs": 0, "optim.lr": 0,
+    "optim.weight_decay": 0, "seed": 0,
+}
 
 
 @dataclass
@@ -63,7 +70,8 @@ class BlockConf:
     copies: int = 1
     mode: str = "exact"
     positions: int = POSITIONS
-    init: str | None = "auto"  # stored by name; None, in old files, is what "auto" was: "ones", with trained weights "single"
+    # Stored by name. None, in old files, is what "auto" was: "ones", with trained weights "single".
+    init: str | None = "auto"
     kernel_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
     include: list[str] | None = None
     exclude: list[str] | None = None
@@ -151,7 +159,10 @@ class LoggerConf:
 
 @dataclass
 class Settings:
-    """All settings of a run. `out` is where it writes; `source` says whose file `ckpt` is; the last three are convert.py's."""
+    """All settings of a run.
+
+    `out` is where it writes; `source` says whose file `ckpt` is; the last three are convert.py's.
+    """
 
     model: ModelConf = field(default_factory=ModelConf)
     block: BlockConf = field(default_factory=BlockConf)
@@ -173,66 +184,77 @@ class Settings:
         Raises:
             ValueError: with the knob, its value, and what to do.
         """
+        self._check_names()
+        self._check_numbers()
+        self._check_together()
+
+    def _check_names(self) -> None:
         for knob, names in (("branches", self.block.branches), ("depthwise", self.block.depthwise or []),
                             *(("layers", layers.branches) for layers in self.block.layers)):
             for name in names:
                 _one_of(f"block.{knob}", name, list(BRANCHES))
-        if not self.block.kernel_sizes:
-            raise ValueError("block.kernel_sizes=[] would make no blocks: name one size or more, or choose block=none")
         _one_of("block.mode", self.block.mode, list(MODES))
         if self.block.init is not None:
             _one_of("block.init", self.block.init, ["auto", *INITS])
-        if self.model.pretrained and self.model.weights is not None:
-            raise ValueError(f"model.pretrained=true and model.weights={self.model.weights}: a network starts from one of them")
         if self.source is not None:
             _one_of("source", self.source, list(SOURCES))
         for kind in self.export:
             _one_of("export", kind, list(KINDS))
-        if "int8" in self.export and self.data.name == "none":
-            raise ValueError("export=[int8] needs training images to calibrate with, and data=none has none")
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
         _one_of("data.interpolation", self.data.interpolation, ["bilinear", "bicubic"])
         _one_of("logger.name", self.logger.name, ["csv", "wandb", "tensorboard"])
         if self.logger.name == "tensorboard" and find_spec("tensorboard") is None:
-            raise ValueError("logger=tensorboard needs tensorboard, which is not installed: pip install tensorboard")
+            raise ValueError("logger=tensorboard needs tensorboard, which is not installed: "
+                             "pip install tensorboard")
         _one_of("optim.name", self.optim.name, timm.optim.list_optimizers())
-        unused = ["color_jitter", "lighting", "trivial_augment"] if self.data.name in TENSOR_SETS else ["crop_padding", "on_device"]
-        for knob in unused:
-            if getattr(self.data, knob):
-                raise ValueError(f"data.{knob}={getattr(self.data, knob)}: data={self.data.name} has no such option")
-        if self.data.name in TENSOR_SETS and self.data.crop_pct != DataConf.crop_pct:
-            raise ValueError(f"data.crop_pct={self.data.crop_pct}: data={self.data.name} crops no test "
-                             "image: leave it out")
-        if self.data.image_size is None and self.data.name in FILE_SETS:
-            raise ValueError(f"data.image_size: data={self.data.name} needs one (224 is usual)")
-        for knob, value in flat(asdict(self)).items():
+
+    def _check_numbers(self) -> None:
+        knobs = flat(asdict(self)) | {"block.kernel_sizes": min(self.block.kernel_sizes, default=1)}
+        for knob, value in knobs.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{knob}={value} must be a finite number")
-        for knob, value, least in (
-                ("data.batch_size", self.data.batch_size, 1), ("data.image_size", self.data.image_size, 1),
-                ("data.val_size", self.data.val_size, 0), ("data.num_workers", self.data.num_workers, 0),
-                ("data.max_images", self.data.max_images, 1), ("data.crop_pct", self.data.crop_pct, 0.1),
-                ("data.crop_padding", self.data.crop_padding, 0), ("data.mixup", self.data.mixup, 0), ("data.cutmix", self.data.cutmix, 0),
-                ("optim.lr_batch_size", self.optim.lr_batch_size, 1), ("block.copies", self.block.copies, 1),
-                ("block.positions", self.block.positions, 4),
-                ("block.kernel_sizes", min(self.block.kernel_sizes, default=1), 1), ("trainer.max_epochs", self.trainer.max_epochs, 1),
-                ("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1),
-                ("optim.warmup_epochs", self.optim.warmup_epochs, 0), ("optim.lr", self.optim.lr, 0),
-                ("optim.weight_decay", self.optim.weight_decay, 0), ("seed", self.seed, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{knob}={value} must be at least {least}")
-        if self.data.on_device and self.data.num_workers:
-            raise ValueError(f"data.num_workers={self.data.num_workers} must be 0 with data.on_device=true: nothing is left to load")
-        for knob, value in (("optim.label_smoothing", self.optim.label_smoothing), ("optim.momentum", self.optim.momentum)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{knob}={value} must be at least 0 and less than 1")
+        for knob, least in LEAST.items():
+            if knobs[knob] is not None and knobs[knob] < least:
+                raise ValueError(f"{knob}={knobs[knob]} must be at least {least}")
+        for knob in ("optim.label_smoothing", "optim.momentum"):
+            if not 0 <= knobs[knob] < 1:
+                raise ValueError(f"{knob}={knobs[knob]} must be at least 0 and less than 1")
         if self.trainer.limit_train_batches <= 0:
-            raise ValueError(f"trainer.limit_train_batches={self.trainer.limit_train_batches} leaves nothing to train on")
+            raise ValueError(f"trainer.limit_train_batches={self.trainer.limit_train_batches} leaves nothing "
+                             "to train on")
         if not (len(self.data.mean) == len(self.data.std) == 3 and min(self.data.std) > 0):
-            raise ValueError("data.mean and data.std need three numbers each, one a channel, and no deviation of zero")
-        if not (self.block.branches or self.block.layers) and replace(self.block, init="auto") != BlockConf():
-            raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: block=dbb takes the list of "
-                             "configs/block/dbb.yaml, block.branches=[kxk,1x1] one of your own, block=none leaves plain convolutions")
+            raise ValueError("data.mean and data.std need three numbers each, one a channel, and no "
+                             "deviation of zero")
+
+    def _check_together(self) -> None:
+        """Check knobs that mean something only beside others."""
+        data, block = self.data, self.block
+        if not block.kernel_sizes:
+            raise ValueError("block.kernel_sizes=[] would make no blocks: name one size or more, or choose "
+                             "block=none")
+        if self.model.pretrained and self.model.weights is not None:
+            raise ValueError(f"model.pretrained=true and model.weights={self.model.weights}: a network "
+                             "starts from one of them")
+        if "int8" in self.export and data.name == "none":
+            raise ValueError("export=[int8] needs training images to calibrate with, and data=none has none")
+        unused = ["crop_padding", "on_device"]
+        if data.name in TENSOR_SETS:
+            unused = ["color_jitter", "lighting", "trivial_augment"]
+        for knob in unused:
+            if value := getattr(data, knob):
+                raise ValueError(f"data.{knob}={value}: data={data.name} has no such option")
+        if data.name in TENSOR_SETS and data.crop_pct != DataConf.crop_pct:
+            raise ValueError(f"data.crop_pct={data.crop_pct}: data={data.name} crops no test image: leave it "
+                             "out")
+        if data.image_size is None and data.name in FILE_SETS:
+            raise ValueError(f"data.image_size: data={data.name} needs one (224 is usual)")
+        if data.on_device and data.num_workers:
+            raise ValueError(f"data.num_workers={data.num_workers} must be 0 with data.on_device=true: "
+                             "nothing is left to load")
+        if not (block.branches or block.layers) and replace(block, init="auto") != BlockConf():
+            raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: "
+                             "block=dbb takes the list of configs/block/dbb.yaml, block.branches=[kxk,1x1] "
+                             "one of your own, block=none leaves plain convolutions")
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -254,7 +276,7 @@ def _one_of(knob: str, value: str, known: list[str]) -> None:
 def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
     """The settings of a run, checked.
 
-    With `ckpt`, every setting is the checkpoint's unless the command line gives it; each such change is printed.
+    With `ckpt`, every setting is the checkpoint's unless the command line gives it; changes are printed.
 
     Args:
         cfg: what Hydra composed.
@@ -266,7 +288,7 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
     try:
         if _list_changed(overrides):
             cfg.block.name = "custom"
-        if "block=none" in overrides:  # the plain network of a sweep, whatever the command line says about blocks
+        if "block=none" in overrides:  # the plain network of a sweep, whatever else is said about blocks
             cfg.block = OmegaConf.structured(BlockConf)
         if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, overrides)
@@ -300,8 +322,8 @@ def _prepare_as_trained(settings: Settings, overrides: list[str]) -> None:
     rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({weights}): "
                           f"{told or 'none; the command line sets them all'}")
     if settings.data.name in FILE_SETS and trained.crop_mode != "center":
-        rank_zero_only(print)(f"timm's own crop_mode is {trained.crop_mode} for these weights: it is not followed, "
-                              "test images keep their proportions, and their centre is taken")
+        rank_zero_only(print)(f"timm's own crop_mode is {trained.crop_mode} for these weights: it is not "
+                              "followed, test images keep their proportions, and their centre is taken")
 
 
 def _list_changed(overrides: list[str]) -> bool:
@@ -317,10 +339,11 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     for override in overrides:
         key, plus = override.split("=")[0].lstrip("+~"), override[0] in "+~"
         if key in ("experiment", "debug") or plus:
-            raise ValueError(f"{override} cannot be used with ckpt=, which takes every setting from the checkpoint: "
-                             "name the settings to change themselves")
+            raise ValueError(f"{override} cannot be used with ckpt=, which takes every setting from the "
+                             "checkpoint: name the settings to change themselves")
         if key in ("model.weights", "model.pretrained"):
-            raise ValueError(f"{override} cannot be used with ckpt=: the checkpoint's own weights are loaded; leave out one of them")
+            raise ValueError(f"{override} cannot be used with ckpt=: the checkpoint's own weights are "
+                             "loaded; leave out one of them")
         for changed in (["model", "block"] if key == "model" else [key]):
             before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
             if before != after:
@@ -331,7 +354,8 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     return result
 
 
-def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, data: str, overrides: list[str]) -> str:
+def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, data: str,
+             overrides: list[str]) -> str:
     """The run's folder: the checkpoint's own, or a new one; only the first process of a job makes one."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) != 0:
         return out or "."
@@ -344,7 +368,7 @@ def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, d
 
 
 def _job_name(data: str, overrides: list[str]) -> str:
-    """The folder of a sweep's job: its settings, whatever their order, so that a job keeps it when the sweep grows."""
+    """The folder of a sweep's job: its settings in one order, so that a job keeps it when the sweep grows."""
     ignored = {"out", "data.num_workers", "logger"}
     if data in TENSOR_SETS:  # the same images in every place
         ignored.add("data.root")
@@ -361,8 +385,8 @@ def _job_name(data: str, overrides: list[str]) -> str:
 def _slurm_job() -> str:
     with plain_errors():
         if "SLURM_JOB_ID" not in os.environ:
-            raise ValueError("trainer=slurm: SLURM_JOB_ID, which names the run's folder, is set in jobs of SLURM only: elsewhere take "
-                             "trainer=ddp, or out=DIR")
+            raise ValueError("trainer=slurm: SLURM_JOB_ID, which names the run's folder, is set in jobs of "
+                             "SLURM only: elsewhere take trainer=ddp, or out=DIR")
     return os.environ["SLURM_JOB_ID"]
 
 

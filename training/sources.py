@@ -52,7 +52,8 @@ class TensorImages(Dataset):
             return self._moves[1]
         bounds = [2 * self.conf.crop_padding + 1] * 2 + [1 + self.conf.flip]
         draw = generator(self.seed, epoch, 1)
-        self._moves = epoch, torch.stack([torch.randint(bound, (len(self),), generator=draw) for bound in bounds], 1)
+        moves = [torch.randint(bound, (len(self),), generator=draw) for bound in bounds]
+        self._moves = epoch, torch.stack(moves, 1)
         return self._moves[1]
 
     def without_augmentation(self) -> "TensorImages":
@@ -80,7 +81,8 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
 
 def load_noise(conf: DataConf, seed: int) -> TensorImages:
     """64 images of uniform noise, a function of the seed; the targets mean nothing."""
-    images = torch.randint(256, (64, 3, conf.image_size, conf.image_size), dtype=torch.uint8, generator=generator(seed))
+    shape = (64, 3, conf.image_size, conf.image_size)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator(seed))
     return TensorImages(images, torch.zeros(64, dtype=torch.int64), conf, seed, augment=False)
 
 
@@ -105,8 +107,8 @@ def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
         images, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.classes
         targets = torch.tensor(data.targets)
     if len(classes) != CLASSES[conf.name]:
-        raise ValueError(f"data={conf.name} has {CLASSES[conf.name]} classes, but {root} has {len(classes)}; data=folder "
-                         "takes any number")
+        raise ValueError(f"data={conf.name} has {CLASSES[conf.name]} classes, but {root} has {len(classes)}; "
+                         "data=folder takes any number")
     return images.contiguous(), targets, list(classes)
 
 
@@ -136,27 +138,30 @@ def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[
         images = list(pool.map(lambda sample: read_pixels(sample[0]), tree.samples))
     for (path, _), image in zip(tree.samples, images, strict=True):
         if image.shape != images[0].shape:
-            raise ValueError(f"{path} is {image.shape[2]}x{image.shape[1]} pixels, but others are {images[0].shape[2]}x"
-                             f"{images[0].shape[1]}; data={conf.name} needs one size, data=folder takes any")
+            size, usual = (f"{width}x{height}" for _, height, width in (image.shape, images[0].shape))
+            raise ValueError(f"{path} is {size} pixels, but others are {usual}; data={conf.name} needs one "
+                             "size, data=folder takes any")
     return torch.stack(images), torch.tensor(tree.targets), tree.classes
 
 
 class FileImages(Dataset):
     """A tree of images, read one by one; batches of uint8 `[N, 3, H, W]`.
 
-    Training: random resized crop and mirroring, and by choice the DBB paper's colour jitter and lighting (the authors'
-    train.py: brightness 0.4, saturation 0.4, hue 0.4; lighting 0.1). Otherwise: resize, centre crop.
+    Training: random resized crop and mirroring, and by choice the DBB paper's colour jitter and lighting (the
+    authors' train.py: brightness 0.4, saturation 0.4, hue 0.4; lighting 0.1). Otherwise: resize, centre crop.
     """
 
     def __init__(self, tree: "Tree", conf: DataConf, seed: int, augment: bool):
-        self.tree, self.conf, self.seed, self.augment, self.image_size = tree, conf, seed, augment, conf.image_size
+        self.tree, self.conf, self.seed, self.augment = tree, conf, seed, augment
+        self.image_size = conf.image_size
         size, mode = conf.image_size, InterpolationMode(conf.interpolation)
         steps = [v2.Resize(resized_side(size, conf.crop_pct), mode), v2.CenterCrop(size)]
         if augment:
             steps = [v2.RandomResizedCrop(size, interpolation=mode)]
             steps += [v2.RandomHorizontalFlip()] if conf.flip else []
             if conf.color_jitter:  # on Pillow's images, twice as fast as on tensors
-                steps += [v2.ToPILImage(), v2.ColorJitter(brightness=0.4, saturation=0.4, hue=0.4), v2.PILToTensor()]
+                jitter = v2.ColorJitter(brightness=0.4, saturation=0.4, hue=0.4)
+                steps += [v2.ToPILImage(), jitter, v2.PILToTensor()]
             steps += [v2.TrivialAugmentWide()] if conf.trivial_augment else []
         self.transform = v2.Compose(steps)
 
@@ -168,7 +173,8 @@ class FileImages(Dataset):
         with torch.random.fork_rng(devices=[]):  # once a batch
             for epoch, index, real in keys:
                 path, target = self.tree.samples[index]
-                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))  # torch.manual_seed is 0.2 ms slower
+                # torch.manual_seed is 0.2 ms slower.
+                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
                 image = self.transform(read_pixels(path))
                 if self.augment and self.conf.lighting:
                     image = lighting(image)
@@ -187,9 +193,14 @@ def resized_side(image_size: int, crop_pct: float) -> int:
 
 
 def lighting(image: Tensor, std: float = 0.1) -> Tensor:
-    """Shift the colours of a uint8 image `[3, H, W]` along ImageNet's principal components (AlexNet, section 4.1)."""
+    """Shift the colours of a uint8 image `[3, H, W]` along ImageNet's principal components.
+
+    As in AlexNet, section 4.1.
+    """
     values = torch.tensor([0.2175, 0.0188, 0.0045])
-    vectors = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    vectors = torch.tensor([[-0.5675, 0.7192, 0.4009],
+                            [-0.5808, -0.0045, -0.8140],
+                            [-0.5836, -0.6948, 0.4203]])
     shift = vectors @ (values * torch.randn(3) * std) * 255
     return (image + shift[:, None, None]).round().clamp(0, 255).to(torch.uint8)
 
@@ -202,8 +213,8 @@ def load_files(conf: DataConf, seed: int, train: bool) -> tuple[FileImages, list
     """
     root = _root(conf)
     if not (root / "train").is_dir() or not ((root / "val").is_dir() or (root / "test").is_dir()):
-        raise ValueError(f"no images at data.root={root}: data={conf.name} expects train/<class>/ and val/<class>/ there; "
-                         "data=digits needs no file")
+        raise ValueError(f"no images at data.root={root}: data={conf.name} expects train/<class>/ and "
+                         "val/<class>/ there; data=digits needs no file")
     held_out = root / ("val" if (root / "val").is_dir() else "test")
     tree = Tree(root / "train" if train else held_out, _classes(root / "train"))
     return FileImages(tree, conf, seed, augment=train), tree.classes
@@ -213,7 +224,7 @@ class Tree(datasets.ImageFolder):
     """An image folder whose classes are those of the training split; prints what it holds and what it skips.
 
     Raises:
-        ValueError: if it has a class that training lacks, holds no images, or is for training and a class is empty.
+        ValueError: if it has a class that training lacks, holds no images, or a training class is empty.
     """
 
     def __init__(self, folder: Path, classes: list[str]):
@@ -286,7 +297,8 @@ def read_pixels(path: str) -> Tensor:
     Raises:
         ValueError: with the path, if it cannot be read.
     """
-    try:  # faster than Pillow, to the same pixels (benchmarks/README.md); other formats have depths that it would scale
+    # Faster than Pillow, to the same pixels (benchmarks/README.md). Depths of other formats it would scale.
+    try:
         return decode_jpeg(read_file(path), ImageReadMode.RGB)
     except RuntimeError:
         return TF.pil_to_tensor(read_image(path))
