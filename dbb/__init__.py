@@ -1,12 +1,21 @@
 """Diverse Branch Block: convolutions that train as several branches and deploy as one. Needs torch only."""
 
-from dbb.block import BLOCKS, POSITIONS, AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock, ReparamConv2d, branchwise
+from dbb.block import (
+    BLOCKS,
+    POSITIONS,
+    AsymmetricConvBlock,
+    DiverseBranchBlock,
+    OnlineReparamBlock,
+    ReparamConv2d,
+    branchwise,
+)
 from dbb.branches import BRANCHES, Branch
 from dbb.deploy import fold_norms, reparameterize, restore_norms
 from dbb.modes import MODES
 from dbb.proof import Comparison, branch_shares, compare, compare_logits
 from dbb.surgery import INITS, NothingSwappedError, Report, replace_convs
 
-__all__ = ["BLOCKS", "BRANCHES", "INITS", "MODES", "POSITIONS", "AsymmetricConvBlock", "Branch", "Comparison", "DiverseBranchBlock",
-           "NothingSwappedError", "OnlineReparamBlock", "ReparamConv2d", "Report", "branch_shares", "branchwise", "compare",
-           "compare_logits", "fold_norms", "reparameterize", "replace_convs", "restore_norms"]
+__all__ = ["BLOCKS", "BRANCHES", "INITS", "MODES", "POSITIONS", "AsymmetricConvBlock", "Branch", "Comparison",
+           "DiverseBranchBlock", "NothingSwappedError", "OnlineReparamBlock", "ReparamConv2d", "Report",
+           "branch_shares", "branchwise", "compare", "compare_logits", "fold_norms", "reparameterize",
+           "replace_convs", "restore_norms"]

@@ -1,7 +1,8 @@
-"""What a trained network becomes: plain convolutions, with the norms around them as they are, folded away, or restored."""
+"""What a trained network becomes: plain convolutions, with the norms around them kept, folded or restored."""
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from dbb.transforms import fill
 def reparameterize(model: nn.Module) -> nn.Module:
     """A new model with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
 
-    Module names, dtype, device and memory format are kept; `model` is left as it was. Harmless the second time.
+    Module names, dtype, device and memory format are kept, and so is `model`. Harmless the second time.
 
     Raises:
         ValueError: if a block is in training mode, or the network cannot be copied.
     """
     model, fused = copied(model), {}
-    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):  # the inner before the outer
+    for name, module in reversed([*model.named_modules(remove_duplicate=False)]):  # the inner ones first
         if isinstance(module, ReparamConv2d):
             if module not in fused:
                 fused[module] = module.fuse()
@@ -32,14 +33,9 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 
 def fold_norms(model: nn.Module, example_input: Inputs) -> nn.Module:
-    """The network to deploy: `reparameterize`, and every norm that a convolution feeds folded into it, whatever its size.
+    """The network to deploy: `reparameterize`, and every norm that a convolution feeds folded into it.
 
-    Args:
-        model: in eval; left as it is.
-        example_input: `[N, C, H, W]`, see `replace_convs`.
-
-    Raises:
-        ValueError: as `reparameterize` and `replace_convs`.
+    Takes a model in eval, which stays as it is; `example_input` and errors are as in `replace_convs`.
     """
     merged = reparameterize(model)
     try:  # a convolution and its norm are a block of one branch
@@ -54,15 +50,15 @@ def fold_norms(model: nn.Module, example_input: Inputs) -> nn.Module:
 def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: Iterable[Inputs]) -> nn.Module:
     """Fill the plain network that the blocks were put into, under its own keys, with what `model` computes.
 
-    A merged convolution `y + b` goes into the convolution and the norm behind it: its mean m and variance v over `batches`
-    become the norm's statistics, sqrt(v + eps) its weight and m its bias. In eval that is `y + b` again; in training it is
-    `y + b` as far as a batch has the same statistics, so that fine-tuning starts where the network stood.
+    A merged convolution `y + b` goes into the convolution and the norm behind it: its mean m and variance v
+    over `batches` become the norm's statistics, sqrt(v + eps) its weight and m its bias. In eval that is
+    `y + b` again; in training too, as far as a batch has the same statistics: fine-tuning starts from there.
 
     Args:
         model: in eval.
         report: what `replace_convs` said when the blocks were put in.
         plain: the network from before, with any weights; left as it is.
-        batches: images `[N, C, H, W]` like those that fine-tuning will see; or several inputs, in order or by name.
+        batches: images `[N, C, H, W]` as in fine-tuning; or several inputs, in order or by name.
 
     Returns:
         A copy of `plain`, filled, in eval.
@@ -76,7 +72,8 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
     try:
         handled = set()
         for row, (mean, variance) in zip(rows, moments, strict=True):
-            source, conv, norm = merged.get_submodule(row.module), plain.get_submodule(row.module), plain.get_submodule(row.norm)
+            source, conv = merged.get_submodule(row.module), plain.get_submodule(row.module)
+            rest, norm = merged.get_submodule(row.norm), plain.get_submodule(row.norm)
             conv.weight.copy_(source.weight)
             if conv.bias is not None:
                 conv.bias.copy_(source.bias)
@@ -85,9 +82,10 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
             fill(norm.running_var, variance, f"{row.norm}: the variance")
             norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
             norm.bias.copy_(mean)
-            for theirs, ours in zip(norm.children(), merged.get_submodule(row.norm).children(), strict=True):
+            for theirs, ours in zip(norm.children(), rest.children(), strict=True):
                 theirs.load_state_dict(ours.state_dict())  # what a norm does besides
-            handled |= {id(tensor) for module in (conv, norm) for tensor in module.state_dict(keep_vars=True).values()}
+            for module in (conv, norm):
+                handled |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
         ours = merged.state_dict()
         plain.load_state_dict({key: tensor if id(tensor) in handled else ours[key]
                                for key, tensor in plain.state_dict(keep_vars=True).items()})
@@ -96,17 +94,17 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
     return plain
 
 
-def _output_moments(model: nn.Module, names: list[str], batches: Iterable[Inputs]) -> list[tuple[Tensor, Tensor]]:
+def _output_moments(model: nn.Module, names: list[str],
+                    batches: Iterable[Inputs]) -> list[tuple[Tensor, Tensor]]:
     """Mean and unbiased variance `[C]` of some convolutions' outputs, in float64."""
     sums = [torch.zeros(3, 1, dtype=torch.float64) for _ in names]  # of ones, values and squares
 
-    def record(index):
-        def hook(module, args, output):
-            y = output.double().cpu().transpose(0, 1).flatten(1)
-            sums[index] = sums[index] + torch.stack([torch.ones_like(y).sum(1), y.sum(1), y.square().sum(1)])
-        return hook
+    def record(index, module, args, output):
+        y = output.double().cpu().transpose(0, 1).flatten(1)
+        sums[index] = sums[index] + torch.stack([torch.ones_like(y).sum(1), y.sum(1), y.square().sum(1)])
 
-    handles = [model.get_submodule(name).register_forward_hook(record(index)) for index, name in enumerate(names)]
+    handles = [model.get_submodule(name).register_forward_hook(partial(record, index))
+               for index, name in enumerate(names)]
     for batch in batches:
         call(model, batch)
     for handle in handles:

@@ -2,17 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dbb.norms import PassedNorm
-from dbb.subclass import with_values
+from dbb.private import TorchDispatchMode, tree_leaves
+from dbb.subclass import Stays, with_values
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -36,8 +34,8 @@ class Flow(TorchDispatchMode):
         self.norms = defaultdict(list)  # convolution -> the norm fed by each of its calls
         self.feeders = defaultdict(list)  # norm -> what feeds each of its calls: a convolution or None
         self.others = defaultdict(set)  # convolution -> the operators, besides its norm, that take its output
-        self.odd = set()  # convolutions and norms that are called with more than one input, or whose tensors others use
-        self.made = {}  # id of an output -> (its convolution, the output, kept alive so that the id stays its own)
+        self.odd = set()  # convolutions and norms that get more than one input, or whose tensors others use
+        self.made = {}  # id of an output -> (its convolution, the output, kept so that the id stays its own)
         self.inputs = {}  # subclass of Conv2d -> one input
         self.inside = None  # the tensor that a norm is working on
         self.working = None  # the convolution or norm whose forward runs
@@ -50,9 +48,11 @@ class Flow(TorchDispatchMode):
             else:
                 continue
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                self.odd |= {module, self.owner[id(tensor)]} if id(tensor) in self.owner else set()  # a tied weight
+                if id(tensor) in self.owner:  # a tied weight
+                    self.odd |= {module, self.owner[id(tensor)]}
                 self.owner[id(tensor)] = module
-            self.handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+            self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(leave))
 
     def _enter_conv(self, conv, args, kwargs):
         self.working = conv
@@ -85,7 +85,7 @@ class Flow(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def note(self, tensors, consumer: str):
-        """Remember that `consumer` takes those of `tensors` which a convolution made, or which a convolution or norm holds."""
+        """Note that `consumer` takes those of `tensors` that a convolution made, or it or a norm holds."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor) and tensor is not self.inside and id(tensor) in self.made:
                 self.others[self.made[id(tensor)][0]].add(consumer)
@@ -93,30 +93,24 @@ class Flow(TorchDispatchMode):
                 self.odd.add(self.owner[id(tensor)])
 
     def run(self, model: nn.Module, inputs: Inputs):
-        """One forward pass in eval, without gradients; the model is as before but for its mode.
-
-        Args:
-            model: the network.
-            inputs: see `call`.
-        """
-        with ExitStack() as stack:
-            for handle in self.handles:
-                stack.callback(handle.remove)
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(self)
-            try:
+        """One forward pass in eval, without gradients; the model is as before but for its mode."""
+        try:
+            with torch.no_grad(), self:
                 output = call(model.eval(), inputs)
-            except Exception as error:  # whatever a network raises
-                shapes = [f"shape {list(x.shape)}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-                shapes = ", ".join(shapes) or "no tensor"
-                raise ValueError(f"the network cannot run on example_input of {shapes} ({type(error).__name__}: {error}); "
-                                 "pass one that it takes") from error
+        except Exception as error:  # whatever a network raises
+            found = [f"shape {list(x.shape)}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+            shapes = ", ".join(found) or "no tensor"
+            raise ValueError(f"the network cannot run on example_input of {shapes} ({type(error).__name__}: "
+                             f"{error}); pass one that it takes") from error
+        finally:
+            for handle in self.handles:
+                handle.remove()
         self.note(list(tensors_in(output)), "the network's output")
         return self
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a network's output: also in containers that torch does not know, as dataclasses and dicts of one's own."""
+    """The tensors in a network's output, also in containers that torch does not know, as dataclasses."""
     waiting, seen = [value], {}
     while waiting:
         for leaf in tree_leaves(waiting.pop()):
@@ -128,45 +122,50 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
                 waiting += [list(vars(leaf).values())] if hasattr(leaf, "__dict__") else []
 
 
-def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Module | str:
-    """The norm that alone takes a convolution's output, or the reason why there is none."""
+def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Module:
+    """The norm that alone takes a convolution's output; `Stays` if a block cannot stand for the two."""
     if conv not in flow.norms:
-        return "not reached by the example input"
+        raise Stays("not reached by the example input")
     if conv in flow.odd:
-        return "it is called with more than one input, or its weight is used elsewhere too"
+        raise Stays("it is called with more than one input, or its weight is used elsewhere too")
     norms, others = set(flow.norms[conv]), ", ".join(sorted(flow.others[conv]))
     if not norms:
-        return f"no BatchNorm2d follows, but {others or 'nothing'}"
+        raise Stays(f"no BatchNorm2d follows, but {others or 'nothing'}")
     if others:
-        return f"its output also goes to {others}"
+        raise Stays(f"its output also goes to {others}")
     norm = norms.pop()
     if norms or set(flow.feeders[norm]) != {conv}:
-        return f"{names[norm]} normalises other maps too, or not all of this one's"
+        raise Stays(f"{names[norm]} normalises other maps too, or not all of this one's")
     if norm in flow.odd:
-        return f"{names[norm]} is called with more than one input, or its parameters are used elsewhere too"
+        raise Stays(f"{names[norm]} is called with more than one input, or its parameters are used elsewhere "
+                    "too")
     if norm.weight is None or norm.bias is None or norm.running_mean is None:
-        return f"{names[norm]} has no gamma, no bias or no running statistics"
+        raise Stays(f"{names[norm]} has no gamma, no bias or no running statistics")
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (conv, norm)):
+        raise Stays("it or its norm has hooks or a forward of its own, which a block would not run")
     return norm
 
 
 @torch.no_grad()
-def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module | None:
-    """What a norm module does after normalising; None if that cannot be told.
+def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
+    """What a norm module does after normalising; `Stays` if that cannot be told.
 
-    A subclass is taken for "normalise, then my children in order" (timm's `BatchNormAct2d`: drop, act), and then asked.
+    A subclass is taken for "normalise, then my children in order" (timm's `BatchNormAct2d`), and then asked.
     """
     if type(norm) in NORMS:
         return PassedNorm(norm)
     asked = with_values(norm)
-    rest, probe = PassedNorm(asked), torch.linspace(-3, 3, 6 * norm.num_features).to(asked.weight).reshape(1, -1, 2, 3)
+    rest = PassedNorm(asked)
+    probe = torch.linspace(-3, 3, 6 * norm.num_features).to(asked.weight).reshape(1, -1, 2, 3)
     # SyncBatchNorm cannot be asked in training mode on a CPU.
     for training in [False] if isinstance(norm, nn.SyncBatchNorm) else [False, True]:
         statistics = [None, None] if training else [asked.running_mean, asked.running_var]
         plain = F.batch_norm(probe, *statistics, asked.weight, asked.bias, training, eps=norm.eps)
         try:
             with torch.random.fork_rng(devices=[]):
-                if not torch.equal(rest.train(training)(plain), asked.train(training)(probe)):
-                    return None
+                known = torch.equal(rest.train(training)(plain), asked.train(training)(probe))
         except Exception:  # whatever somebody else's norm raises
-            return None
-    return PassedNorm(norm).eval()
+            known = False
+        if not known:
+            raise Stays(f"its norm is a {type(norm).__name__}, which does more than is known here")
+    return PassedNorm(norm)

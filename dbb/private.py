@@ -1,7 +1,7 @@
-"""The parts of torch that are needed here and have no public name: where torch moves them, this file changes."""
+"""The parts of torch that are needed here and have no public name: if torch moves them, change this file."""
 
-from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # of any number of dimensions, synchronised or not
-from torch.nn.modules.conv import _ConvNd as AnyConv  # of any number of dimensions
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # of any dimension, synchronised or not
+from torch.nn.modules.conv import _ConvNd as AnyConv  # of any dimension
 from torch.nn.modules.utils import _pair as pair  # one number as (height, width), as convolutions read it
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every operator below autograd
 from torch.utils._pytree import tree_leaves  # the tensors in nested containers

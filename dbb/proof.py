@@ -1,4 +1,4 @@
-"""Two networks side by side: how far apart are their logits, which predictions differ? And what is each branch's part?"""
+"""Two networks side by side: how far are their logits apart? And what is each branch's part in a block?"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ def compare_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
         difference = (before - after).abs().amax(1)
         largest = before.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
         images += len(before)
-        # torch's max, unlike Python's, hands on a NaN
-        absolute = torch.stack([difference.new_tensor(absolute), difference.max()]).max().item()
-        relative = torch.stack([difference.new_tensor(relative), (difference / largest).max()]).max().item()
+        # Unlike Python's max, torch's hand on a NaN.
+        absolute = difference.max().clamp_min(absolute).item()
+        relative = (difference / largest).max().clamp_min(relative).item()
         leading = before.topk(2).values if before.shape[1] > 1 else before.expand(-1, 2)
         gaps.append((leading[:, 0] - leading[:, 1])[before.argmax(1) != after.argmax(1)])
     gaps = torch.cat(gaps) if gaps else torch.empty(0)
@@ -45,10 +45,7 @@ def compare_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
 def compare(a: nn.Module, b: nn.Module, batches: Iterable[Inputs]) -> Comparison:
     """Run two networks on the same batches and compare their logits `[N, classes]`.
 
-    A batch is a tensor `[N, C, H, W]`; or several inputs, in order or by name.
-
-    Raises:
-        ValueError: if one of them is in training mode.
+    A batch is a tensor `[N, C, H, W]`; or several inputs, in order or by name. Training mode is a ValueError.
     """
     if a.training or b.training:
         raise ValueError("networks in training mode cannot be compared: call .eval() on both first")
@@ -61,7 +58,8 @@ def branch_shares(net: nn.Module) -> dict[str, dict[str, float]]:
     result = {}
     for name, block in net.named_modules():
         if isinstance(block, ReparamConv2d):
-            norms = {key: branch.equivalent()[0].double().norm().item() for key, branch in block.branches.items()}
+            norms = {key: branch.equivalent()[0].double().norm().item()
+                     for key, branch in block.branches.items()}
             total = sum(norms.values()) or 1.0
             result[name] = {key: value / total for key, value in norms.items()}
     return result

@@ -1,4 +1,4 @@
-"""Subclasses of Conv2d: what one does to its input is kept, and a block sits in for the convolution inside it."""
+"""Subclasses of Conv2d: what one does to its input is kept; a block sits in for the convolution inside it."""
 
 import copy
 from collections.abc import Callable
@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+
+class Stays(Exception):  # noqa: N818
+    """A convolution stays as it is, for the reason that is the message."""
 
 
 class Intercept(TorchFunctionMode):
@@ -32,45 +36,51 @@ def with_values(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any] | str:
-    """What a subclass of Conv2d does with its weight.
+def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any]:
+    """The arguments of the convolution inside a subclass of Conv2d, as a block takes them; or `Stays`.
 
-    Dynamic "same" padding, or circular padding of one axis, prepares the input, then returns `F.conv2d` of it. The subclass
-    is asked in eval and in training, and with two weights: what it does to its input must depend on neither.
-
-    Returns:
-        The arguments of that one convolution, as a block takes them; or the reason why the subclass is not of this kind.
+    Dynamic "same" padding, or circular padding of one axis, prepares the input, then returns `F.conv2d` of
+    it. The subclass is asked in eval and in training, and with two weights: what it does to its input must
+    depend on neither.
     """
     conv = with_values(conv)
     # An example of zeros would hide factors.
-    found, x = [], torch.linspace(-1, 1, x.numel()).to(conv.weight.device, x.dtype).reshape(x.shape)
+    x = torch.linspace(-1, 1, x.numel()).to(conv.weight.device, x.dtype).reshape(x.shape)
+    found = []
     for training, factor in ((False, 1), (True, 1), (False, 2)):
-        asked, calls = copy.deepcopy(conv).train(training), []
+        asked = copy.deepcopy(conv).train(training)
         for parameter in asked.parameters(recurse=False):
             parameter.mul_(factor).add_(factor - 1)
-        before = asked.weight.clone()
+        found.append(_ask(asked, x))
+    (prepared, arguments), *others = found
+    if any(theirs != arguments or not torch.equal(image, prepared) for image, theirs in others):
+        raise Stays(f"{type(conv).__name__} prepares its input by its weight or its mode")
+    return arguments | {"padding_mode": "zeros"}
 
-        def record(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, calls=calls):  # F.conv2d's own names
-            y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-            calls.append((input, weight, bias, y, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)))
-            return y
 
-        try:
-            with Intercept(record):
-                output = asked(x)
-        except Exception as error:  # whatever somebody else's subclass raises
-            return f"cannot be asked what it does ({error})"
-        if len(calls) != 1:
-            return f"calls F.conv2d {len(calls)} times, not once"
-        [(prepared, weight, bias, y, arguments)] = calls
-        if weight is not asked.weight or bias is not asked.bias or not torch.equal(weight, before):
-            return "computes its kernel from its weight"
-        if output is not y:
-            return "changes what its convolution returns"
-        found.append((prepared, arguments))
-    if any(arguments != found[0][1] or not torch.equal(prepared, found[0][0]) for prepared, arguments in found):
-        return "prepares its input by its weight or its mode"
-    return found[0][1] | {"padding_mode": "zeros"}
+def _ask(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What goes into the convolution inside a subclass, and its arguments; `Stays` if there is more to it."""
+    kind, calls, before = type(conv).__name__, [], conv.weight.clone()
+
+    def record(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # as F.conv2d
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        arguments = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        calls.append((input, weight, bias, y, arguments))
+        return y
+
+    try:
+        with Intercept(record):
+            output = conv(x)
+    except Exception as error:  # whatever somebody else's subclass raises
+        raise Stays(f"{kind} cannot be asked what it does ({error})") from error
+    if len(calls) != 1:
+        raise Stays(f"{kind} calls F.conv2d {len(calls)} times, not once")
+    [(prepared, weight, bias, y, arguments)] = calls
+    if weight is not conv.weight or bias is not conv.bias or not torch.equal(weight, before):
+        raise Stays(f"{kind} computes its kernel from its weight")
+    if output is not y:
+        raise Stays(f"{kind} changes what its convolution returns")
+    return prepared, arguments
 
 
 def without_weight(conv: nn.Conv2d) -> nn.Conv2d:
@@ -84,12 +94,13 @@ def without_weight(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def lend_weight(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a subclass from `without_weight` something that has its weight's shape, for code that asks for that.
+    """Give a subclass from `without_weight` something of its weight's shape, for code that asks for that.
 
-    It is one number, seen as many, and so neither a parameter nor a buffer: DDP and averaging write into those. So
-    nothing moves it along with the module, and a block makes it anew for each image.
+    It is one number, seen as many, and so neither a parameter nor a buffer: DDP and averaging write into
+    those. So nothing moves it along with the module, and a block makes it anew for each image.
     """
-    conv.weight = torch.zeros((), device=device, dtype=dtype).expand(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+    shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
+    conv.weight = torch.zeros((), device=device, dtype=dtype).expand(shape)
 
 
 def with_weight(conv: nn.Conv2d, plain: nn.Conv2d) -> nn.Conv2d:
