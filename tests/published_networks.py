@@ -53,11 +53,12 @@ class Dbb(nn.Module):
         if self.dense:
             self.dbb_avg = chain(conv=conv(i, o, 1), bn=NormAndPad(o, p), avg=avg, avgbn=norm)
             self.dbb_1x1 = plain(i, o, 1, stride)
+            first = {"idconv1": IdentityConv(i, i, 1, bias=False)}
         else:
             self.dbb_avg = chain(avg=avg, avgbn=norm)
-        first = {"idconv1": IdentityConv(i, i, 1, bias=False)} if self.dense else {"conv1": conv(i, internal, 1, groups=groups)}
-        self.dbb_1x1_kxk = chain(**first, bn1=NormAndPad(internal, p), conv2=conv(internal, o, k, stride, groups, padding=0),
-                                 bn2=nn.BatchNorm2d(o))
+            first = {"conv1": conv(i, internal, 1, groups=groups)}
+        second = conv(internal, o, k, stride, groups, padding=0)
+        self.dbb_1x1_kxk = chain(**first, bn1=NormAndPad(internal, p), conv2=second, bn2=nn.BatchNorm2d(o))
 
     def forward(self, x):
         y = self.dbb_origin(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
@@ -73,7 +74,8 @@ class Acb(nn.Module):
         self.hor_conv, self.hor_bn = nn.Conv2d(i, o, (1, k), stride, (0, p), bias=False), nn.BatchNorm2d(o)
 
     def forward(self, x):
-        return self.square_bn(self.square_conv(x)) + self.ver_bn(self.ver_conv(x)) + self.hor_bn(self.hor_conv(x))
+        square, ver, hor = self.square_conv(x), self.ver_conv(x), self.hor_conv(x)
+        return self.square_bn(square) + self.ver_bn(ver) + self.hor_bn(hor)
 
 
 class Orepa(nn.Module):
@@ -82,11 +84,12 @@ class Orepa(nn.Module):
     def __init__(self, i, o, stride=1, norm=True):
         super().__init__()
         self.i, self.o, self.stride = i, o, stride
-        shapes = {"origin": (o, i, 3, 3), "avg_conv": (o, i, 1, 1), "pfir_conv": (o, i, 1, 1), "1x1": (o, i, 1, 1),
-                  "1x1_kxk_idconv1": (i, i, 1, 1), "1x1_kxk_conv2": (o, i, 3, 3), "gconv_dw": (8 * i, 1, 3, 3),
-                  "gconv_pw": (o, 8 * i, 1, 1)}
+        shapes = {"origin": (o, i, 3, 3), "avg_conv": (o, i, 1, 1), "pfir_conv": (o, i, 1, 1),
+                  "1x1": (o, i, 1, 1), "1x1_kxk_idconv1": (i, i, 1, 1), "1x1_kxk_conv2": (o, i, 3, 3),
+                  "gconv_dw": (8 * i, 1, 3, 3), "gconv_pw": (o, 8 * i, 1, 1)}
         for name, shape in shapes.items():
-            self.register_parameter(f"weight_orepa_{name}", nn.Parameter(torch.randn(shape) / (shape[1] * shape[2] ** 2) ** 0.5))
+            weight = torch.randn(shape) / (shape[1] * shape[2] ** 2) ** 0.5
+            self.register_parameter(f"weight_orepa_{name}", nn.Parameter(weight))
         self.vector = nn.Parameter(torch.rand(6, o))
         self.register_buffer("weight_orepa_avg_avg", torch.full((3, 3), 1 / 9))
         self.register_buffer("weight_orepa_prior", torch.rand(o, 3, 3) - 0.5)
@@ -130,7 +133,8 @@ class Orepa1x1(nn.Module):
 
     def forward(self, x):
         one = F.conv2d(x, self.weight_or1x1_origin, stride=self.stride)
-        two = F.conv2d(F.conv2d(x, self.weight_or1x1_l2i_conv1, stride=self.stride), self.weight_or1x1_l2i_conv2)
+        two = F.conv2d(x, self.weight_or1x1_l2i_conv1, stride=self.stride)
+        two = F.conv2d(two, self.weight_or1x1_l2i_conv2)
         return self.bn(self.vector[0][:, None, None] * one + self.vector[1][:, None, None] * two)
 
 
@@ -140,7 +144,8 @@ class OrepaStem(nn.Module):
     def __init__(self, i, o, stride):
         super().__init__()
         self.stride = stride
-        self.weight0, self.weight1, self.weight2 = Orepa(i, o, norm=False), Orepa(o, o, norm=False), Orepa(o, o, norm=False)
+        self.weight0 = Orepa(i, o, norm=False)
+        self.weight1, self.weight2 = Orepa(o, o, norm=False), Orepa(o, o, norm=False)
         self.bn = nn.BatchNorm2d(o)
 
     def forward(self, x):
@@ -227,9 +232,10 @@ class MobileNet(nn.Module):
         super().__init__()
         widths = [32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024]
         self.conv1 = unit(3, 32, 3, 2)
-        self.stem = nn.Sequential(*(
-            chain(depthwise=unit(i, i, 3, 2 if k in (1, 3, 5, 11) else 1, groups=i), relu=nn.ReLU(), pointwise=unit(i, o, 1),
-                  relu2=nn.ReLU()) for k, (i, o) in enumerate(itertools.pairwise(widths))))
+        self.stem = nn.Sequential()
+        for k, (i, o) in enumerate(itertools.pairwise(widths)):
+            depthwise, pointwise = unit(i, i, 3, 2 if k in (1, 3, 5, 11) else 1, groups=i), unit(i, o, 1)
+            self.stem.append(chain(depthwise=depthwise, relu=nn.ReLU(), pointwise=pointwise, relu2=nn.ReLU()))
         self.linear = nn.Linear(1024, CLASSES)
 
     def forward(self, x):
@@ -242,7 +248,8 @@ class Vgg(nn.Module):
         self.stem, channels, number = nn.Sequential(), 3, 1
         for stage, (width, layers) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
             for _ in range(layers):
-                self.stem.add_module(f"conv{number}", chain(**dict(unit(channels, width, 3, relu=True).named_children())))
+                parts = dict(unit(channels, width, 3, relu=True).named_children())
+                self.stem.add_module(f"conv{number}", chain(**parts))
                 channels, number = width, number + 1
             self.stem.add_module(f"maxpool{stage + 1}", nn.MaxPool2d(2))
         self.linear1, self.linear2 = nn.Linear(512, 512), nn.Linear(512, CLASSES)

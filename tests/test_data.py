@@ -26,7 +26,8 @@ def write_tree(root, splits, classes, count, size, seed=0):
     for split, name, i in itertools.product(splits, classes, range(count)):
         folder = root / split / name
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        pixels = draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
 
 
@@ -65,11 +66,12 @@ def test_digits_are_split_once_and_for_all(make_settings):
 @pytest.mark.parametrize("source", ["digits", "cifar10", "imagenet"])
 def test_epoch_depends_on_seed_and_epoch_alone(make_settings, cifar, files, source):
     root = {"digits": [], "cifar10": [f"data.root={cifar}"],
-            "imagenet": [f"data.root={files}", "data.image_size=32", "data.color_jitter=true", "data.lighting=true",
-                         "data.trivial_augment=true"]}[source]
+            "imagenet": [f"data.root={files}", "data.image_size=32", "data.color_jitter=true",
+                         "data.lighting=true", "data.trivial_augment=true"]}[source]
 
     def images(workers, epoch, seed=0, batch_size=4):
-        data = load(make_settings, f"data={source}", *root, f"data.batch_size={batch_size}", f"data.num_workers={workers}", seed=seed)
+        data = load(make_settings, f"data={source}", *root, f"data.batch_size={batch_size}",
+                    f"data.num_workers={workers}", seed=seed)
         torch.rand(7)  # the history of the global generator does not matter
         return epoch_of(data, epoch)
 
@@ -87,7 +89,8 @@ def test_crop_and_flip_is_pad_crop_mirror(flip):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 6, 5), dtype=torch.uint8)
     moves = torch.stack([torch.randint(5, (40,)), torch.randint(5, (40,)), torch.randint(1 + flip, (40,))], 1)
-    for image, (row, column, mirror), actual in zip(images, moves, crop_and_flip(images, moves, 2), strict=True):
+    moved = crop_and_flip(images, moves, 2)
+    for image, (row, column, mirror), actual in zip(images, moves, moved, strict=True):
         expected = torch.nn.functional.pad(image, [2] * 4)[:, row:row + 6, column:column + 5]
         assert torch.equal(actual, expected.flip(2) if mirror else expected)
 
@@ -95,12 +98,14 @@ def test_crop_and_flip_is_pad_crop_mirror(flip):
 def test_moves_cover_all_shifts(make_settings):
     data = load(make_settings, "data=digits")
     moves = data.train_set.moves(0)
-    assert {tuple(m) for m in moves.tolist()} == {(r, c, 0) for r in range(3) for c in range(3)}, "a pixel each way, never mirrored"
+    a_pixel_each_way = {(row, column, 0) for row in range(3) for column in range(3)}
+    assert {tuple(move) for move in moves.tolist()} == a_pixel_each_way, "never mirrored"
 
 
 def test_normalisation(make_settings):
     data = load(make_settings, "data=digits", "data.mean=[0.5,0.25,0]", "data.std=[0.5,1,2]", train=False)
-    images, targets = data.on_after_batch_transfer((torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), torch.tensor([3])))
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    images, targets = data.on_after_batch_transfer((white, torch.tensor([3])))
     assert images[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.75, 0.5])
     assert targets.tolist() == [3]
 
@@ -108,8 +113,10 @@ def test_normalisation(make_settings):
 @pytest.mark.parametrize(("n", "world_size"), [(10, 1), (10, 3), (9, 3), (2, 4)])
 def test_shares_of_processes(n, world_size):
     def keys(shuffle, epoch=0):
-        samplers = [KeySampler(torch.arange(n), shuffle, 0, rank, world_size, epoch) for rank in range(world_size)]
-        assert len({len(list(sampler)) for sampler in samplers}) == 1, "as many for each, else processes wait for each other"
+        samplers = [KeySampler(torch.arange(n), shuffle, 0, rank, world_size, epoch)
+                    for rank in range(world_size)]
+        lengths = {len(list(sampler)) for sampler in samplers}
+        assert len(lengths) == 1, "as many for each, else processes wait for each other"
         return [key for sampler in samplers for key in sampler]
     counted = [index for _, index, real in keys(shuffle=False) if real]
     assert sorted(counted) == list(range(n)), "every test image is counted once"
@@ -141,20 +148,22 @@ def test_process_shares_divide_the_batch(make_settings):
 
 
 def test_image_size_resizes(make_settings, cifar):
-    assert load(make_settings, f"data.root={cifar}", "data.batch_size=8", "data.image_size=16").image_size == 16
+    data = load(make_settings, f"data.root={cifar}", "data.batch_size=8", "data.image_size=16")
+    assert data.image_size == 16
     assert load(make_settings, "data=digits", "data.image_size=32").train_set.images.shape[1:] == (3, 32, 32)
 
 
 def test_tree_of_files(make_settings, files):
-    data = load(make_settings, "data=imagenet", f"data.root={files}", "data.image_size=32", "data.batch_size=4", "data.num_workers=0")
+    data = load(make_settings, "data=imagenet", f"data.root={files}", "data.image_size=32",
+                "data.batch_size=4", "data.num_workers=0")
     assert data.classes == ["n01", "n02", "n03"]
     images, targets = next(iter(data.test_dataloader()))
     assert images.shape == (4, 3, 32, 32)
     assert images.dtype == torch.uint8
     with Image.open(files / "val" / "n01" / "0.png") as image:  # resize to 256/224 of 32, centre crop
         resized = image.resize((round(50 / 40 * 37), 37), Image.Resampling.BILINEAR)
-    left, top = (resized.width - 32) / 2, (37 - 32) / 2
-    expected = np.asarray(resized.crop((round(left), round(top), round(left) + 32, round(top) + 32))).astype(int)
+    left, top = round((resized.width - 32) / 2), round((37 - 32) / 2)
+    expected = np.asarray(resized.crop((left, top, left + 32, top + 32))).astype(int)
     assert np.abs(images[0].permute(1, 2, 0).numpy().astype(int) - expected).mean() < 3
 
 
@@ -177,7 +186,8 @@ def test_broken_input(make_settings, tmp_path, cifar, files):
     fails(r"no cifar10 at data\.root=.*data=digits", f"data.root={tmp_path}/nowhere", "data.download=false")
     fails(r"no images at data\.root", "data=imagenet", f"data.root={tmp_path}/nowhere")
     fails(r"batch_size=500 is larger than the 40", f"data.root={cifar}", "data.batch_size=500")
-    fails(r"1 training images of data=cifar10 with data.val_size=39", f"data.root={cifar}", "data.batch_size=8", "data.val_size=39")
+    fails(r"1 training images of data=cifar10 with data.val_size=39", f"data.root={cifar}",
+          "data.batch_size=8", "data.val_size=39")
     fails("has 100 classes, but", "data=cifar100", f"data.root={cifar}")
 
     (files / "val" / "n99").mkdir()
@@ -191,8 +201,9 @@ def test_broken_input(make_settings, tmp_path, cifar, files):
 
 
 def test_odd_images(tmp_path):
-    for name, image in {"deep": Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)), "grey": Image.new("L", (4, 4), 117),
-                        "clear": Image.new("RGBA", (4, 4), (117, 117, 117, 9))}.items():
+    deep = Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16))
+    grey, clear = Image.new("L", (4, 4), 117), Image.new("RGBA", (4, 4), (117, 117, 117, 9))
+    for name, image in {"deep": deep, "grey": grey, "clear": clear}.items():
         image.save(tmp_path / f"{name}.png")
         assert read_image(tmp_path / f"{name}.png").getpixel((0, 0)) == (117, 117, 117), name
 
@@ -285,7 +296,8 @@ def archive(tmp_path, monkeypatch):
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
     def batch():
-        return {"data": draw.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        pixels = draw.integers(0, 256, (20, 3072), dtype=np.uint8)
+        return {"data": pixels, "labels": [i % 10 for i in range(20)]}
     train, test = [write("data_batch_1", batch())], [write("test_batch", batch())]
     meta = write("batches.meta", {"label_names": [f"name{i}" for i in range(10)]})
     monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
@@ -316,13 +328,14 @@ def test_a_damaged_archive_is_not_written_to(make_settings, archive):
 
 
 def test_some_images_of_every_class(make_settings, files):
-    data = load(make_settings, "data=imagenet", f"data.root={files}", "data.image_size=32", "data.batch_size=2", "data.max_images=6",
-                "data.num_workers=0")
+    data = load(make_settings, "data=imagenet", f"data.root={files}", "data.image_size=32",
+                "data.batch_size=2", "data.max_images=6", "data.num_workers=0")
     assert torch.bincount(torch.tensor(data.test_set.tree.targets)[data.test_indices]).tolist() == [2, 2, 2]
     assert torch.bincount(torch.tensor(data.train_set.tree.targets)[data.train_indices]).tolist() == [2, 2, 2]
     assert sum(len(targets) for _, targets in data.test_dataloader()) == 6
     for few in (("data.max_images=32",), ("data.val_size=5000",)):
-        with pytest.raises(ValueError, match=rf"data.batch_size=64 is larger than the \d+ training images of data=digits with {few[0]}"):
+        message = rf"data.batch_size=64 is larger than the \d+ training images of data=digits with {few[0]}"
+        with pytest.raises(ValueError, match=message):
             load(make_settings, "data=digits", "data.batch_size=64", *few)
     everything = load(make_settings, "data=digits", "data.max_images=5000")
     assert len(everything.test_indices) == 360
@@ -339,17 +352,22 @@ def test_mixed_batches(make_settings):
         assert (type(only), only.alpha) == (alpha, float(knob[-3:]))
         mixed, soft = mix(images, targets)
         assert soft.sum(1).tolist() == pytest.approx([1.0] * 8)
-        assert torch.allclose(soft @ torch.arange(8.0), mixed.mean((1, 2, 3)), atol=1e-5), "as much of a target as of its image"
+        shares = soft @ torch.arange(8.0)
+        assert torch.allclose(shares, mixed.mean((1, 2, 3)), atol=1e-5), "as much of a target as of its image"
         assert not torch.equal(mixed, images)
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["data=digits", "data.mixup=-1"], "data.mixup=-1.0 must be at least 0"),
-    (["data=digits", "data.trivial_augment=true"], "no such option"), (["data=imagenet", "data.on_device=true"], "no such option"),
-    (["data.mixup=inf"], "data.mixup=inf must be a finite"), (["optim.lr=nan"], "optim.lr=nan must be a finite"),
-    (["optim.momentum=2"], "optim.momentum=2.0 must be"), (["trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 must be"),
-    (["data=digits", "data.on_device=true", "data.num_workers=1"], "must be 0"), (["data.image_size=0"], "data.image_size=0 must be"),
-    (["data=digits", "data.max_images=0"], "data.max_images=0 must be"), (["optim.lr_batch_size=0"], "optim.lr_batch_size=0 must be")])
+    (["data=digits", "data.trivial_augment=true"], "no such option"),
+    (["data=imagenet", "data.on_device=true"], "no such option"),
+    (["data=digits", "data.on_device=true", "data.num_workers=1"], "must be 0"),
+    (["data=digits", "data.max_images=0"], "data.max_images=0 must be"),
+    (["data.image_size=0"], "data.image_size=0 must be"),
+    (["data.mixup=inf"], "data.mixup=inf must be a finite"),
+    (["optim.lr=nan"], "optim.lr=nan must be a finite"), (["optim.momentum=2"], "optim.momentum=2.0 must be"),
+    (["optim.lr_batch_size=0"], "optim.lr_batch_size=0 must be"),
+    (["trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 must be")])
 def test_knobs_that_make_no_sense(make_settings, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_settings(*overrides)

@@ -1,4 +1,4 @@
-"""What convert.py leaves behind: files that load elsewhere, the same bytes every time, graphs, int8, and predict.py."""
+"""What convert.py leaves behind: files that load elsewhere, the same every time; graphs, int8, predict.py."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ import predict as predict_script
 from dbb import DiverseBranchBlock
 from export import files, graph
 from tests.conftest import ROOT, relative_error
+from tests.scripts import TINY, call, run
 from tests.test_data import write_tree
-from tests.test_scripts import TINY, run
 
 EVERYTHING = "export=[onnx,training_onnx,pt2,int8]"
 
@@ -29,7 +29,7 @@ EVERYTHING = "export=[onnx,training_onnx,pt2,int8]"
 def trained(tmp_path_factory):
     """A few steps of a small network with blocks: its checkpoint."""
     cwd = tmp_path_factory.mktemp("run")
-    done = run("train.py", "model=resnet8_dbb", *TINY, "out=run", cwd=cwd)
+    done = call("train.py", "model=resnet8_dbb", *TINY, "out=run", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "run" / "checkpoints" / "last.ckpt"
 
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(trained):
     """The folder of a conversion with all files, and what was printed."""
-    done = run("convert.py", f"ckpt={trained}", EVERYTHING, cwd=trained.parent)
+    done = call("convert.py", f"ckpt={trained}", EVERYTHING, cwd=trained.parent)
     assert done.returncode == 0, done.stderr
     return trained.parent.parent / "convert", done.stdout
 
@@ -45,7 +45,8 @@ def converted(trained):
 def test_the_folder(converted):
     folder, printed = converted
     models = ["model.safetensors", "model.onnx", "model-training.onnx", "model.pt2", "model-int8.onnx"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*models, "report.md", "report.json", "report.png", "graphs.png"])
+    pages = ["report.md", "report.json", "report.png", "graphs.png"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*models, *pages])
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all as readable as any new file"
     report = json.loads((folder / "report.json").read_text())
     assert list(report["files"]) == models
@@ -76,6 +77,7 @@ def test_no_path_of_this_machine_is_in_a_file(converted):
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(trained, converted, tmp_path):
+    """From this process, and from one of its own."""
     assert run("convert.py", f"ckpt={trained}", f"out={tmp_path}/again", cwd=tmp_path).returncode == 0
     for name in ("model.safetensors", "model.onnx"):
         assert (tmp_path / "again" / name).read_bytes() == (converted[0] / name).read_bytes()
@@ -107,7 +109,8 @@ def test_weights_load_into_a_stock_network_in_another_process(converted, tmp_pat
 
 
 def test_onnx_and_pt2_take_any_batch(converted):
-    network, program = graph.OnnxNetwork(converted[0] / "model.onnx"), torch.export.load(converted[0] / "model.pt2").module()
+    network = graph.OnnxNetwork(converted[0] / "model.onnx")
+    program = torch.export.load(converted[0] / "model.pt2").module()
     training = graph.OnnxNetwork(converted[0] / "model-training.onnx")
     for batch in (1, 3, 17):
         x = torch.randn(batch, 3, 8, 8)
@@ -118,7 +121,8 @@ def test_onnx_and_pt2_take_any_batch(converted):
 
 def test_int8_report_has_every_convolution_worst_first(converted):
     report = json.loads((converted[0] / "report.json").read_text())
-    assert {row["layer"] for row in report["int8"]} == {"conv1", *(f"blocks.{i}.conv{j}" for i in range(3) for j in (1, 2))}
+    layers = {"conv1", *(f"blocks.{i}.conv{j}" for i in range(3) for j in (1, 2))}
+    assert {row["layer"] for row in report["int8"]} == layers
     outputs = [row["output_db"] for row in report["int8"]]
     assert None not in outputs
     assert outputs == sorted(outputs)
@@ -128,15 +132,18 @@ def test_int8_report_has_every_convolution_worst_first(converted):
 def test_wrong_exports_write_nothing(trained, make_settings, tmp_path, monkeypatch):
     def fails(message, *overrides, out="out"):
         with pytest.raises(ValueError, match=message):
-            convert_script.convert(make_settings(f"ckpt={trained}", *overrides, config_name="convert"), tmp_path / out)
+            convert_script.convert(make_settings(f"ckpt={trained}", *overrides, config_name="convert"),
+                                   tmp_path / out)
         assert not (tmp_path / out).exists()
 
-    fails("export=onxx is unknown; known are onnx, training_onnx, int8, pt2; did you mean onnx", "export=[onxx]")
+    fails("export=onxx is unknown; known are onnx, training_onnx, int8, pt2; did you mean onnx",
+          "export=[onxx]")
     fails("calibrate with", "export=[int8]", "data=none")
     fails("hub=true: timm does not build resnet8 for 8 pixels", "hub=true")
     monkeypatch.setattr(files, "find_spec", lambda name: None if name == "onnxscript" else name)
     fails(r"export=\[onnx\] needs onnxscript, which is not installed: pip install -e '.\[train,export\]'")
-    report = convert_script.convert(make_settings(f"ckpt={trained}", "export=[]", config_name="convert"), tmp_path / "none")
+    nothing = make_settings(f"ckpt={trained}", "export=[]", config_name="convert")
+    report = convert_script.convert(nothing, tmp_path / "none")
     assert list(report["files"]) == ["model.safetensors"]
 
 
@@ -181,13 +188,16 @@ def photographs(tmp_path_factory):
 def classes(printed: str) -> dict[str, list[str]]:
     lines = printed.splitlines()
     starts = [i for i, line in enumerate(lines) if not line.startswith("  ")]
-    return {Path(lines[i]).name: [line.strip() for line in lines[i + 1:end]] for i, end in zip(starts, [*starts[1:], None], strict=True)}
+    ends = [*starts[1:], None]
+    return {Path(lines[i]).name: [line.strip() for line in lines[i + 1:end]]
+            for i, end in zip(starts, ends, strict=True)}
 
 
-@pytest.mark.parametrize("model", ["model.onnx", "model.safetensors"])
-def test_predict(converted, photographs, model):
+@pytest.mark.parametrize(("start", "model"), [(run, "model.onnx"), (call, "model.safetensors")])
+def test_predict(converted, photographs, start, model):
     good = ["rgb.png", "grey.png", "grey_as_rgb.png", "rgba.png", "deep.png", "shallow.png"]
-    done = run("predict.py", str(converted[0] / model), *(str(photographs / name) for name in good), cwd=photographs)
+    done = start("predict.py", str(converted[0] / model), *(str(photographs / name) for name in good),
+                 cwd=photographs)
     assert (done.returncode, done.stderr) == (0, "")
     found = classes(done.stdout)
     assert list(found) == good
@@ -199,18 +209,19 @@ def test_predict(converted, photographs, model):
     image = (TF.center_crop(TF.resize(image, [8], antialias=True), [8]) / 255 - 0.305) / 0.376
     with torch.no_grad():
         top = net(image[None]).softmax(1)[0].topk(5)
-    assert found["rgb.png"] == [f"{p:.4f}  {about['classes'][i]}" for p, i in zip(top.values, top.indices, strict=True)]
+    top = zip(top.values, top.indices, strict=True)
+    assert found["rgb.png"] == [f"{p:.4f}  {about['classes'][i]}" for p, i in top]
 
 
 def test_predict_from_the_command_line_names_what_it_cannot_read(converted, photographs):
     bad = ["cut.png", "missing.png", "wide.tif", "real.tif", "bomb.png"]
-    done = run("predict.py", str(converted[0] / "model.onnx"), "rgb.png", *bad, cwd=photographs)
+    done = call("predict.py", str(converted[0] / "model.onnx"), "rgb.png", *bad, cwd=photographs)
     assert done.returncode == 1
     assert list(classes(done.stdout)) == ["rgb.png"]
     assert all(name in done.stderr for name in bad)
     assert "error: 5 of 6 images could not be read" in done.stderr
     assert "Traceback" not in done.stderr
-    failed = run("predict.py", "nowhere.onnx", "rgb.png", cwd=photographs)
+    failed = call("predict.py", "nowhere.onnx", "rgb.png", cwd=photographs)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: nowhere.onnx: there is no such file")
 
@@ -240,7 +251,8 @@ def test_predict_refuses_what_convert_did_not_write(converted, tmp_path, capsys)
     path.write_bytes(b"")
     fails("cannot be read", path)
     _, about = files.load_network(converted[0] / "model.safetensors")
-    for header in (None, "no JSON", json.dumps({"model": ["os"], "classes": 3}), json.dumps(about | {"std": [1.0, 0.0, 1.0]})):
+    odd, no_std = {"model": ["os"], "classes": 3}, about | {"std": [1.0, 0.0, 1.0]}
+    for header in (None, "no JSON", json.dumps(odd), json.dumps(no_std)):
         save_file(weights, path, header and {"dbb": header})
         fails("no header of convert.py", path)
 
@@ -250,7 +262,8 @@ def test_the_picture_names_the_average():
     net = nn.Sequential(DiverseBranchBlock(3, 4, 3, padding=1)).eval()
     name, before, after = graph.first_block(net, torch.zeros(2, 3, 8, 8))
     kernels = [node.kernel for node in before if node.kind == "Conv"]
-    assert kernels == ["3x3, 3 to 4", "1x1, 3 to 4", "1x1, 3 to 4", "3x3 average pooling\n4 channels", "1x1, 3 to 3", "3x3, 3 to 4"]
+    assert kernels == ["3x3, 3 to 4", "1x1, 3 to 4", "1x1, 3 to 4", "3x3 average pooling\n4 channels",
+                       "1x1, 3 to 3", "3x3, 3 to 4"]
     assert (name, [(node.kind, node.kernel) for node in after]) == ("0", [("Conv", "3x3, 3 to 4")])
 
 
@@ -264,11 +277,13 @@ def test_a_conversion_does_not_take_the_place_of_something_else(trained, make_se
 def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_settings, tmp_path):
     def fails(message, *overrides):
         with pytest.raises(ValueError, match=message):
-            convert_script.convert(make_settings(f"ckpt={trained}", *overrides, config_name="convert"), tmp_path / "convert")
+            convert_script.convert(make_settings(f"ckpt={trained}", *overrides, config_name="convert"),
+                                   tmp_path / "convert")
 
     fails("trained on images of 8 pixels", "data.image_size=16")
     tree = write_tree(tmp_path / "tree", ("train", "val"), [f"class{i}" for i in range(10)], 1, (8, 8))
-    fails("other classes .* class0 where that has 0", "data=folder", f"data.root={tree}", "data.image_size=8", "data.batch_size=2")
+    fails("other classes .* class0 where that has 0", "data=folder", f"data.root={tree}",
+          "data.image_size=8", "data.batch_size=2")
     assert not (tmp_path / "convert").exists()
 
 

@@ -18,16 +18,19 @@ from training.published import read_weights, translate
 def logits_of_ours(weights, source, name, dtype=torch.float64):
     """The logits of our network with the given published weights; their keys must fit exactly."""
     weights, with_blocks = translate(weights, source, name, build_model(name, CLASSES, image_size=128))
-    net = build_model(name, CLASSES, {"dbb": "dbb", "acnet": "acb"}[source] if with_blocks else None, image_size=128).to(dtype).eval()
+    block = {"dbb": "dbb", "acnet": "acb"}[source] if with_blocks else None
+    net = build_model(name, CLASSES, block, image_size=128).to(dtype).eval()
     load_weights(net, weights)
     with torch.no_grad():
         return net(image(name).to(dtype)), with_blocks
 
 
 @pytest.mark.parametrize(("source", "name", "deploy"), [
-    ("dbb", "resnet18", False), ("dbb", "resnet50", False), ("dbb", "mobilenet_v1", False), ("dbb", "resnet18", True),
-    ("dbb", "mobilenet_v1", True), ("acnet", "resnet18", False), ("acnet", "vgg16", False), ("acnet", "resnet18", True),
-    ("orepa", "resnet18", False), ("orepa", "resnet50", False), ("orepa", "resnet18", True), ("orepa", "resnet50", True)])
+    ("dbb", "resnet18", False), ("dbb", "resnet50", False), ("dbb", "mobilenet_v1", False),
+    ("dbb", "resnet18", True), ("dbb", "mobilenet_v1", True),
+    ("acnet", "resnet18", False), ("acnet", "vgg16", False), ("acnet", "resnet18", True),
+    ("orepa", "resnet18", False), ("orepa", "resnet50", False),
+    ("orepa", "resnet18", True), ("orepa", "resnet50", True)])
 def test_our_network_computes_what_the_published_one_does(source, name, deploy):
     weights, expected = published_model(source, name, deploy)
     logits, with_blocks = logits_of_ours(weights, source, name)
@@ -37,17 +40,21 @@ def test_our_network_computes_what_the_published_one_does(source, name, deploy):
 
 def test_the_older_layout_has_no_norm_inside_the_padding_one_and_may_count_no_batches():
     weights, expected = published_model("dbb", "resnet18")
-    older = {re.sub(r"(dbb_avg\.bn|dbb_1x1_kxk\.bn1)\.bn\.", r"\1.", key): value for key, value in weights.items()
-             if not key.endswith("num_batches_tracked")}
+    older = {re.sub(r"(dbb_avg\.bn|dbb_1x1_kxk\.bn1)\.bn\.", r"\1.", key): value
+             for key, value in weights.items() if not key.endswith("num_batches_tracked")}
     assert older.keys() < {key.replace("bn.bn.", "bn.").replace("bn1.bn.", "bn1.") for key in weights}
     assert relative_error(logits_of_ours(older, "dbb", "resnet18")[0], expected) < 1e-12
 
 
 def test_the_large_kernel_of_orepa_may_be_made_of_plain_ones():
-    stem, net = randomize(OrepaStem(3, 64, 2).double().eval()), build_model("resnet18", CLASSES, image_size=128)
-    ours, _ = translate({f"stage0.conv1.{key}": value for key, value in stem.state_dict().items()}, "orepa", "resnet18", net)
-    kernels = {f"stage0.conv1.weight{i}": unit.kernel().detach() for i, unit in enumerate((stem.weight0, stem.weight1, stem.weight2))}
-    norm = {f"stage0.conv1.bn.{key}": value for key, value in stem.bn.state_dict().items()}
+    def in_the_stem(values):
+        return {f"stage0.conv1.{key}": value for key, value in values.items()}
+
+    stem = randomize(OrepaStem(3, 64, 2).double().eval())
+    net = build_model("resnet18", CLASSES, image_size=128)
+    ours, _ = translate(in_the_stem(stem.state_dict()), "orepa", "resnet18", net)
+    kernels = in_the_stem({f"weight{i}": getattr(stem, f"weight{i}").kernel().detach() for i in range(3)})
+    norm = in_the_stem({f"bn.{key}": value for key, value in stem.bn.state_dict().items()})
     plain, _ = translate(kernels | norm, "orepa", "resnet18", net)
     assert plain.keys() == ours.keys()
     assert relative_error(plain["conv1.weight"], ours["conv1.weight"]) < 1e-14
@@ -67,11 +74,13 @@ def write_hdf5(weights, path):
             file.create_dataset(key, data=value.numpy())
 
 
-@pytest.mark.parametrize(("write", "name"), [(write_torch, "a.pth.tar"), (write_model, "a.pth"), (torch.save, "a.pt"),
-                                             (save_file, "a.safetensors"), (write_hdf5, "a.hdf5")])
+@pytest.mark.parametrize(("write", "name"), [
+    (write_torch, "a.pth.tar"), (write_model, "a.pth"), (torch.save, "a.pt"),
+    (save_file, "a.safetensors"), (write_hdf5, "a.hdf5")])
 def test_files_of_all_formats(write, name, tmp_path):
     weights, expected = published_model("acnet", "resnet18")
-    write({key: value.float() if value.is_floating_point() else value for key, value in weights.items()}, tmp_path / name)
+    write({key: value.float() if value.is_floating_point() else value
+           for key, value in weights.items()}, tmp_path / name)
     read, _ = read_weights(tmp_path / name)
     assert read.keys() == weights.keys()
     assert relative_error(logits_of_ours(read, "acnet", "resnet18", torch.float32)[0], expected) < 1e-5
@@ -93,7 +102,8 @@ def test_files_that_are_refused(tmp_path):
     torch.save({"weight": Stranger()}, tmp_path / "object.pth")
     with pytest.raises(ValueError, match="more than plain tensors"):
         read_weights(tmp_path / "object.pth")
-    for content in ({"state_dict": {"weight": torch.rand(1), "epoch": 3}}, [torch.rand(1)], {1: torch.rand(1)}):
+    number = torch.rand(1)
+    for content in ({"state_dict": {"weight": number, "epoch": 3}}, [number], {1: number}):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(ValueError, match="it must hold tensors by name"):
             read_weights(tmp_path / "other.pth")
@@ -102,17 +112,23 @@ def test_files_that_are_refused(tmp_path):
 def test_weights_that_do_not_fit_are_named():
     weights, _ = published_model("dbb", "resnet18")
     net = build_model("resnet18", CLASSES, image_size=128)
-    for key, missing in (("stage1.0.conv1.dbb_1x1_kxk.bn1.bn.bias", r"stage1\.0\.conv1\.\* lacks .*1x1_kxk\.inner\.bias"),
-                         ("stage2.0.conv1.dbb_1x1_kxk.bn2.running_mean", r"stage2\.0\.conv1\.\* lacks .*1x1_kxk\.bn\.running_mean"),
-                         ("stage2.0.shortcut.bn.running_var", r"1 missing \(layer2\.0\.downsample\.1\.running_var\)"),
-                         ("stage3.1.conv2.dbb_1x1.conv.weight", r"1 missing \(layer3\.1\.conv2\.branches\.1x1\.weight\)")):
+    for key, missing in {
+            "stage1.0.conv1.dbb_1x1_kxk.bn1.bn.bias": r"stage1\.0\.conv1\.\* lacks .*1x1_kxk\.inner\.bias",
+            "stage2.0.conv1.dbb_1x1_kxk.bn2.running_mean":
+                r"stage2\.0\.conv1\.\* lacks .*1x1_kxk\.bn\.running_mean",
+            "stage2.0.shortcut.bn.running_var": r"1 missing \(layer2\.0\.downsample\.1\.running_var\)",
+            "stage3.1.conv2.dbb_1x1.conv.weight":
+                r"1 missing \(layer3\.1\.conv2\.branches\.1x1\.weight\)"}.items():
+        others = {other: value for other, value in weights.items() if other != key}
         with pytest.raises(ValueError, match=missing):
-            logits_of_ours({other: value for other, value in weights.items() if other != key}, "dbb", "resnet18")
+            logits_of_ours(others, "dbb", "resnet18")
+    wrong = weights | {"stage1.0.conv1.dbb_1x1_kxk.conv2.weight": torch.rand(64, 5, 3, 3)}
     with pytest.raises(ValueError, match=r"tensors of stage1\.0\.conv1\.\* do not fit together"):
-        translate(weights | {"stage1.0.conv1.dbb_1x1_kxk.conv2.weight": torch.rand(64, 5, 3, 3)}, "dbb", "resnet18", net)
+        translate(wrong, "dbb", "resnet18", net)
     strange = weights | {"stage1.0.conv1.se.weight": torch.rand(1), "head.weight": torch.rand(1)}
     del strange["linear.bias"]
-    with pytest.raises(ValueError, match=r"1 missing \(fc\.bias\); 2 unexpected \(head\.weight, stage1\.0\.conv1\.se\.weight\)"):
+    both = r"1 missing \(fc\.bias\); 2 unexpected \(head\.weight, stage1\.0\.conv1\.se\.weight\)"
+    with pytest.raises(ValueError, match=both):
         logits_of_ours(strange, "dbb", "resnet18")
     biased = weights | {"stage2.0.shortcut.conv.bias": torch.rand(128, dtype=torch.float64)}
     with pytest.raises(ValueError, match=r"unexpected \(stage2\.0\.shortcut\.bn\.bias"):
@@ -127,9 +143,11 @@ def test_grouped_orepa_is_refused():
         translate(unit, "orepa", "resnet18", build_model("resnet18", CLASSES, image_size=128))
 
 
-@pytest.mark.parametrize(("source", "name"), [("acnet", "resnet50"), ("dbb", "vgg16"), ("repvgg", "resnet18")])
+@pytest.mark.parametrize(("source", "name"), [
+    ("acnet", "resnet50"), ("dbb", "vgg16"), ("repvgg", "resnet18")])
 def test_networks_without_a_layout_are_named(source, name):
-    with pytest.raises(ValueError, match=f"source={source} has no layout for model.name={name}; there are dbb: resnet18"):
+    message = f"source={source} has no layout for model.name={name}; there are dbb: resnet18"
+    with pytest.raises(ValueError, match=message):
         translate({}, source, name, nn.Identity())
 
 
@@ -154,10 +172,14 @@ def wrong_tap(kernel, size):
 
 
 @pytest.mark.parametrize(("bug", "name", "source", "backbone"), [
-    (drops_pad_correction, "_shift", "dbb", "resnet18"), (wrong_channel_order, "_shift", "dbb", "resnet18"),
-    (drops_pad_correction, "_shift", "dbb", "mobilenet_v1"), (wrong_channel_order, "_shift", "dbb", "mobilenet_v1"),
-    (published.NAMES | SWAPPED, "NAMES", "acnet", "vgg16"), (composes_transposed, "merge_1x1_kxk", "orepa", "resnet18"),
-    (wrong_tap, "embed_kernel", "orepa", "resnet18")], ids=lambda value: getattr(value, "__name__", None))
+    (drops_pad_correction, "_shift", "dbb", "resnet18"),
+    (drops_pad_correction, "_shift", "dbb", "mobilenet_v1"),
+    (wrong_channel_order, "_shift", "dbb", "resnet18"),
+    (wrong_channel_order, "_shift", "dbb", "mobilenet_v1"),
+    (composes_transposed, "merge_1x1_kxk", "orepa", "resnet18"),
+    (wrong_tap, "embed_kernel", "orepa", "resnet18"),
+    (published.NAMES | SWAPPED, "NAMES", "acnet", "vgg16")],
+    ids=lambda value: getattr(value, "__name__", None))
 def test_bugs_are_noticed(bug, name, source, backbone, monkeypatch):
     weights, expected = published_model(source, backbone)
     monkeypatch.setattr(published, name, bug)

@@ -16,38 +16,44 @@ PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
 DBB = {"name": "dbb", "branches": ["kxk", "1x1"], "mode": "exact", "init": None}
 
 
-def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, lr=0.1, loss=1.0, accumulate=1, workers=0):
+def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, lr=0.1, loss=1.0,
+              accumulate=1, workers=0):
     """A run's folder as train.py leaves it; without `top1`, one that stopped after `done` epochs."""
     folder.mkdir(parents=True)
-    settings = {"model": {"name": "resnet8"}, "block": block, "optim": {"lr": lr}, "seed": seed, "data": {"num_workers": workers},
+    settings = {"model": {"name": "resnet8"}, "block": block, "optim": {"lr": lr}, "seed": seed,
+                "data": {"num_workers": workers},
                 "trainer": {"max_epochs": epochs, "accumulate_grad_batches": accumulate},
                 "ckpt": None, "out": None, "logger": {"id": f"{seed}", "name": "csv"}}
     OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
     with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", "step", "train/loss_step", "train/loss_epoch", "test/top1", "test/loss",
-                                       "train/seconds_per_step"])
+        writer = csv.DictWriter(file, ["epoch", "step", "train/loss_step", "train/loss_epoch", "test/top1",
+                                       "test/loss", "train/seconds_per_step"])
         writer.writeheader()
         for epoch in range(epochs if done is None else done):
             step = 10 * epoch + 9
             writer.writerow({"epoch": epoch, "step": step - 5, "train/loss_step": 3.0})
             writer.writerow({"epoch": epoch, "step": step, "test/top1": 0.1 * epoch, "test/loss": 2.0})
-            writer.writerow({"epoch": epoch, "step": step, "train/loss_epoch": loss + 5 - epoch, "train/seconds_per_step": seconds})
+            writer.writerow({"epoch": epoch, "step": step, "train/loss_epoch": loss + 5 - epoch,
+                             "train/seconds_per_step": seconds})
     if top1 is not None:
-        (folder / "result.json").write_text(json.dumps({
-            "top1": top1, "converted_top1": top1 - 0.01, "predictions_changed": 2, "activations_mib": 2.0 if block is PLAIN else 5.0}))
+        result = {"top1": top1, "converted_top1": top1 - 0.01, "predictions_changed": 2,
+                  "activations_mib": 2.0 if block is PLAIN else 5.0}
+        (folder / "result.json").write_text(json.dumps(result))
 
 
 def study(folder, **kwargs):
     for seed, (plain, dbb) in enumerate([(0.70, 0.73), (0.72, 0.73), (0.71, 0.76)]):
         write_run(folder / f"plain{seed}", PLAIN, seed, plain)
-        write_run(folder / f"dbb{seed}", DBB, seed, dbb, seconds=[0.3, 0.2, 0.9][seed], loss=[1.0, 1.3, 1.3][seed], **kwargs)
+        seconds, loss = [0.3, 0.2, 0.9][seed], [1.0, 1.3, 1.3][seed]
+        write_run(folder / f"dbb{seed}", DBB, seed, dbb, seconds=seconds, loss=loss, **kwargs)
 
 
 def compare(folder, baseline=None):
     runs, epochs = report_script.read_runs([folder])
     runs["variant"] = report_script.name_variants(runs)
     variants = report_script.compare_variants(runs, baseline)
-    return runs, epochs, variants.set_index("variant"), report_script.markdown(runs, variants, [folder], baseline)
+    text = report_script.markdown(runs, variants, [folder], baseline)
+    return runs, epochs, variants.set_index("variant"), text
 
 
 def test_paired_difference_and_its_interval(tmp_path):
@@ -55,7 +61,8 @@ def test_paired_difference_and_its_interval(tmp_path):
     _, epochs, variants, text = compare(tmp_path)
     assert list(variants.index) == ["dbb", "none"]
     differences = np.array([3.0, 1.0, 5.0])
-    half = 4.302652729911275 * np.sqrt(((differences - 3) ** 2).sum() / 2) / np.sqrt(3)  # Student's t, 2 degrees of freedom, 97.5%
+    t = 4.302652729911275  # Student's, 2 degrees of freedom, 97.5%
+    half = t * np.sqrt(((differences - 3) ** 2).sum() / 2) / np.sqrt(3)
     dbb = variants.loc["dbb"]
     assert (dbb["n"], dbb["baseline"]) == (3, "none")
     assert dbb[["difference", "low", "high"]].tolist() == pytest.approx([3, 3 - half, 3 + half])
@@ -89,10 +96,12 @@ def test_equal_time_takes_the_plain_run_of_equal_time(tmp_path):
         assert dbb["difference_equal_time"] == pytest.approx(np.mean([-1, -2, 2]))
         assert dbb["difference"] == pytest.approx(3), "equal epochs as before"
         assert "| none, optim.lr=0.1, trainer.max_epochs=6 | 1.00 | -0.33 |" in text
-        assert variants["equal_time"].notna().sum() == (1 if baseline is None else 2), "plain ones are compared only when asked for"
+        compared = 1 if baseline is None else 2
+        assert variants["equal_time"].notna().sum() == compared, "plain ones only when asked for"
 
 
-@pytest.mark.parametrize(("seconds", "near"), [(0.15, False), (0.128, False), (0.12, True), (0.078, False), (0.083, True)])
+@pytest.mark.parametrize(("seconds", "near"), [
+    (0.15, False), (0.128, False), (0.12, True), (0.078, False), (0.083, True)])
 def test_what_equal_time_is(tmp_path, seconds, near):
     for seed in range(2):
         write_run(tmp_path / f"plain{seed}", PLAIN, seed, 0.7, epochs=4)
@@ -135,7 +144,8 @@ def test_unfinished_and_failed_runs_are_listed(tmp_path):
     (tmp_path / "asked").mkdir()
     (tmp_path / "asked" / ".lock").touch()
     (tmp_path / "dbb0" / "wandb").mkdir()  # W&B's own file, of a run online
-    (tmp_path / "dbb0" / "wandb" / "config.yaml").write_text("trainer: {value: {max_epochs: 2}}\nseed: {value: 0}\n")
+    config = "trainer: {value: {max_epochs: 2}}\nseed: {value: 0}\n"
+    (tmp_path / "dbb0" / "wandb" / "config.yaml").write_text(config)
     runs, epochs, variants, text = compare(tmp_path)
     assert variants["n"].to_dict() == {"dbb": 3, "none": 3}, "and the names are of what is finished"
     assert "Not in the tables: 6 of 12 runs" in text
@@ -145,20 +155,23 @@ def test_unfinished_and_failed_runs_are_listed(tmp_path):
     assert f"`{tmp_path}/stopped`: not finished (1 of 2 epochs)" in text
     assert f"`{tmp_path}/failed`: error: out of memory (0 of 2 epochs)" in text
     assert f"`{tmp_path}/never`: error: no such data" in text
-    assert runs.set_index("folder").loc[str(tmp_path / "begun"), "variant"] == "", "it has an lr that no finished run has"
-    assert runs.set_index("folder").loc[str(tmp_path / "stopped"), "variant"] == "dbb"
+    named = runs.set_index("folder")["variant"]
+    assert named[str(tmp_path / "begun")] == "", "it has an lr that no finished run has"
+    assert named[str(tmp_path / "stopped")] == "dbb"
 
 
 def test_a_run_that_went_on_with_other_settings_is_no_variant(tmp_path):
     study(tmp_path)
+    changed = "trainer.max_epochs: 2 until epoch 2, then 6"
     for seed in range(3):
         write_run(tmp_path / f"stretched{seed}", PLAIN, seed, 0.9, epochs=6)
         path = tmp_path / f"stretched{seed}" / "result.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"changed": ["trainer.max_epochs: 2 until epoch 2, then 6"]}))
+        result = json.loads(path.read_text()) | {"changed": [changed]}
+        path.write_text(json.dumps(result))
     _, _, variants, text = compare(tmp_path)
     assert set(variants.index) == {"none", "dbb"}
     assert "3 of 9 runs" in text
-    assert f"`{tmp_path}/stretched2`: went on with other settings (trainer.max_epochs: 2 until epoch 2, then 6)" in text
+    assert f"`{tmp_path}/stretched2`: went on with other settings ({changed})" in text
 
 
 def test_pairs_that_all_differ_by_the_same_have_no_interval(tmp_path):
@@ -173,13 +186,15 @@ def test_pairs_that_all_differ_by_the_same_have_no_interval(tmp_path):
 def test_variants_are_named_by_what_differs(tmp_path):
     for seed in (0, 1):
         for init in ("ones", "third"):
-            write_run(tmp_path / f"{init}{seed}", DBB | {"init": init}, seed, 0.5 + 0.01 * seed + 0.1 * (init == "third"))
+            top1 = 0.5 + 0.01 * seed + 0.1 * (init == "third")
+            write_run(tmp_path / f"{init}{seed}", DBB | {"init": init}, seed, top1)
     _, _, variants, _ = compare(tmp_path)
     assert set(variants.index) == {"block.init=ones", "block.init=third"}
     assert "baseline" not in variants
     _, _, variants, _ = compare(tmp_path, "block.init=ones")
     assert variants.loc["block.init=third", "difference"] == pytest.approx(10)
-    with pytest.raises(ValueError, match="--baseline plain: there is no such variant; the variants are block.init=ones; block.init=third"):
+    message = "plain: there is no such variant; the variants are block.init=ones; block.init=third"
+    with pytest.raises(ValueError, match=f"--baseline {message}"):
         compare(tmp_path, "plain")
     write_run(tmp_path / "plain", PLAIN, 0, 0.5)
     assert set(compare(tmp_path)[2].index) == {"none", "dbb, block.init=ones", "dbb, block.init=third"}
@@ -190,12 +205,13 @@ def test_a_comparison_does_not_mix_what_else_differs(tmp_path):
     for seed in range(3):
         write_run(tmp_path / f"fast{seed}", DBB, seed, 0.9, lr=0.2)
     _, _, variants, _ = compare(tmp_path)
-    assert np.isnan(variants.loc["dbb, optim.lr=0.2", "difference"]), "no plain network was trained with that lr"
-    assert variants.loc["dbb, optim.lr=0.1", "difference"] == pytest.approx(3)
+    differences = variants["difference"]
+    assert np.isnan(differences["dbb, optim.lr=0.2"]), "no plain network was trained with that lr"
+    assert differences["dbb, optim.lr=0.1"] == pytest.approx(3)
 
 
 def test_what_a_run_may_lack(tmp_path):
-    """Epochs of a single step have no time, evaluation may be rare, a metrics.csv may be gone, a loss may have diverged."""
+    """Epochs of one step have no time, evaluation may be rare, a metrics.csv gone, a loss diverged."""
     study(tmp_path, workers=2)  # how images are fetched does not tell variants apart
     write_run(tmp_path / "again", DBB, 3, 0.75, loss=float("nan"))
     path = tmp_path / "plain0" / "metrics.csv"
@@ -203,7 +219,8 @@ def test_what_a_run_may_lack(tmp_path):
     runs, epochs, variants, text = compare(tmp_path)
     assert set(variants.index) == {"none", "dbb"}
     assert "| dbb | 4 | 2 | nan |" in text
-    assert epochs[(epochs["folder"] == str(tmp_path / "plain0")) & (epochs["epoch"] == 1)]["train_loss"].tolist() == [7.0]
+    losses = epochs.set_index(["folder", "epoch"])["train_loss"]
+    assert losses[[(str(tmp_path / "plain0"), 1)]].tolist() == [7.0]
     for name in ("plain0", "plain1", "plain2"):
         (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss_epoch\n0,9,1.0\n1,19,0.5\n")
     runs, epochs, variants, text = compare(tmp_path)
@@ -230,15 +247,18 @@ def test_runs_cut_short_are_not_at_equal_epochs(tmp_path):
 def test_curves_have_a_standard_deviation_to_each_side(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
     drawn = []
-    monkeypatch.setattr(Axes, "fill_between", lambda axis, x, low, high, **_: drawn.append((list(x), list(low), list(high))))
+
+    def fill_between(axis, x, low, high, **_):
+        drawn.append((list(x), list(low), list(high)))
+    monkeypatch.setattr(Axes, "fill_between", fill_between)
     study(tmp_path)
     write_run(tmp_path / "stopped", DBB, 3, done=1, loss=100)
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path), str(tmp_path)])
     report_script.main()
     std = 0.1 * np.sqrt(3)
     losses = [band for band in drawn if max(band[2]) < 10]
-    assert any(x == [1, 2] and low == pytest.approx([6.2 - std, 5.2 - std]) and high == pytest.approx([6.2 + std, 5.2 + std])
-               for x, low, high in losses)
+    below, above = pytest.approx([6.2 - std, 5.2 - std]), pytest.approx([6.2 + std, 5.2 + std])
+    assert any(x == [1, 2] and low == below and high == above for x, low, high in losses)
     assert any(low == pytest.approx([0, 10]) for _, low, _ in drawn), "top-1 in percent"
 
     drawn.clear()

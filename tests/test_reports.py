@@ -1,9 +1,10 @@
-"""Cases from public bug reports about neighbouring software: where a plain convolution and its norm work, a block does."""
+"""Cases from public bug reports about neighbouring software: a block works where a plain convolution does."""
 
 import copy
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -145,17 +146,15 @@ def _timms(net):
 
 
 @pytest.mark.parametrize("block", ["dbb", "acb", "orepa", "online"])
-@pytest.mark.parametrize("freeze", [timm.layers.freeze_batch_norm_2d, _timms, _torchvisions, _detrs, _eval_and_freeze])
+@pytest.mark.parametrize("freeze", [
+    timm.layers.freeze_batch_norm_2d, _timms, _torchvisions, _detrs, _eval_and_freeze])
 def test_frozen_norms_of_any_class_mean_running_statistics(block, freeze):
     """In training, a block whose norms are frozen computes what it does in eval, and moves no statistic."""
     torch.manual_seed(0)
-    online = {"mode": "online", "positions": 4}
+    kind = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock, "orepa": OnlineReparamBlock,
+            "online": partial(DiverseBranchBlock, mode="online", positions=4)}[block]
     for groups in (1, 8):
-        if block == "online":
-            net = nn.Sequential(nn.Sequential(DiverseBranchBlock(8, 8, 3, padding=1, groups=groups, **online)))
-        else:
-            kind = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock, "orepa": OnlineReparamBlock}[block]
-            net = nn.Sequential(nn.Sequential(kind(8, 8, 3, padding=1, groups=groups)))
+        net = nn.Sequential(nn.Sequential(kind(8, 8, 3, padding=1, groups=groups)))
         randomize(net.double())
         x = torch.randn(4, 8, 9, 9, dtype=torch.float64)
         expected = net.eval()(x)
@@ -184,23 +183,27 @@ def test_what_is_no_norm_is_named(block):
     for outer in net[0].norms():
         name = next(name for name, module in net.named_modules() if module is outer)
         net.set_submodule(name, nn.GroupNorm(2, 8))
-    with pytest.raises(ValueError, match="a block's norm was replaced by a GroupNorm, .* no attribute 'running_mean'"):
+    message = "a block's norm was replaced by a GroupNorm, .* no attribute 'running_mean'"
+    with pytest.raises(ValueError, match=message):
         net(torch.zeros(2, 8, 9, 9))
 
 
 def test_a_network_on_meta_is_swapped_as_one_with_values():
-    net = nn.Sequential(Same(3, 8, 3), BatchNormAct2d(8), Standardised(8, 8, 3), nn.BatchNorm2d(8), *pair()[:1], Odd(8))
+    net = nn.Sequential(Same(3, 8, 3), BatchNormAct2d(8), Standardised(8, 8, 3), nn.BatchNorm2d(8),
+                        *pair()[:1], Odd(8))
     for conv in net[::2]:
         conv.half()  # and the norms in float32
-    reports = [replace_convs(net.to(device), "dbb", example_input=torch.zeros(1, 3, 12, 12, device=device).half())[1]
-               for device in ("cpu", "meta")]
-    assert reports[0] == reports[1]
-    assert [row.block is None for row in reports[1]] == [False, True, True]
+    image = torch.zeros(1, 3, 12, 12).half()
+    there, on_meta = (replace_convs(net.to(device), "dbb", example_input=image.to(device))[1]
+                      for device in ("cpu", "meta"))
+    assert there == on_meta
+    assert [row.block is None for row in on_meta] == [False, True, True]
 
 
 @pytest.mark.parametrize("block", [EVERY_BRANCH, "orepa"])
 def test_a_network_filled_on_meta_can_be_moved(block):
-    full, empty = (replace_convs(pair().to(device), block, example_input=torch.zeros(1, 8, 9, 9, device=device))[0].eval()
+    image = torch.zeros(1, 8, 9, 9)
+    full, empty = (replace_convs(pair().to(device), block, example_input=image.to(device))[0].eval()
                    for device in ("cpu", "meta"))
     empty.load_state_dict(full.state_dict(), assign=True)
     x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
@@ -220,7 +223,8 @@ def test_what_no_file_holds_is_made_anew(kind, assign):
     with torch.device("meta"):
         empty = kind(8, 8, 3, padding=1)
         deployed = kind(8, 8, 3, padding=1, deploy=True)
-    assert {tensor.device.type for part in (empty, deployed) for tensor in part.state_dict().values()} == {"meta"}
+    tensors = [*empty.state_dict().values(), *deployed.state_dict().values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     if not assign:
         empty = empty.to_empty(device="cpu")
         for tensor in tree_leaves(list(empty.buffers())):
@@ -233,16 +237,17 @@ def test_what_no_file_holds_is_made_anew(kind, assign):
 
 
 def _ultralytics_fuse(net: nn.Module) -> nn.Module:
-    """What Ultralytics' `fuse` does with each of its units: the bias of the convolution counts, the norm is folded in."""
+    """What Ultralytics' `fuse` does with its units: a convolution's bias counts, the norm is folded in."""
     for unit in net.modules():
         if isinstance(unit, ConvNormAct):
             conv, norm = unit.conv, unit.bn
-            fused = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                              conv.groups, bias=True).to(conv.weight)
+            fused = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                              conv.padding, conv.dilation, conv.groups, bias=True).to(conv.weight)
             scale = norm.weight.div(torch.sqrt(norm.eps + norm.running_var))
             kernel = torch.mm(torch.diag(scale), conv.weight.view(conv.out_channels, -1))
             bias = torch.zeros(len(scale)).to(scale) if conv.bias is None else conv.bias
-            bias = torch.mm(torch.diag(scale), bias.reshape(-1, 1)).reshape(-1) + norm.bias - scale * norm.running_mean
+            bias = torch.mm(torch.diag(scale), bias.reshape(-1, 1)).reshape(-1)
+            bias = bias + norm.bias - scale * norm.running_mean
             fused.weight.data.copy_(kernel.view(fused.weight.shape))
             fused.bias.data.copy_(bias)
             unit.conv = fused
@@ -265,9 +270,10 @@ def test_a_host_that_folds_norms_itself(before):
     assert not any(isinstance(module, ReparamConv2d) for module in fused.modules())
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "repghostnet_050"])
+@pytest.mark.parametrize("name", [
+    "repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "repghostnet_050"])
 def test_families_that_merge_their_own_branches(name):
-    """What another library's unit merges itself stays plain, with the reason; its own conversion then works."""
+    """What another library's unit merges itself stays, with the reason; its own conversion then works."""
     net, x = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
     try:
         net, report = replace_convs(net, "acb", example_input=x)
@@ -289,12 +295,14 @@ def test_what_merges_itself_can_be_included():
         folded = fold_norms(included, x)
         assert relative_error(folded(x), included(x)) < 1e-4
     left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    assert all(".fusion_bn." in name for name in left), "folded inside such modules too, but for norms without a convolution"
+    without_a_convolution = [".fusion_bn." in name for name in left]
+    assert all(without_a_convolution), "all others are folded, inside such modules too"
 
 
 def test_a_network_that_torch_fuses():
-    """Torch's `fuse_modules` takes a BatchNorm2d and nothing in its place: such a network stays, or gets its norms back."""
-    plain, x = torchvision.models.quantization.shufflenet_v2_x0_5(num_classes=3).eval(), torch.randn(4, 3, 64, 64)
+    """Torch's `fuse_modules` takes BatchNorm2d alone: such a network stays, or gets its norms back."""
+    plain = torchvision.models.quantization.shufflenet_v2_x0_5(num_classes=3).eval()
+    x = torch.randn(4, 3, 64, 64)
     with pytest.raises(NothingSwappedError, match=r"part of a QuantizableShuffleNetV2, .* \(fuse_model\)"):
         replace_convs(plain, "acb", example_input=x)
     net, report = replace_convs(plain, "acb", include=["*"], example_input=x)
@@ -328,7 +336,7 @@ def test_an_empty_batch_is_what_it_is_to_a_norm(mode, groups):
     y.sum().backward()
     assert all(float(p.grad.abs().sum()) == 0 for p in block.parameters())
     for key, value in block.state_dict().items():
-        assert torch.equal(value, before[key] + 1 if key.endswith("num_batches_tracked") else before[key]), key
+        assert torch.equal(value, before[key] + key.endswith("num_batches_tracked")), key
     assert block.eval()(torch.zeros(0, 8, 10, 10)).shape == (0, 8, 5, 5)
 
 
@@ -344,7 +352,7 @@ def _prune(branch):
 @pytest.mark.parametrize("hang", [_prune, _old_weight_norm, parametrizations.weight_norm])
 @pytest.mark.parametrize("mode", ["exact", "online", "linear"])
 def test_a_branch_whose_weight_is_computed(mode, hang: Callable):
-    """Pruning and both weight norms, over steps of training: the block follows the parameters behind the weight."""
+    """Pruning and both weight norms, over steps of training: the block follows what is behind the weight."""
     torch.manual_seed(0)
     block = DiverseBranchBlock(8, 8, 3, padding=1, mode=mode, positions=16)
     branch = block.branches["kxk"]
@@ -412,7 +420,8 @@ def test_an_output_in_a_container_that_torch_does_not_know(wrap):
             parts = {"pre": pre, "post": self.norm(pre)}
             nested = SimpleNamespace(inner=UserDict(parts))
             nested.itself = nested
-            return {"dataclass": Out(**parts), "mapping": UserDict(parts), "object": SimpleNamespace(**parts), "nested": nested}[wrap]
+            return {"dataclass": Out(**parts), "mapping": UserDict(parts), "object": SimpleNamespace(**parts),
+                    "nested": nested}[wrap]
 
     with pytest.raises(NothingSwappedError, match="also goes to the network's output"):
         replace_convs(Both(), "dbb", example_input=torch.zeros(1, 8, 9, 9))
@@ -454,7 +463,8 @@ def test_half_precision_with_norms_in_float32(kind):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("groups", [1, 8])
 def test_half_precision_with_norms_in_float32_and_branches_without_a_kernel(mode, groups):
-    block = ReparamConv2d(8, 8, 3, padding=1, groups=groups, branches=["kxk", "identity", "avg"], mode=mode, positions=8).bfloat16()
+    block = ReparamConv2d(8, 8, 3, padding=1, groups=groups, branches=["kxk", "identity", "avg"],
+                          mode=mode, positions=8).bfloat16()
     for norm in block.norms():
         norm.float()
     x = torch.randn(4, 8, 10, 10, dtype=torch.bfloat16)
@@ -468,7 +478,8 @@ def test_half_precision_with_norms_in_float32_and_branches_without_a_kernel(mode
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_block_without_a_kernel_of_its_own_is_converted(mode):
-    block = randomize(ReparamConv2d(8, 8, 3, padding=1, branches=["avg", "identity"], mode=mode, dtype=torch.float64)).eval()
+    block = ReparamConv2d(8, 8, 3, padding=1, branches=["avg", "identity"], mode=mode, dtype=torch.float64)
+    randomize(block).eval()
     x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
     with branchwise(block):
         assert relative_error(reparameterize(block)(x), block(x)) < 1e-12
@@ -501,7 +512,8 @@ def test_a_network_in_a_wrapper_is_no_unit():
         def is_fused(self):
             return False
 
-    _, report = replace_convs(nn.Sequential(Detector(*pair(), *pair())), "dbb", example_input=torch.zeros(1, 8, 9, 9))
+    net = nn.Sequential(Detector(*pair(), *pair()))
+    _, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 8, 9, 9))
     assert all(row.block for row in report)
 
 
@@ -536,7 +548,8 @@ def test_a_value_that_half_precision_cannot_hold_is_named(key):
     with torch.no_grad():
         net[1].state_dict(keep_vars=True)[key][3] = 1e5
     net[0].half()
-    with pytest.raises(ValueError, match=f"0: the norm's {key} has the value 100000, which torch.float16 cannot hold"):
+    message = f"0: the norm's {key} has the value 100000, which torch.float16 cannot hold"
+    with pytest.raises(ValueError, match=message):
         replace_convs(net, "dbb", example_input=torch.zeros(1, 8, 9, 9).half())
 
 
@@ -545,7 +558,8 @@ def test_a_merged_value_that_half_precision_cannot_hold_is_named():
     block.init_gamma(6e4)
     with torch.no_grad():
         block.branches["kxk"].weight.fill_(2)
-    with pytest.raises(ValueError, match="the merged kernel has the value .*, which torch.float16 cannot hold"):
+    message = "the merged kernel has the value .*, which torch.float16 cannot hold"
+    with pytest.raises(ValueError, match=message):
         block.fuse()
 
 
@@ -555,7 +569,8 @@ def test_a_norm_without_a_bias_stays():
         replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 9, 9))
 
 
-@pytest.mark.parametrize("layers", [(nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)), (nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())])
+@pytest.mark.parametrize("layers", [
+    (nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)), (nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())])
 def test_a_lazy_network_is_run_first(layers):
     net, x = nn.Sequential(*layers), torch.zeros(1, 3, 9, 9)
     with pytest.raises(ValueError, match="has lazy modules, which have no shapes yet"):

@@ -18,10 +18,9 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import convert as convert_script
-import report as report_script
 import train as train_script
 from tests.conftest import ROOT, relative_error
-from tests.test_scripts import TINY, run
+from tests.scripts import TINY, call, run
 from training.checkpoint import load_checkpoint
 from training.cli import plain_errors
 from training.module import Classifier, learning_rate
@@ -33,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import {patch}
 script = Path({root!r}, "train.py")
-exec(compile(script.read_text(), str(script), "exec"))  # under this file's name, by which a second process is started
+exec(compile(script.read_text(), str(script), "exec"))  # under this file's name: a second process starts it
 """
 FROZEN = """
 from torch import nn
@@ -57,11 +56,12 @@ training.module.start_network = full
 """
 
 
-def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
-    """Of two networks one cannot take these images, and one seed meets a full memory; then the same command again, and more."""
+def test_a_sweep_goes_on_where_it_stopped(tmp_path):
+    """Of two networks, one cannot take these images; one seed meets a full memory; then again, and more."""
     (tmp_path / "full.py").write_text(NO_MEMORY)
     (tmp_path / "script.py").write_text(SCRIPT.format(root=ROOT, patch="full"))
-    command = ["-m", "data=digits", "logger=csv", "trainer.max_epochs=1", "data.max_images=64", "data.batch_size=32", "out=sweep"]
+    command = ["-m", "data=digits", "data.max_images=64", "data.batch_size=32", "trainer.max_epochs=1",
+               "logger=csv", "out=sweep"]
     done = run(tmp_path / "script.py", *command, "model=resnet8,vgg16", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: 3 jobs failed" in done.stderr
@@ -71,40 +71,43 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
              for job in ("resnet8+seed-1", "vgg16+seed-0", "vgg16+seed-1")]
     assert sorted(errors) == names, "settings, sorted; not those of the logger"
     assert errors[names[0]] == "error: RuntimeError: out of memory\n"
-    sys.argv[:] = ["report.py", str(tmp_path / "sweep"), "--out", str(tmp_path / "report")]
-    report_script.main()
-    printed = capsys.readouterr().out
+    printed = call("report.py", "sweep", "--out", "report", cwd=tmp_path).stdout
     assert "| all runs | 1 | 1 |" in printed
     assert "3 of 4 runs" in printed
     assert f"{names[0]}`: error: RuntimeError: out of memory" in printed
     results = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/*/result.json")}
     assert len(results) == 1
-    done = run("train.py", *command, "model=resnet8", "block=none,dbb", "seed=1,0", cwd=tmp_path)
+    done = call("train.py", *command, "model=resnet8", "block=none,dbb", "seed=1,0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert len(list(tmp_path.glob("sweep/*/result.json"))) == 5, "block=none is said now: two jobs of their own"
+    results_now = list(tmp_path.glob("sweep/*/result.json"))
+    assert len(results_now) == 5, "block=none is said now: two jobs of their own"
     assert all(path.stat().st_mtime_ns == when for path, when in results.items())
-    again = run("train.py", *command, "model=resnet8", "block=none,dbb", "seed=0", "data.num_workers=1", cwd=tmp_path)
+    again = call("train.py", *command, "model=resnet8", "block=none,dbb", "seed=0", "data.num_workers=1",
+                 cwd=tmp_path)
     assert again.stdout.count("is finished: test top1") == 2
     assert again.returncode == 0
 
     twins = [str(path) for path in tmp_path.glob("sweep/*") if "block" in path.name]
-    sys.argv[:] = ["report.py", *twins, "--out", str(tmp_path / "report")]
-    report_script.main()
-    printed = capsys.readouterr().out
+    printed = call("report.py", *twins, "--out", "report", cwd=tmp_path).stdout
     assert "| dbb | 2 | 1 |" in printed
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"variants.csv", "curves.png", "epochs.csv", "report.md", "runs.csv"}
+    written = {path.name for path in (tmp_path / "report").iterdir()}
+    assert written == {"variants.csv", "curves.png", "epochs.csv", "report.md", "runs.csv"}
     variants = pd.read_csv(tmp_path / "report" / "variants.csv").set_index("variant")
-    one, two = (json.loads(next(tmp_path.glob(f"sweep/*block-dbb*seed-{seed}*/result.json")).read_text())["top1"] for seed in (0, 1))
+    results = tmp_path.glob("sweep/*block-dbb*/result.json")
+    one, two = (json.loads(path.read_text())["top1"] for path in results)
     assert variants.loc["dbb", "top1"] == pytest.approx(50 * (one + two))
     assert variants.loc["dbb", "predictions_changed"] == 0
-    sys.argv[:] = ["report.py", str(tmp_path / "sweep"), "--out", str(tmp_path / "report")]
-    with pytest.raises(SystemExit, match="is there twice"):  # with block=none said and unsaid
-        report_script.main()
+    done = call("report.py", "sweep", "--out", "report", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "is there twice" in done.stderr, "with block=none said and unsaid"
 
 
 def test_a_sweep_can_be_sent_to_other_processes():
-    """The joblib and submitit launchers pickle the script's function; `data.classes` once took torch.classes along, which cannot be."""
+    """The joblib and submitit launchers pickle the script's function.
+
+    `data.classes` once took torch.classes along, which cannot be pickled.
+    """
     cloudpickle.register_pickle_by_value(train_script)
     try:
         cloudpickle.dumps(train_script.main.__wrapped__)
@@ -131,9 +134,9 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
     assert not (tmp_path / "error.txt").exists()
 
     weights = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
-    for name, message in (("result.json", "result.json is damaged: remove it"), ("config.yaml", "config.yaml is damaged: remove it")):
+    for name in ("result.json", "config.yaml"):
         (tmp_path / name).write_text((tmp_path / name).read_text()[:-40] + '"{')
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{name} is damaged: remove it"):
             train_script.train(make_settings(*settings), tmp_path)
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="go on with that run by ckpt="):
@@ -165,15 +168,18 @@ def test_a_checkpoint_gone_on_with_elsewhere_is_another_run(make_settings, tmp_p
     assert json.loads((tmp_path / "two" / "result.json").read_text())["changed"] == changed
     (tmp_path / "two" / "result.json").unlink()
     train_script.train(make_settings(f"ckpt={tmp_path}/two/checkpoints/last.ckpt"), tmp_path / "two")
-    assert json.loads((tmp_path / "two" / "result.json").read_text())["changed"] == changed, "once more, nothing new"
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["changed"] == changed, "once more, nothing new"
     assert "changed" not in json.loads((tmp_path / "one" / "result.json").read_text())
 
 
 def test_a_job_of_a_sweep_starts_no_processes(make_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
-    with pytest.raises(ValueError, match="trainer.devices=2: each of the 2 processes of this job would start the whole sweep again"):
-        train_script.train(make_settings("model=resnet8", *TINY, "trainer.accelerator=cpu", "trainer.devices=2"), tmp_path)
+    settings = make_settings("model=resnet8", *TINY, "trainer.accelerator=cpu", "trainer.devices=2")
+    again = "trainer.devices=2: each of the 2 processes of this job would start the whole sweep again"
+    with pytest.raises(ValueError, match=again):
+        train_script.train(settings, tmp_path)
     assert not (tmp_path / "config.yaml").exists()
 
 
@@ -187,16 +193,16 @@ def test_processes_that_lose_what_they_measure_are_refused(make_settings, tmp_pa
 
 
 def test_the_place_of_known_images_is_not_of_the_training(make_settings):
-    one, two = (of_the_training(asdict(make_settings("data=cifar10", f"data.root=/{name}"))) for name in ("a", "b"))
-    assert one == two
-    one, two = (of_the_training(asdict(make_settings("data=folder", f"data.root=/{name}"))) for name in ("a", "b"))
-    assert one != two
+    def of(data, root):
+        return of_the_training(asdict(make_settings(f"data={data}", f"data.root={root}")))
+    assert of("cifar10", "/a") == of("cifar10", "/b")
+    assert of("folder", "/a") != of("folder", "/b")
 
 
 def test_what_a_sweeper_gets_is_of_the_checkpoint(make_settings, tmp_path):
     """Held-out accuracy of the last epoch, also where that epoch was not validated."""
-    settings = make_settings("model=resnet8_dbb", *TINY, "data.max_images=64", "data.batch_size=32", "data.val_size=40",
-                             "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2")
+    settings = make_settings("model=resnet8_dbb", *TINY, "data.max_images=64", "data.batch_size=32",
+                             "data.val_size=40", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2")
     result = train_script.train(settings, tmp_path / "one")
     metrics = pd.read_csv(tmp_path / "one" / "metrics.csv")
     assert metrics["val/top1"].dropna().tolist() == pytest.approx([result["val_top1"]])
@@ -205,7 +211,8 @@ def test_what_a_sweeper_gets_is_of_the_checkpoint(make_settings, tmp_path):
 
 
 def test_one_process_trains_in_a_folder(tmp_path):
-    with alone_in(tmp_path), pytest.raises(FolderTakenError, match="another process is training in"), alone_in(tmp_path):
+    taken = pytest.raises(FolderTakenError, match="another process is training in")
+    with alone_in(tmp_path), taken, alone_in(tmp_path):
         pass
     with alone_in(tmp_path):
         pass
@@ -223,11 +230,13 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
     scontrol.chmod(0o755)
-    env = os.environ | {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-                        "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
-                        "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.devices=1",
-               "trainer.max_epochs=12", "model=resnet8", "data=digits", "data.max_images=320", "data.batch_size=16", "optim.lr=0.01"]
+    slurm = {"JOB_ID": "4242", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0",
+             "NODEID": "0", "NODELIST": "localhost"}
+    env = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()} | {
+        "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu",
+               "trainer.devices=1", "trainer.max_epochs=12", "optim.lr=0.01",
+               "model=resnet8", "data=digits", "data.max_images=320", "data.batch_size=16"]
     folder = tmp_path / "outputs" / "slurm-4242"
     folder.mkdir(parents=True)
     (folder / "hpc_ckpt_1.ckpt").write_text("of a job that was stopped within its first epoch")
@@ -254,25 +263,32 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
 
 
 def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_path, monkeypatch):
-    """With SGD and frozen norms: the same weights; each test image counted once, one folder, one W&B run; it converts."""
+    """With SGD and frozen norms: the same weights.
+
+    Each test image is counted once; there is one folder and one W&B run, and it converts.
+    """
     (tmp_path / "frozen.py").write_text(FROZEN)
-    options = ["model=resnet8_dbb", "data=digits", "optim.lr=0.002", "trainer.max_epochs=1", "trainer.limit_train_batches=6",
-               "trainer.accelerator=cpu"]
+    options = ["model=resnet8_dbb", "data=digits", "optim.lr=0.002",
+               "trainer.max_epochs=1", "trainer.limit_train_batches=6", "trainer.accelerator=cpu"]
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=ROOT, patch="frozen"))
-    done = run(script, *options, "trainer.devices=2", "trainer.strategy=ddp", "out=two", cwd=tmp_path, env={"WANDB_MODE": "offline"})
+    done = run(script, *options, "trainer.devices=2", "trainer.strategy=ddp", "out=two", cwd=tmp_path,
+               env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr(Classifier, "on_train_epoch_start", Classifier.on_train_epoch_start)  # put back afterwards
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", Classifier.on_train_epoch_start)  # to put it back
     exec(FROZEN, {})
     train_script.train(make_settings(*options, "trainer.devices=1", "logger=csv"), tmp_path / "one")
-    one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
+    one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"]
+                for name in ("one", "two"))
     for key in one:
         assert relative_error(two[key], one[key]) < 1e-5, key
 
     metrics = pd.read_csv(tmp_path / "two" / "metrics.csv")
-    assert metrics["test/top1"].dropna().tolist() == pytest.approx(metrics["final/top1"].dropna().tolist(), abs=1e-6)
+    in_training, at_the_end = (metrics[name].dropna().tolist() for name in ("test/top1", "final/top1"))
+    assert in_training == pytest.approx(at_the_end, abs=1e-6)
     assert len(list((tmp_path / "two" / "wandb").glob("offline-run-*"))) == 1
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".py" and path.name != "__pycache__") == ["one", "two"]
+    ours = {"frozen.py", "script.py", "__pycache__"}
+    assert {path.name for path in tmp_path.iterdir()} - ours == {"one", "two"}
     settings = make_settings(f"ckpt={tmp_path}/two/checkpoints/last.ckpt", "export=[]", config_name="convert")
     assert convert_script.convert(settings, tmp_path / "converted")["predictions_changed"] == 0
 
@@ -280,9 +296,11 @@ def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_pat
 def test_the_learning_rate_follows_the_batch(make_settings):
     def rate(*overrides):
         return learning_rate(make_settings(*overrides))
-    assert rate("optim.lr=0.3", "data.batch_size=512") == pytest.approx(0.3), "as it stands, unless a batch is named"
-    assert rate("experiment=dbb_imagenet_resnet18") == pytest.approx(0.1)
-    assert rate("experiment=dbb_imagenet_resnet18", "data.batch_size=1024") == pytest.approx(0.4)
-    assert rate("experiment=dbb_imagenet_resnet18", "trainer.accumulate_grad_batches=2") == pytest.approx(0.2)
+    as_it_stands = rate("optim.lr=0.3", "data.batch_size=512")
+    assert as_it_stands == pytest.approx(0.3), "unless a batch is named"
+    resnet18, on_16_devices = "experiment=dbb_imagenet_resnet18", ("trainer.devices=8", "trainer.num_nodes=2")
+    assert rate(resnet18) == pytest.approx(0.1)
+    assert rate(resnet18, "data.batch_size=1024") == pytest.approx(0.4)
+    assert rate(resnet18, "trainer.accumulate_grad_batches=2") == pytest.approx(0.2)
     assert rate("experiment=modern_imagenet", "data.batch_size=256") == pytest.approx(0.125)
-    assert rate("experiment=dbb_imagenet_resnet18", "trainer=ddp", "trainer.devices=8", "trainer.num_nodes=2") == pytest.approx(0.1)
+    assert rate(resnet18, "trainer=ddp", *on_16_devices) == pytest.approx(0.1)

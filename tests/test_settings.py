@@ -21,22 +21,26 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
 
 
 @pytest.mark.parametrize(("override", "knob"), [
-    ("trainer.max_epochs=abc", "trainer.max_epochs"), ("trainer.max_epoch=3", "max_epoch"), ("+trainer.max_epoch=3", "max_epoch"),
-    ("+nonsense=1", "nonsense"), ("data.flip=perhaps", "data.flip"), ("trainer.limit_train_batches=many", "limit_train_batches"),
-    ("model=resnet19", "resnet19"), ("block=dbbb", "dbbb"), ("block.name=dbb", "block.branches is empty"),
-    ("block.branches=[kxk,1x2]", "block.branches=1x2 is unknown"), ("block.layers=[{modules:a*,branches:[kxkk]}]", "did you mean kxk"),
-    ("block.layers=[{module:a*}]", "module"), ("block.init=four", "block.init"), ("block.copies=0", "block.copies"),
-    ("block.mode=onlin", "did you mean online"), ("block.mode=3", "block.mode"), ("block.positions=3", "block.positions"),
-    ("block.kernel_sizes=[]", "block.kernel_sizes"),
-    ("block.copies=3", "block.branches is empty"), ("block.include=[a]", "block.branches is empty"),
-    ("block.kernel_sizes=[3x3]", "block.kernel_sizes"), ("source=dbbb", "source"), ("data.color_jitter=true", "data.color_jitter"),
-    ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"), ("data.val_size=-1", "data.val_size"),
-    ("data.image_size=-3", "data.image_size"), ("data.interpolation=cubic", "did you mean bicubic"),
-    ("data.crop_pct=0.9", "data.crop_pct"), ("data.crop_pct=0", "data.crop_pct"),
-    ("optim.label_smoothing=2", "label_smoothing"), ("seed=-1", "seed"), ("optim.warmup_epochs=-1", "warmup_epochs"),
+    ("trainer.max_epochs=abc", "trainer.max_epochs"), ("trainer.max_epoch=3", "max_epoch"),
+    ("+trainer.max_epoch=3", "max_epoch"), ("trainer.limit_train_batches=many", "limit_train_batches"),
     ("trainer.limit_train_batches=0", "limit_train_batches"),
-    ("optim.name=sgdd", "did you mean sgd"),
-    ("logger.name=wand", "did you mean wandb"), ("data.name=cifar11", "did you mean cifar10"), ("model=timm", "model.name")])
+    ("+nonsense=1", "nonsense"), ("seed=-1", "seed"), ("source=dbbb", "source"),
+    ("model=resnet19", "resnet19"), ("model=timm", "model.name"), ("block=dbbb", "dbbb"),
+    ("block.name=dbb", "block.branches is empty"), ("block.layers=[{module:a*}]", "module"),
+    ("block.branches=[kxk,1x2]", "block.branches=1x2 is unknown"),
+    ("block.layers=[{modules:a*,branches:[kxkk]}]", "did you mean kxk"),
+    ("block.init=four", "block.init"), ("block.copies=0", "block.copies"),
+    ("block.mode=onlin", "did you mean online"), ("block.mode=3", "block.mode"),
+    ("block.positions=3", "block.positions"), ("block.kernel_sizes=[]", "block.kernel_sizes"),
+    ("block.kernel_sizes=[3x3]", "block.kernel_sizes"), ("block.copies=3", "block.branches is empty"),
+    ("block.include=[a]", "block.branches is empty"),
+    ("data.flip=perhaps", "data.flip"), ("data.color_jitter=true", "data.color_jitter"),
+    ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"),
+    ("data.val_size=-1", "data.val_size"), ("data.image_size=-3", "data.image_size"),
+    ("data.interpolation=cubic", "did you mean bicubic"), ("data.name=cifar11", "did you mean cifar10"),
+    ("data.crop_pct=0.9", "data.crop_pct"), ("data.crop_pct=0", "data.crop_pct"),
+    ("optim.label_smoothing=2", "label_smoothing"), ("optim.warmup_epochs=-1", "warmup_epochs"),
+    ("optim.name=sgdd", "did you mean sgd"), ("logger.name=wand", "did you mean wandb")])
 def test_wrong_settings_fail_at_once(make_settings, override, knob):
     with pytest.raises((ValueError, HydraException), match=knob.replace(".", r"\.")) as error:
         make_settings("data=digits", *([override] if override != "model=timm" else ["model=timm"]))
@@ -63,8 +67,8 @@ def test_groups_compose(make_settings, data):
     *((name, "kxk + 1x1 + 1x1_avg + 1x1_kxk", "kxk + avg + 1x1_kxk") for name in ("dbb", "dbb_online")),
     ("dbb_lite", "kxk + 1x1 + 1x1_avg", "kxk + avg"),
     ("acb", "kxk + 1xk + kx1", "kxk + 1xk + kx1"), ("repvgg", "kxk + 1x1", "kxk + 1x1 + identity"),
-    ("mobileone", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1 + identity"), ("none", None, None),
-    ("orepa", "kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1", "kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1")])
+    ("mobileone", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1 + identity"),
+    ("orepa", *["kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1"] * 2), ("none", None, None)])
 def test_every_block_is_a_list(make_settings, block, dense, depthwise):
     net = build_network(make_settings("data=digits", "model=mobilenet_v1", f"block={block}"), 10, 8)
     assert [row.block for row in net.report][:2] == ([dense, depthwise] if dense else [])
@@ -73,8 +77,9 @@ def test_every_block_is_a_list(make_settings, block, dense, depthwise):
 
 
 def test_a_list_from_the_command_line(make_settings):
-    settings = make_settings("model=resnet20", "block.branches=[kxk,1x1,1xk,kx1]", "block.init=third", "block.exclude=[conv1]",
-                             "block.layers=[{modules:blocks.0.*,branches:[kxk,identity]},{modules:blocks.1.conv1,branches:[]}]")
+    layers = "[{modules:blocks.0.*,branches:[kxk,identity]},{modules:blocks.1.conv1,branches:[]}]"
+    settings = make_settings("model=resnet20", "block.branches=[kxk,1x1,1xk,kx1]", "block.init=third",
+                             "block.exclude=[conv1]", f"block.layers={layers}")
     assert settings.block.name == "custom"
     net = build_network(settings, 10, 8)
     rows = {row.module: row for row in net.report}
@@ -90,15 +95,17 @@ def test_mobileone_takes_a_number_of_copies(make_settings):
 
 
 def test_modes_reach_every_layer(make_settings):
-    settings = make_settings("data=digits", "model=resnet20", "block=dbb", "block.mode=online", "block.positions=99",
-                             "block.layers=[{modules:blocks.0.*,branches:[kxk,1x1]}]")
-    blocks = [module for module in build_network(settings, 10, 8).modules() if isinstance(module, ReparamConv2d)]
+    settings = make_settings("data=digits", "model=resnet20", "block=dbb", "block.mode=online",
+                             "block.positions=99", "block.layers=[{modules:blocks.0.*,branches:[kxk,1x1]}]")
+    net = build_network(settings, 10, 8)
+    blocks = [module for module in net.modules() if isinstance(module, ReparamConv2d)]
     assert len(blocks) == 19
     assert {(block.mode, block.positions) for block in blocks} == {("online", 99)}
 
 
 def test_dbb_is_the_published_block(make_settings):
-    ours, published = build_network(make_settings("model=mobilenet_v1", "block=dbb"), 10, 32), build_model("mobilenet_v1", 10, "dbb", 32)
+    ours = build_network(make_settings("model=mobilenet_v1", "block=dbb"), 10, 32)
+    published = build_model("mobilenet_v1", 10, "dbb", 32)
     assert ours.report == published.report
 
 
@@ -148,11 +155,12 @@ def test_slurm_is_asked_for_in_its_jobs_only(monkeypatch):
 
 def test_a_job_of_a_sweep_has_its_settings_as_its_folder():
     name = partial(settings_module._job_name, "cifar10")
-    assert name(["seed=0", "block=dbb", "data.root=a/b", "logger=csv", "out=c"]) == name(["block=dbb", "seed=0"]) == "block-dbb+seed-0"
-    assert name(["block=none", "block.init=third", "seed=0"]) == name(["block=none", "seed=0"]) == "block-none+seed-0", "one plain twin"
+    plain, dbb = ["block=none", "seed=0"], ["block=dbb", "seed=0"]
+    assert name(dbb) == name([*reversed(dbb), "data.root=a/b", "logger=csv", "out=c"]) == "block-dbb+seed-0"
+    assert name(plain) == name([*plain, "block.init=third"]) == "block-none+seed-0", "one plain twin"
     assert name(["logger=csv"]) == "defaults"
-    odd = [["block.branches=[avg,kxk]"], ["block.branches=[avg_kxk]"], ["block.branches=[avg+kxk]"], ["optim.lr=1" + "0" * 200],
-           ["optim.lr=1" + "0" * 201], ["model.weights=" + "\u00e9" * 140]]
+    odd = [["block.branches=[avg,kxk]"], ["block.branches=[avg_kxk]"], ["block.branches=[avg+kxk]"],
+           ["optim.lr=1" + "0" * 200], ["optim.lr=1" + "0" * 201], ["model.weights=" + "\u00e9" * 140]]
     roots = [settings_module._job_name("folder", ["data=folder", f"data.root={root}"]) for root in ("A", "B")]
     assert roots == ["data.root-A+data-folder", "data.root-B+data-folder"], "other images, another job"
     names = {name(overrides) for overrides in odd}

@@ -16,7 +16,7 @@ from tests.conftest import randomize, relative_error
 
 
 class Difficult(nn.Module):
-    """Convolutions whose output goes to all the places where a swap would be wrong, and some where it is right."""
+    """Convolutions whose output goes wherever a swap would be wrong, and some where it is right."""
 
     def __init__(self):
         super().__init__()
@@ -26,7 +26,8 @@ class Difficult(nn.Module):
         self.to_relu, self.to_relu_norm = conv(8, 8, 3), nn.BatchNorm2d(8)
         self.to_add, self.to_add_norm = conv(8, 8, 3), nn.BatchNorm2d(8)
         self.to_cat, self.to_cat_norm = conv(8, 4, 3), nn.BatchNorm2d(8)
-        self.norm_twice_a, self.norm_twice_b, self.norm_twice = conv(8, 8, 3), conv(8, 8, 3), nn.BatchNorm2d(8)
+        self.norm_twice_a, self.norm_twice_b = conv(8, 8, 3), conv(8, 8, 3)
+        self.norm_twice = nn.BatchNorm2d(8)
         self.reused, self.reused_norm = conv(8, 8, 3), nn.BatchNorm2d(8)
         self.point, self.point_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.big, self.big_norm = conv(8, 8, 7, padding=3), nn.BatchNorm2d(8)
@@ -57,14 +58,17 @@ def test_pairs_are_found_by_the_flow_of_tensors():
     _, report = replace_convs(net, "acb", example_input=image)
     rows = {row.module: row for row in report}
     assert {name for name, row in rows.items() if row.block} == {"paired", "reused"}
-    for name, reason in {"to_relu": "relu", "to_add": "also goes to add", "to_cat": "cat", "norm_twice_a": "norm_twice",
-                         "norm_twice_b": "norm_twice", "point": "only kernel sizes", "big": "only kernel sizes", "lonely": "not reached",
-                         "group": "native_group_norm", "plain_gamma": "no gamma", "output": "network's output"}.items():
+    for name, reason in {
+            "to_relu": "relu", "to_add": "also goes to add", "to_cat": "cat", "output": "network's output",
+            "norm_twice_a": "norm_twice", "norm_twice_b": "norm_twice", "lonely": "not reached",
+            "point": "only kernel sizes", "big": "only kernel sizes",
+            "group": "native_group_norm", "plain_gamma": "no gamma"}.items():
         assert rows[name].block is None
         assert reason in rows[name].reason, rows[name]
     assert "2 of 13 convolutions became blocks" in str(report)
     assert net.training
-    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items()), "the argument is left as it was"
+    unchanged = [torch.equal(state[key], value) for key, value in net.state_dict().items()]
+    assert all(unchanged), "the argument is left as it was"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
@@ -78,9 +82,10 @@ def test_tracing_leaves_the_random_state_alone():
 
 def test_block_takes_over_convolution_and_norm():
     torch.manual_seed(0)
-    net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8, eps=1e-2, momentum=0.03))).double().eval()
+    conv, norm = nn.Conv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8, eps=1e-2, momentum=0.03)
+    net = randomize(nn.Sequential(conv, norm)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    new, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 9, 8, dtype=torch.float64), init="ones")
+    new, _ = replace_convs(net, "dbb", example_input=torch.zeros_like(x[:1]), init="ones")
     block = new[0]
     assert not new.training
     assert block.branches["kxk"].weight.dtype == torch.float64
@@ -126,8 +131,10 @@ def test_norm_that_does_more_than_is_known_stays():
 def test_include_and_exclude():
     net = timm.create_model("resnet18", num_classes=5)
     small = torch.zeros(1, 3, 64, 64)
-    _, report = replace_convs(net, "dbb", include=["layer1.*", "layer2.*"], exclude=["*.conv2"], example_input=small)
-    assert [row.module for row in report if row.block] == ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"]
+    _, report = replace_convs(net, "dbb", include=["layer1.*", "layer2.*"], exclude=["*.conv2"],
+                              example_input=small)
+    swapped = [row.module for row in report if row.block]
+    assert swapped == ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"]
     with pytest.raises(ValueError, match="layer9"):
         replace_convs(net, "dbb", include=["layer9.*"], example_input=small)
     with pytest.raises(ValueError, match="dbbb.*known are dbb, acb"):
@@ -176,7 +183,8 @@ class Uses(nn.Module):
 
     def __init__(self, forward):
         super().__init__()
-        self.c, self.b, self.d = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.d = nn.Conv2d(4, 4, 3, padding=1)
         self.forward = partial(forward, self)
 
 
@@ -219,34 +227,41 @@ def test_a_norm_that_differs_in_training_stays():
 
 
 def test_conv3d_is_told_why():
+    video = torch.zeros(1, 3, 5, 8, 8)
     with pytest.raises(ValueError, match="0 .3x3x3. stays, Conv3d is no Conv2d"):
-        replace_convs(nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)), "dbb", example_input=torch.zeros(1, 3, 5, 8, 8))
+        replace_convs(nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)), "dbb", example_input=video)
 
 
 def test_different_blocks_for_different_layers():
     net, small = timm.create_model("resnet18", num_classes=5), torch.zeros(1, 3, 64, 64)
-    _, report = replace_convs(net, {"*": "dbb", "layer1.*": ["kxk", "1x1", "identity"], "layer4.*": None, "layer4.1.conv2": "acb"},
-                              example_input=small, kernel_sizes=range(2, 8))
+    blocks = {"*": "dbb", "layer1.*": ["kxk", "1x1", "identity"], "layer4.*": None, "layer4.1.conv2": "acb"}
+    _, report = replace_convs(net, blocks, example_input=small, kernel_sizes=range(2, 8))
     rows = {row.module: row for row in report}
-    assert rows["conv1"].block == rows["layer2.0.conv1"].block == "kxk + 1x1 + 1x1_avg + 1x1_kxk", "7x7 as well"
+    assert rows["layer2.0.conv1"].block == "kxk + 1x1 + 1x1_avg + 1x1_kxk"
+    assert rows["conv1"].block == rows["layer2.0.conv1"].block, "7x7 as well"
     assert rows["layer1.1.conv2"].block == "kxk + 1x1 + identity"
     assert rows["layer4.0.conv1"].reason == "no block is meant for it"
     assert rows["layer4.1.conv2"].block == "kxk + 1xk + kx1"
-    assert {row.module for row in replace_convs(net, ["kxk"], example_input=small, kernel_sizes=[7])[1] if row.block} == {"conv1"}
+    _, report = replace_convs(net, ["kxk"], example_input=small, kernel_sizes=[7])
+    assert [row.module for row in report if row.block] == ["conv1"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(block=["kxk", "3x3"]), "layer1.0.conv1: branches: there is no branch '3x3'"),
     (dict(block=["1x1", "identity"]), r"layer1.0.conv1: branches=.* spans the kernel of \(3, 3\); add kxk"),
-    (dict(block=["1xk", "kx1"], init="single"), "layer1.0.conv1: init=single, a warm start, needs a kxk branch"),
+    (dict(block=["1xk", "kx1"], init="single"),
+     "layer1.0.conv1: init=single, a warm start, needs a kxk branch"),
     (dict(include=["layer9.*"]), "include: the pattern 'layer9.*' matches no convolution; there are layer"),
     (dict(exclude=["stem.*"]), "exclude: the pattern 'stem.*' matches no convolution"),
-    (dict(block={"laier1.*": "acb"}), "block: the pattern 'laier1.*' matches no convolution; there are layer"),
+    (dict(block={"laier1.*": "acb"}),
+     "block: the pattern 'laier1.*' matches no convolution; there are layer"),
     (dict(init="half"), "init='half' is unknown; known are mean, ones, third, single"),
-    (dict(example_input=torch.zeros(1, 4, 64, 64)), r"cannot run on example_input of shape \[1, 4, 64, 64\]")])
+    (dict(example_input=torch.zeros(1, 4, 64, 64)),
+     r"cannot run on example_input of shape \[1, 4, 64, 64\]")])
 def test_bad_arguments(arguments, message):
+    net, image = timm.create_model("resnet18", num_classes=5), torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match=message):
-        replace_convs(timm.create_model("resnet18", num_classes=5), **{"example_input": torch.zeros(1, 3, 64, 64)} | arguments)
+        replace_convs(net, **{"example_input": image} | arguments)
 
 
 def test_default_image_has_the_channels_of_the_first_convolution():
@@ -258,7 +273,8 @@ def test_several_inputs():
     class Two(nn.Sequential):
         def forward(self, x, y):
             return super().forward(x + y)
-    _, report = replace_convs(Two(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), example_input=[torch.zeros(1, 2, 8, 8)] * 2)
+    two = [torch.zeros(1, 2, 8, 8)] * 2
+    _, report = replace_convs(Two(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), example_input=two)
     assert report[0].block
 
 
@@ -283,15 +299,16 @@ def test_synchronised_norms_stay_synchronised():
 
 def test_gammas():
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    for init, factors in (("mean", [1 / 3] * 3), ("ones", [1, 1, 1]), ("third", [1 / 3] * 3), ("single", [1, 0, 0])):
+    third = [1 / 3] * 3
+    for init, factors in (("mean", third), ("third", third), ("ones", [1, 1, 1]), ("single", [1, 0, 0])):
         new, _ = replace_convs(net, "acb", init=init)
         for factor, branch in zip(factors, new[0].branches.values(), strict=True):
             assert torch.allclose(branch.bn.weight, factor * net[1].weight)
     published = [0.25, 0.25, 0, 0.5, 1, 0.5]
-    for init, factors in (("mean", published), ("ones", published), ("single", [1, 0, 0, 0, 0, 0])):  # one norm, the old one
+    for init, factors in (("mean", published), ("ones", published), ("single", [1, 0, 0, 0, 0, 0])):
         new, _ = replace_convs(net, "orepa", init=init)
         assert [float(gamma[0]) for gamma in new[0].gammas().values()] == factors
-        assert torch.equal(new[0].bn.weight, net[1].weight)
+        assert torch.equal(new[0].bn.weight, net[1].weight)  # one norm, the old one
         assert torch.equal(new[0].bn.running_var, net[1].running_var)
 
 
@@ -304,10 +321,12 @@ def test_blocks_are_left_alone_the_second_time():
 
 
 def test_report_is_a_table():
-    _, report = replace_convs(timm.create_model("resnet18", num_classes=5), "acb", example_input=torch.zeros(1, 3, 64, 64))
+    net = timm.create_model("resnet18", num_classes=5)
+    _, report = replace_convs(net, "acb", example_input=torch.zeros(1, 3, 64, 64))
     lines = str(report).splitlines()
     assert lines[0] == "16 of 20 convolutions became blocks"
-    assert " ".join(lines[1].split()) == "16 3x3 became kxk + 1xk + kx1 (layer1.0.conv1, layer1.0.conv2, layer1.1.conv1, ...)"
+    first = "layer1.0.conv1, layer1.0.conv2, layer1.1.conv1, ..."
+    assert " ".join(lines[1].split()) == f"16 3x3 became kxk + 1xk + kx1 ({first})"
     assert lines[2].split()[:3] == ["1", "7x7", "stayed:"]
 
 

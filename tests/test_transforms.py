@@ -19,22 +19,27 @@ def seed():
 
 
 def test_fuse_conv_norm():
-    x, kernel, bias, bn = rand(2, 3, 7, 6), rand(4, 3, 3, 2), rand(4), randomize(nn.BatchNorm2d(4).double()).eval()
-    fused = transforms.fuse_conv_norm(kernel, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+    x, kernel, bias = rand(2, 3, 7, 6), rand(4, 3, 3, 2), rand(4)
+    bn = randomize(nn.BatchNorm2d(4).double()).eval()
+    statistics = bn.running_mean, bn.running_var
+    fused = transforms.fuse_conv_norm(kernel, bias, *statistics, bn.weight, bn.bias, bn.eps)
     assert relative_error(F.conv2d(x, *fused), bn(F.conv2d(x, kernel, bias))) < 1e-12
 
 
 def test_add_branches():
-    x, kernels, biases = rand(2, 3, 7, 6), [rand(4, 3, 3, 4), rand(4, 3, 1, 2), rand(4, 3, 3, 4)], [rand(4), rand(4), rand(4)]
+    x, kernels = rand(2, 3, 7, 6), [rand(4, 3, 3, 4), rand(4, 3, 1, 2), rand(4, 3, 3, 4)]
+    biases = [rand(4), rand(4), rand(4)]
     large = [transforms.embed_kernel(kernel, (3, 4)) for kernel in kernels]
     for some in ([0], [1], [0, 2], [1, 0, 2]):
         kernel, bias = transforms.add_branches([kernels[i] for i in some], [biases[i] for i in some], (3, 4))
-        assert relative_error(F.conv2d(x, kernel, bias), sum(F.conv2d(x, large[i], biases[i]) for i in some)) < 1e-12
+        expected = sum(F.conv2d(x, large[i], biases[i]) for i in some)
+        assert relative_error(F.conv2d(x, kernel, bias), expected) < 1e-12
     leaves = [kernel.clone().requires_grad_() for kernel in (large[0], large[2], kernels[1])]
     for _ in range(3):  # gradients of leaves are added up in place
         transforms.add_branches(leaves, biases, (3, 4))[0].sum().backward()
     assert all((leaf.grad == 3).all() for leaf in leaves)
-    assert torch.autograd.gradcheck(lambda *k: transforms.add_branches(k, biases, (3, 4))[0], [k.requires_grad_() for k in kernels])
+    added = [kernel.requires_grad_() for kernel in kernels]
+    assert torch.autograd.gradcheck(lambda *k: transforms.add_branches(k, biases, (3, 4))[0], added)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -58,10 +63,12 @@ def test_concat():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_average_kernel(groups):
     x, kernel = rand(2, 4, 7, 6), transforms.average_kernel(4, (3, 2), groups, torch.float64)
-    assert relative_error(F.conv2d(x, kernel, padding=1, groups=groups), F.avg_pool2d(x, (3, 2), 1, padding=1)) < 1e-12
+    expected = F.avg_pool2d(x, (3, 2), 1, padding=1)
+    assert relative_error(F.conv2d(x, kernel, padding=1, groups=groups), expected) < 1e-12
 
 
-@pytest.mark.parametrize(("small", "large"), [((1, 1), (3, 5)), ((1, 5), (3, 5)), ((3, 1), (3, 5)), ((1, 1), (4, 2))])
+@pytest.mark.parametrize(("small", "large"), [
+    ((1, 1), (3, 5)), ((1, 5), (3, 5)), ((3, 1), (3, 5)), ((1, 1), (4, 2))])
 def test_embed_kernel(small, large):
     x, kernel = rand(2, 3, 9, 8), rand(4, 3, *small)
     top, left = ((large[0] - 1) // 2 - (small[0] - 1) // 2, (large[1] - 1) // 2 - (small[1] - 1) // 2)
