@@ -162,7 +162,7 @@ def lightning(rounds: int) -> dict[str, float]:
             callbacks = [steps, *make_callbacks(settings, Path(folder))]
             options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": False}
             trainer = pl.Trainer(**options, default_root_dir=folder, callbacks=callbacks,
-                                 logger=make_loggers(settings.logger, Path(folder)),
+                                 logger=make_loggers(settings, Path(folder)),
                                  enable_model_summary=False, use_distributed_sampler=False,
                                  num_sanity_val_steps=0)
             trainer.fit(model, data)
