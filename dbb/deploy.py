@@ -16,7 +16,7 @@ from dbb.transforms import fill
 def reparameterize(model: nn.Module) -> nn.Module:
     """A new model with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
 
-    Module names, dtype, device and memory format are kept, and so is `model`. Harmless the second time.
+    Module names, dtype, device and memory format are kept. `model` stays as it was. Harmless the second time.
 
     Raises:
         ValueError: if a block is in training mode, or the network cannot be copied.
@@ -33,7 +33,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 
 def fold_norms(model: nn.Module, example_input: Inputs) -> nn.Module:
-    """The network to deploy: `reparameterize`, and every norm that a convolution feeds folded into it.
+    """The network to deploy: `reparameterize`, and every norm fed by a convolution of any size folded.
 
     Takes a model in eval, which stays as it is; `example_input` and errors are as in `replace_convs`.
     """
