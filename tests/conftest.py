@@ -44,7 +44,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             uniform_(module.bias, -1, 1)
         if isinstance(getattr(module, "factor", None), nn.Parameter):
             uniform_(module.factor, 0.5, 1.5)
-        if isinstance(getattr(module, "first", None), nn.Parameter):  # zero at first, where it is added to the identity
+        if isinstance(getattr(module, "first", None), nn.Parameter):  # 0 at first, added to the identity
             uniform_(module.first, -0.5, 0.5)
     return model
 

@@ -22,8 +22,8 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-CASES = [("resnet8", 16, "dbb"), ("resnet18", 32, "acb"), ("mobilenet_v1", 32, "dbb"), ("mobilenet_v2", 64, "dbb"), ("vgg16", 32, "acb"),
-         ("efficientnet_lite0", 64, "dbb")]
+CASES = [("resnet8", 16, "dbb"), ("resnet18", 32, "acb"), ("mobilenet_v1", 32, "dbb"),
+         ("mobilenet_v2", 64, "dbb"), ("vgg16", 32, "acb"), ("efficientnet_lite0", 64, "dbb")]
 
 
 @pytest.mark.parametrize(("name", "size", "block"), CASES)
@@ -36,7 +36,8 @@ def test_stock_network_computes_the_same(name, size, block):
         assert relative_error(stock(images), expected) < 1e-12
         folded = fold_norms(net, images[:1])
         assert relative_error(folded(images), expected) < 1e-12
-    assert {k: v.shape for k, v in stock.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    shapes, expected = ({k: v.shape for k, v in net.state_dict().items()} for net in (stock, plain))
+    assert shapes == expected
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
@@ -98,7 +99,8 @@ def test_fine_tuning_starts_where_the_network_stood():
         return found
 
     with torch.no_grad():
-        assert abs(F.cross_entropy(naive.eval()(images), targets).item() - loss) < 1e-3 * loss  # the same function in eval
+        evaluated = F.cross_entropy(naive.eval()(images), targets).item()
+        assert abs(evaluated - loss) < 1e-3 * loss, "the same function in eval"
     tuned = losses(stock)
     assert abs(tuned[0] - loss) < 0.1 * loss
     assert tuned[-1] < tuned[0]

@@ -7,8 +7,9 @@ import pytest
 from tests.conftest import ROOT
 from tools.families import TIMM, TORCHVISION, examine
 
-SLOW = {"resnet18", "resnet50d", "res2net50_14w_8s", "inception_resnet_v2", "inception_v4", "cspdarknet53", "xception41", "cspresnet50",
-        "mobileone_s0", "dm_nfnet_f0", "resnetv2_50", "selecsls42b", "darknet17", "tf_efficientnetv2_b0", "ghostnetv2_100"}
+SLOW = {"resnet18", "resnet50d", "res2net50_14w_8s", "inception_resnet_v2", "inception_v4", "cspdarknet53",
+        "xception41", "cspresnet50", "mobileone_s0", "dm_nfnet_f0", "resnetv2_50", "selecsls42b", "darknet17",
+        "tf_efficientnetv2_b0", "ghostnetv2_100"}
 SLOW_OF_TORCHVISION = {"vgg11", "vgg11_bn", "wide_resnet50_2", "alexnet"}
 FAMILIES = [("timm", name) for name in TIMM if name not in SLOW] + \
     [("torchvision", name) for name in TORCHVISION if name not in SLOW_OF_TORCHVISION]
@@ -18,7 +19,8 @@ FAMILIES = [("timm", name) for name in TIMM if name not in SLOW] + \
 def test_families(library, name):
     """All but the slow ones of docs/families.md, which `python tools/families.py` writes."""
     finding = examine(library, name)
-    [row] = [row for row in Path(ROOT, "docs", "families.md").read_text().splitlines() if row.startswith(f"| {library} | {name} |")]
+    rows = Path(ROOT, "docs", "families.md").read_text().splitlines()
+    [row] = [row for row in rows if row.startswith(f"| {library} | {name} |")]
     assert f"| {finding.swapped} of {finding.convolutions} |" in row, "the table is out of date"
     if finding.swapped:
         assert finding.same_function < 1e-12

@@ -5,11 +5,12 @@ import torch
 
 from dbb import branchwise, reparameterize
 from tests.conftest import randomize, relative_error
+from tests.scripts import TINY, run
 from tests.test_models import EVERY, build, images
-from tests.test_scripts import TINY, run
 from training.evaluate import exact_arithmetic
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+no_gpu = not torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(no_gpu, reason="needs a CUDA device")]
 
 
 @EVERY
@@ -30,12 +31,12 @@ def test_conversion_on_the_gpu(name, block):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_with_synchronised_norms(tmp_path):
-    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.devices=2", "trainer.strategy=ddp", "trainer.sync_batchnorm=true",
-               "out=two", cwd=tmp_path)
+    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.devices=2", "trainer.strategy=ddp",
+               "trainer.sync_batchnorm=true", "out=two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_images_on_the_device(tmp_path):
-    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.devices=1", "data.on_device=true", "data.val_size=50",
-               "out=one", cwd=tmp_path)
+    done = run("train.py", "model=resnet20_dbb", *TINY, "trainer.devices=1", "data.on_device=true",
+               "data.val_size=50", "out=one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What W&B, TensorBoard and the dashboard show of a run; read back from the files that an offline run leaves."""
+"""What W&B, TensorBoard and the dashboard show of a run; read from the files that an offline run leaves."""
 
 import json
 import re
@@ -22,8 +22,8 @@ from training.callbacks import Speed, make_loggers, wandb_logger
 from training.checkpoint import load_checkpoint
 from training.data import ImageData
 
-SMALL = ("model=resnet8_dbb", "data=digits", "data.max_images=64", "data.batch_size=32", "trainer.max_epochs=2",
-         "trainer.log_every_n_steps=1", "optim.lr=0.02", "seed=3")
+SMALL = ("model=resnet8_dbb", "data=digits", "data.max_images=64", "data.batch_size=32",
+         "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=0.02", "seed=3")
 
 
 def content(folder) -> bytes:
@@ -34,8 +34,17 @@ def content(folder) -> bytes:
 def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkeypatch):
     settings = make_settings(*SMALL, "logger.tags=[mine]")
     seen, image, matrix = [], WandbLogger.log_image, wandb.plot.confusion_matrix
-    monkeypatch.setattr(WandbLogger, "log_image", lambda *args, **kwargs: (seen.append(kwargs["caption"]), image(*args, **kwargs)))
-    monkeypatch.setattr(wandb.plot, "confusion_matrix", lambda **kwargs: (seen.append(kwargs), matrix(**kwargs))[1])
+
+    def log_image(*args, **kwargs):
+        seen.append(kwargs["caption"])
+        image(*args, **kwargs)
+
+    def confusion_matrix(**kwargs):
+        seen.append(kwargs)
+        return matrix(**kwargs)
+
+    monkeypatch.setattr(WandbLogger, "log_image", log_image)
+    monkeypatch.setattr(wandb.plot, "confusion_matrix", confusion_matrix)
     result = train_script.train(settings, tmp_path)
     counts, captions = seen
     data = ImageData(settings.data, settings.seed)
@@ -50,15 +59,18 @@ def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkey
     report = convert_script.convert(settings, tmp_path / "convert")
     convert_script.log(report, settings, tmp_path / "convert", tmp_path)
     wandb.teardown()  # as at the end of the process: the service has then written everything
-    assert len({path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}) == 1, "one run"
+    ids = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1, "one run"
     written = content(tmp_path / "wandb")
-    for name in ("resnet8_dbb_s3", "resnet8_digits", "mine", "exact", "test/top1", "train/loss", "lr-SGD", "convolutions",
-                 "share/blocks.0.conv1/1x1_kxk", "gamma/blocks.0.conv1/1x1_avg", "confusion_matrix", "wrongly_classified",
-                 "final/converted_top1", "max_epochs", "convert/report",
-                 "convert/after/top1", f"converted-{settings.logger.id}", "model.safetensors", "model.onnx"):
+    for name in ("resnet8_dbb_s3", "resnet8_digits", "mine", "exact", "test/top1", "train/loss", "lr-SGD",
+                 "convolutions", "share/blocks.0.conv1/1x1_kxk", "gamma/blocks.0.conv1/1x1_avg",
+                 "confusion_matrix", "wrongly_classified", "final/converted_top1", "max_epochs",
+                 "convert/report", "convert/after/top1", f"converted-{settings.logger.id}",
+                 "model.safetensors", "model.onnx"):
         assert name.encode() in written, name
-    assert "gamma/" not in (tmp_path / "metrics.csv").read_text().splitlines()[0]
-    assert "final/top1" in (tmp_path / "metrics.csv").read_text(), "the metrics of the training are still there"
+    metrics = (tmp_path / "metrics.csv").read_text()
+    assert "gamma/" not in metrics.splitlines()[0]
+    assert "final/top1" in metrics, "the metrics of the training are still there"
     wrong = round((1 - result["top1"]) * 64)
     assert len(list((tmp_path / "wandb").glob("*/files/media/images/wrongly_classified*"))) == min(wrong, 36)
 
@@ -79,20 +91,26 @@ def test_tensorboard_shows_the_same_scalars(make_settings, tmp_path):
     names = set(metrics.columns) - {"epoch", "step"}
     assert names <= set(events.Tags()["scalars"])
     assert "share/conv1/kxk" in events.Tags()["scalars"]
-    gamma = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]["net.blocks.0.conv1.branches.1x1.bn.weight"]
+    weights = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    gamma = weights["net.blocks.0.conv1.branches.1x1.bn.weight"]
     assert events.Scalars("gamma/blocks.0.conv1/1x1")[-1].value == pytest.approx(gamma.abs().mean().item())
     assert (gamma < 0).any()
     for name in ("train/loss_epoch", "test/top1", "final/converted_top1"):
-        assert [event.value for event in events.Scalars(name)] == pytest.approx(metrics[name].dropna().tolist())
+        shown = [event.value for event in events.Scalars(name)]
+        assert shown == pytest.approx(metrics[name].dropna().tolist())
 
 
 def test_loggers(make_settings, tmp_path):
     assert len(make_loggers(make_settings("data=digits", "logger=csv"), tmp_path)) == 1
     assert len(make_loggers(make_settings("data=digits"), tmp_path)) == 2
-    one, two = (wandb_logger(make_settings("data=digits", *options), tmp_path)._wandb_init for options in (
-        ("model=resnet8_dbb", "block.mode=online", "logger.group=ours", "logger.tags=[mine]", "seed=3"), ("model=resnet8",)))
-    assert (one["name"], one["group"], one["tags"]) == ("resnet8_dbb_s3", "ours", ["resnet8", "digits", "dbb", "online", "mine"])
-    assert (two["name"], two["group"], two["tags"]) == ("resnet8_none_s0", "resnet8_digits", ["resnet8", "digits", "none"])
+
+    def named(*options):
+        found = wandb_logger(make_settings("data=digits", *options), tmp_path)._wandb_init
+        return found["name"], found["group"], found["tags"]
+    assert named("model=resnet8") == ("resnet8_none_s0", "resnet8_digits", ["resnet8", "digits", "none"])
+    options = ("block.mode=online", "logger.group=ours", "logger.tags=[mine]", "seed=3")
+    tags = ["resnet8", "digits", "dbb", "online", "mine"]
+    assert named("model=resnet8_dbb", *options) == ("resnet8_dbb_s3", "ours", tags)
     wandb.finish()
 
 
@@ -158,7 +176,8 @@ def test_speed_leaves_out_the_first_step(make_settings, monkeypatch):
     """Steps of an epoch that end at 10, 12, 13 and 17 seconds: three of 7/3 seconds."""
     clock, logged = iter([10.0, 12.0, 13.0, 17.0]), {}
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    module = SimpleNamespace(log=logged.__setitem__, settings=make_settings("data=digits", "data.batch_size=21"))
+    settings = make_settings("data=digits", "data.batch_size=21")
+    module = SimpleNamespace(log=logged.__setitem__, settings=settings)
     speed = Speed()
     speed.on_train_epoch_start(None, module)
     for step in range(4):
@@ -173,8 +192,9 @@ def test_the_dashboard_shows_what_runs_log(make_settings, tmp_path, monkeypatch)
     train_script.train(make_settings(*SMALL, "logger=csv"), tmp_path)
     logged = set(pd.read_csv(tmp_path / "metrics.csv").columns)
     shown = {name for name in logged if f'"{name}"' in definition}
-    assert shown == {"epoch", "test/top1", "test/loss", "train/loss_epoch", "final/top1", "final/converted_top1",
-                     "final/predictions_changed", "train/seconds_per_step", "train/peak_memory_mib", "final/activations_mib"}
+    assert shown == {"epoch", "test/top1", "test/loss", "train/loss_epoch", "train/seconds_per_step",
+                     "train/peak_memory_mib", "final/top1", "final/converted_top1",
+                     "final/predictions_changed", "final/activations_mib"}
     for name in ("^lr-", "^share/", "^gamma/", "convert/report", "wrongly_classified"):
         assert name in definition
     monkeypatch.setattr(sys, "argv", ["dashboard.py", "--project", "dbb"])

@@ -1,4 +1,4 @@
-"""Every backbone with every block: equivalence of whole networks, shapes, strides, and devices without a GPU."""
+"""Every backbone with every block: equivalence of whole networks, shapes, strides, devices without a GPU."""
 
 from functools import partial
 from itertools import product
@@ -17,8 +17,10 @@ from tests.conftest import randomize, relative_error
 
 ONLINE = partial(DiverseBranchBlock, mode="online")
 # Every backbone with DBB, and every block in a dense and in a depthwise one.
-PAIRS = [*product(BACKBONES, ["dbb"]), *product(("resnet20", "mobilenet_v1"), [*(block for block in BLOCKS if block != "dbb"), ONLINE])]
-EVERY = pytest.mark.parametrize(("name", "block"), PAIRS, ids=[f"{name}-{'online' if block is ONLINE else block}" for name, block in PAIRS])
+OTHERS = [*(block for block in BLOCKS if block != "dbb"), ONLINE]
+PAIRS = [*product(BACKBONES, ["dbb"]), *product(("resnet20", "mobilenet_v1"), OTHERS)]
+EVERY = pytest.mark.parametrize(("name", "block"), PAIRS, ids=[
+    f"{name}-{'online' if block is ONLINE else block}" for name, block in PAIRS])
 SIZE = {"alexnet": 224}  # pixels; the others take 32
 
 
@@ -41,8 +43,10 @@ def test_converted_network_is_the_same_function(name, block):
             with branchwise(net):
                 drawn[dtype] = net(x.to(dtype))
             assert drawn[dtype].isfinite().all()
-            rounding = relative_error(drawn[dtype], drawn[torch.float64])  # 2e-5 in float32 where random statistics saturate a ReLU6
-            assert relative_error(reparameterize(net)(x.to(dtype)), drawn[dtype]) < max(tolerance, 2 * rounding)
+            # 2e-5 in float32 where random statistics saturate a ReLU6.
+            rounding = relative_error(drawn[dtype], drawn[torch.float64])
+            converted = reparameterize(net)(x.to(dtype))
+            assert relative_error(converted, drawn[dtype]) < max(tolerance, 2 * rounding)
 
 
 @EVERY
@@ -66,8 +70,9 @@ def test_the_fake_gpu_catches_a_misplaced_tensor():
         Misplaced()(torch.empty(3, device="cuda"))
 
 
-@pytest.mark.parametrize(("name", "small", "large"), [("resnet18", 8, 32), ("resnet50", 8, 32), ("mobilenet_v1", 8, 32),
-                                                      ("mobilenet_v2", 8, 32), ("resnet20", 4, 4), ("wrn16_8", 4, 4), ("vgg16", 32, 32)])
+@pytest.mark.parametrize(("name", "small", "large"), [
+    ("resnet18", 8, 32), ("resnet50", 8, 32), ("mobilenet_v1", 8, 32), ("mobilenet_v2", 8, 32),
+    ("resnet20", 4, 4), ("wrn16_8", 4, 4), ("vgg16", 32, 32)])
 def test_total_stride(name, small, large):
     assert build_model(name, 10, image_size=32).total_stride == small
     assert build_model(name, 10, image_size=128).total_stride == large
@@ -86,7 +91,8 @@ def test_parameter_counts_are_the_published_ones():
 def test_papers_variants():
     assert any(isinstance(m, nn.ReLU) for m in build_model("mobilenet_v1", 10).modules())
     assert not any(isinstance(m, nn.ReLU6) for m in build_model("mobilenet_v1", 10).modules())
-    assert all((m.weight == 1).all() for m in build_model("resnet18", 10).modules() if isinstance(m, nn.BatchNorm2d))
+    norms = [module for module in build_model("resnet18", 10).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all((norm.weight == 1).all() for norm in norms)
 
 
 def test_airbench_whitens_patches():
@@ -108,7 +114,8 @@ def test_block_and_baseline_start_from_the_same_kernels():
     assert torch.equal(plain.blocks[3].conv1.weight, swapped.blocks[3].conv1.branches["kxk"].weight)
 
 
-@pytest.mark.parametrize(("name", "message"), [("resnet19", "resnet18"), ("hf-hub:someone/something", "unknown here and to timm")])
+@pytest.mark.parametrize(("name", "message"), [
+    ("resnet19", "resnet18"), ("hf-hub:someone/something", "unknown here and to timm")])
 def test_unknown_name(name, message):
     with pytest.raises(ValueError, match=message):
         build_model(name, 10)
@@ -140,10 +147,12 @@ def test_torchvision_weights_are_a_warm_start(name, theirs, capsys):
     plain = randomize(torchvision.models.get_model(theirs, num_classes=7)).eval()
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
-        assert relative_error(build_model(name, 7, "dbb", weights=plain.state_dict()).eval()(x), plain(x)) < 1e-5
+        warm = build_model(name, 7, "dbb", weights=plain.state_dict()).eval()
+        assert relative_error(warm(x), plain(x)) < 1e-5
     assert not capsys.readouterr().out
     net = build_model(name, 5, "dbb", weights=plain.state_dict())
-    assert "the file has 7 classes, the data 5: not from the file, so they start at random: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the file has 7 classes, the data 5: not from the file, so they start at random: " in printed
     assert net(x).shape == (2, 5)
     head = next(key for key in reversed(plain.state_dict()) if key.endswith("weight"))
     for wrong, message in ((torch.tensor(3.0), "of another shape"), (torch.zeros(7, 5), "of another shape"),
@@ -186,7 +195,8 @@ def test_what_does_not_come_from_the_file_is_named(timms_file, capsys, name, siz
     torch.manual_seed(1)
     net = build_model(name, classes, image_size=size, pretrained=True)
     printed = capsys.readouterr().out
-    assert printed == (f"model.pretrained=true: not from the file, so they start at random: {fresh}\n" if fresh else "")
+    told = f"model.pretrained=true: not from the file, so they start at random: {fresh}\n"
+    assert printed == (told if fresh else "")
     changed = [key for key, value in net.state_dict().items() if not torch.equal(plain[key], value)]
     assert ", ".join(changed) == fresh
 
@@ -228,7 +238,8 @@ def test_no_other_backbone_differs_from_what_timms_weights_are_of():
 def test_fine_tuning_before_and_after_conversion():
     torch.manual_seed(0)
     weights = build_model("resnet20", 10).state_dict()
-    net, x, y = build_model("resnet20", 10, "dbb", weights=weights), torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    net = build_model("resnet20", 10, "dbb", weights=weights)
+    x, y = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
 
     def fit(net):
         optimizer, losses = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9), []
@@ -241,5 +252,6 @@ def test_fine_tuning_before_and_after_conversion():
         assert losses[-1] < losses[0]
         return net
     fit(net.train())
-    assert all(branch.bn.weight.abs().min() > 0 for branch in net.blocks[0].conv1.branches.values()), "branches of gamma 0 learn"
+    gammas = [branch.bn.weight for branch in net.blocks[0].conv1.branches.values()]
+    assert all(gamma.abs().min() > 0 for gamma in gammas), "branches of gamma 0 learn"
     fit(reparameterize(net.eval()).train())

@@ -27,25 +27,30 @@ FUZZ = "FUZZ" in os.environ
 
 def examples(count):
     """The same cases in every run of the tests; with FUZZ=COUNT, new ones."""
-    return settings(max_examples=int(os.environ.get("FUZZ", count)), deadline=None, derandomize=not FUZZ, database=None,
-                    suppress_health_check=list(HealthCheck))
+    return settings(max_examples=int(os.environ.get("FUZZ", count)), derandomize=not FUZZ, database=None,
+                    deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @st.composite
 def cases(draw, largest=11, extra=3):
     """Arguments of a block, and the height and width of an image that it takes."""
-    kernel_size, dilation = draw(st.tuples(*[st.integers(1, largest)] * 2)), draw(st.tuples(*[st.integers(1, 3)] * 2))
-    groups, padding_mode = draw(st.integers(1, 4)), draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    padding = draw(st.one_of(st.sampled_from(["same", "valid"]), st.integers(0, 3), st.tuples(*[st.integers(0, 6)] * 2)))
-    stride = 1 if padding == "same" else draw(st.tuples(*[st.integers(1, 3)] * 2))
+    def pair(first, last):
+        return st.tuples(*[st.integers(first, last)] * 2)
+
+    kernel_size, dilation = draw(pair(1, largest)), draw(pair(1, 3))
+    groups = draw(st.integers(1, 4))
+    padding_mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding = draw(st.one_of(st.sampled_from(["same", "valid"]), st.integers(0, 3), pair(0, 6)))
+    stride = 1 if padding == "same" else draw(pair(1, 3))
     branches = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4))
     if not {"kxk", "1x1_kxk", "1x1_avg"} & set(branches):
         branches.append(draw(st.sampled_from(["kxk", "1x1_kxk", "1x1_avg"])))
-    arguments = dict(in_channels=groups * draw(st.integers(1, 3)), out_channels=groups * draw(st.integers(1, 3)),
-                     kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+    in_channels, out_channels = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    arguments = dict(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
+                     stride=stride, padding=padding, dilation=dilation, groups=groups,
                      branches=branches, padding_mode=padding_mode, mode=draw(st.sampled_from(MODES)))
-    size = []
-    for k, d, p in zip(kernel_size, dilation, (padding if isinstance(padding, tuple) else (padding, padding)), strict=True):
+    size, paddings = [], padding if isinstance(padding, tuple) else (padding, padding)
+    for k, d, p in zip(kernel_size, dilation, paddings, strict=True):
         pixels = {"same": d * (k - 1), "valid": 0}.get(p) if isinstance(p, str) else 2 * p
         # No smaller than one window, and than what reflecting and wrapping need.
         size.append(max(d * (k - 1) + 1 - pixels, (pixels + 1) // 2 + 1) + draw(st.integers(0, extra)))
@@ -60,15 +65,17 @@ def build(case, seed=0, dtype=torch.float64, images=4):
 
 
 def sample_of(block, x):
-    """The positions that an online block takes its statistics from, as a function from a map to some of its positions."""
+    """Where an online block takes its statistics from, as a function from a map to some of its positions."""
     positions = block.geometry.positions(block.geometry.pad(x))
 
     def sample(z):
         if len(x) * positions[0] * positions[1] <= block.positions:
             return z
         lattice = Lattice.within(len(z), *z.shape[2:], block.positions)
-        (rows, columns), every = ([first + i * step for i in range(count)] for first, step, count in lattice.places), lattice.images
-        return torch.stack([z[n, :, r, c] for n in range(0, len(z), every) for r in rows for c in columns])[:, :, None, None]
+        rows, columns = ([first + i * step for i in range(count)] for first, step, count in lattice.places)
+        images = range(0, len(z), lattice.images)
+        sampled = torch.stack([z[n, :, r, c] for n in images for r in rows for c in columns])
+        return sampled[:, :, None, None]
     return sample
 
 
@@ -76,7 +83,7 @@ def test_every_branch_is_drawn():
     assert set(NAMES) == set(BRANCHES) - {"row"}  # the README's worked example
 
 
-@examples(2000)
+@examples(400)
 @given(cases(), st.sampled_from([0.1, None]))
 def test_block_is_the_reference(case, momentum):
     block, x = build(case)
@@ -102,8 +109,8 @@ def test_surgery_takes_any_convolution(case, bias):
     conv = nn.Conv2d(**arguments, bias=bias)
     net = randomize(nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))).double().eval()
     x = torch.randn(4, conv.in_channels, *size, dtype=torch.float64)
-    new, _ = replace_convs(net, partial(ReparamConv2d, branches=branches, mode=mode), example_input=x, kernel_sizes=range(1, 12),
-                           init="single")
+    new, _ = replace_convs(net, partial(ReparamConv2d, branches=branches, mode=mode), example_input=x,
+                           kernel_sizes=range(1, 12), init="single")
     with torch.no_grad():
         assert relative_error(new(x), net(x)) < 1e-12, "a warm start is the same function"
         assert relative_error(new[0].fuse()(x), net(x)) < 1e-12
@@ -139,18 +146,30 @@ def test_precisions_and_memory_formats(case):
     assert relative_error(last(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-4
 
 
+@pytest.mark.xfail(strict=True,
+                   reason="oneDNN misreads a merged kernel with an odd stride of its dimension of 1")
+def test_a_grouped_kernel_of_one_column_in_channels_last():
+    arguments = dict(in_channels=4, out_channels=2, kernel_size=(2, 1), padding="same", groups=2)
+    block, x = build((arguments | {"branches": ["1x1_avg"]}, (2, 1)), dtype=torch.float32)
+    expected = block.eval()(x)
+    block.to(memory_format=torch.channels_last)
+    assert relative_error(block(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-5
+
+
 @examples(40)
 @given(cases(largest=5))
 def test_copies_files_averages_and_frozen_parts(case):
     block, x = build(case)
-    for other in (copy.deepcopy(block.eval()), pickle.loads(pickle.dumps(block)), AveragedModel(block, use_buffers=True).eval()):
+    average = AveragedModel(block.eval(), use_buffers=True).eval()
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), average):
         assert torch.equal(other(x), block(x))
     frozen = copy.deepcopy(block).train()
     for module in frozen.modules():  # the usual loop
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     assert relative_error(frozen(x), block(x)) < 1e-12
-    assert all(torch.equal(a, b) for a, b in zip(frozen.state_dict().values(), block.state_dict().values(), strict=True))
+    pairs = zip(frozen.state_dict().values(), block.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     one = copy.deepcopy(block).train()
     one.norms()[-1].eval()
     expected, stats = reference(one, x, sample_of(one, x) if one.mode == "online" else None)
@@ -168,20 +187,23 @@ def test_update_bn_averages_over_all_batches(case):
         copied = copy.deepcopy(block).train()
         for norm in copied.norms():
             norm.momentum = 1.0  # statistics of the batch alone
-        each.append(reference(copied, batch, sample_of(copied, batch) if copied.mode == "online" else None)[1])
+        sample = sample_of(copied, batch) if copied.mode == "online" else None
+        each.append(reference(copied, batch, sample)[1])
     update_bn(batches, block)
     for name in each[0]:
-        assert relative_error(block.state_dict()[name], torch.stack([stats[name] for stats in each]).mean(0)) < 1e-12
+        mean = torch.stack([stats[name] for stats in each]).mean(0)
+        assert relative_error(block.state_dict()[name], mean) < 1e-12
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("arguments", [
-    dict(in_channels=4, out_channels=4, kernel_size=3, padding=1, branches=NAMES),
-    dict(in_channels=4, out_channels=6, kernel_size=(2, 5), padding=(1, 0), dilation=(2, 1), groups=2, branches=NAMES,
+    dict(in_channels=4, out_channels=4, kernel_size=3, padding=1),
+    dict(in_channels=4, out_channels=6, kernel_size=(2, 5), padding=(1, 0), dilation=(2, 1), groups=2,
          padding_mode="circular"),
-    dict(in_channels=4, out_channels=4, kernel_size=4, padding="same", groups=4, branches=NAMES)], ids=["dense", "grouped", "depthwise"])
+    dict(in_channels=4, out_channels=4, kernel_size=4, padding="same", groups=4)],
+    ids=["dense", "grouped", "depthwise"])
 def test_compile_and_export(arguments, training):
-    block, x = build((arguments, (9, 8)))
+    block, x = build((arguments | {"branches": NAMES}, (9, 8)))
     expected = copy.deepcopy(block).train(training)(x)
     compiled = copy.deepcopy(block).train(training)
     assert relative_error(torch.compile(compiled, fullgraph=True, backend="aot_eager")(x), expected) < 1e-12

@@ -20,7 +20,7 @@ import train as train_script
 from models import build_model
 from models.build import UNTRAINED
 from tests.conftest import ROOT, randomize, relative_error
-from tests.test_scripts import run
+from tests.scripts import call
 from training.settings import Settings, flat
 
 PAGES = [*sorted(Path(ROOT).glob("*.md")), *sorted(Path(ROOT, "docs").glob("*.md")),
@@ -75,7 +75,7 @@ def test_files_and_knobs_are_there(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_compose(name):
-    """Those of Hydra's scripts, with the first value of every sweep; other scripts and make's targets exist."""
+    """Those of Hydra's scripts, with every sweep's first value; other scripts and make's targets exist."""
     targets = re.findall(r"^(\w+):", Path(ROOT, "Makefile").read_text(), re.MULTILINE)
     for words in commands(Path(ROOT, name)):
         if words[0] == "make":
@@ -85,8 +85,8 @@ def test_commands_compose(name):
         if script is None:
             continue
         assert Path(ROOT, script).exists(), words
-        settings = [word for word in words[words.index(script) + 1:] if "=" in word]
-        overrides = [word for word in settings if not word.startswith(("-", "hydra")) and not word.endswith("=NAME")]
+        overrides = [word for word in words[words.index(script) + 1:] if "=" in word
+                     and not word.startswith(("-", "hydra")) and not word.endswith("=NAME")]
         if script in HYDRA_SCRIPTS:
             parsed = OverridesParser.create().parse_overrides(overrides)
             with initialize_config_dir(str(Path(ROOT, "configs")), version_base="1.3"):
@@ -156,7 +156,7 @@ def test_a_data_set_of_your_own(make_settings, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", HYDRA_SCRIPTS)
 def test_help_starts_with_what_to_type(script, tmp_path):
-    shown = run(script, "--help", cwd=tmp_path).stdout
+    shown = call(script, "--help", cwd=tmp_path).stdout
     assert f"python {script} " in shown[:300]
     assert "resnet18_dbb" in shown
     assert "Hydra" not in shown

@@ -10,8 +10,8 @@ import train as train_script
 from training.checkpoint import load_checkpoint
 from training.module import warmup_cosine
 
-SHORT = ("model=resnet20_dbb", "data=digits", "logger=csv", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1",
-         "trainer.max_epochs=3", "trainer.log_every_n_steps=1")
+SHORT = ("model=resnet8_dbb", "data=digits", "logger=csv", "trainer.max_epochs=3",
+         "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
 
 
 class Crash(Callback):
@@ -54,7 +54,8 @@ def test_resumed_run_is_bitwise_the_same(make_settings, tmp_path, monkeypatch, e
 
 def test_settings_beside_a_checkpoint_take_effect(make_settings, tmp_path, capsys):
     train_script.train(make_settings(*SHORT, "trainer.max_epochs=1"), tmp_path)
-    changed = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=2", "optim.lr=0.03", "optim.weight_decay=0.5")
+    changed = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=2",
+                            "optim.lr=0.03", "optim.weight_decay=0.5")
     assert "trainer.max_epochs: 1 -> 2" in capsys.readouterr().out
     train_script.train(changed, tmp_path)
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
@@ -67,11 +68,12 @@ def test_settings_beside_a_checkpoint_take_effect(make_settings, tmp_path, capsy
 
 def test_a_changed_batch_keeps_the_place_in_the_schedule(make_settings, tmp_path):
     """Half of the epochs done is half of the cosine, however many steps an epoch has."""
-    train_script.train(make_settings(*SHORT, "trainer.max_epochs=2", "data.batch_size=32", "trainer.limit_train_batches=6"), tmp_path)
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    train_script.train(make_settings(f"ckpt={path}", "trainer.max_epochs=4", "trainer.limit_train_batches=2"), tmp_path)
+    six_steps = ("data.batch_size=32", "trainer.limit_train_batches=6")
+    train_script.train(make_settings(*SHORT, "trainer.max_epochs=2", *six_steps), tmp_path)
+    ckpt, two_steps = f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.limit_train_batches=2"
+    train_script.train(make_settings(ckpt, "trainer.max_epochs=4", two_steps), tmp_path)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
-    column = rows[0].split(",").index("lr-momentum") if "lr-momentum" in rows[0] else rows[0].split(",").index("lr-SGD")
+    column = rows[0].split(",").index("lr-momentum" if "lr-momentum" in rows[0] else "lr-SGD")
     rates = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
     assert rates[-4:] == pytest.approx([0.1 * warmup_cosine(step, 8, 0) for step in (4, 5, 6, 7)])
 
@@ -81,6 +83,7 @@ def test_a_changed_batch_keeps_the_place_in_the_schedule(make_settings, tmp_path
 def test_what_a_checkpoint_cannot_go_on_with(make_settings, tmp_path, override, message):
     train_script.train(make_settings(*SHORT, "trainer.max_epochs=1"), tmp_path)
     before = (tmp_path / "config.yaml").read_text()
+    more = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=3", override)
     with pytest.raises(ValueError, match=message):
-        train_script.train(make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=3", override), tmp_path)
+        train_script.train(more, tmp_path)
     assert (tmp_path / "config.yaml").read_text() == before

@@ -1,4 +1,4 @@
-"""How networks start: fresh, or from weights (published files, plain checkpoints); and choices that cannot be."""
+"""How networks start: fresh, or from weights (published, or plain ones); and choices that cannot be."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from dbb import replace_convs
 from models import build_model
 from tests.conftest import ROOT, randomize, relative_error
 from tests.published_networks import image, published_model
-from tests.test_scripts import TINY, run
+from tests.scripts import TINY, call
 from training.checkpoint import blocks_of, load_checkpoint
 from training.module import Classifier, rough_start
 from training.settings import BlockConf
@@ -25,14 +25,16 @@ from training.settings import BlockConf
 BLOCKS = sorted({path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} - {"none"})
 
 
-@pytest.mark.parametrize(("channels", "options"), [((16, 32), {}), ((16, 16), {}), ((16, 32), {"stride": 2}), ((32, 32), {"groups": 4}),
-                                                   ((64, 64), {"groups": 64}), ((64, 64), {"groups": 64, "stride": 2})],
-                         ids=["wider", "dense", "strided", "grouped", "depthwise", "depthwise strided"])
+@pytest.mark.parametrize(("channels", "options"), [
+    ((16, 32), {}), ((16, 16), {}), ((16, 32), {"stride": 2}), ((32, 32), {"groups": 4}),
+    ((64, 64), {"groups": 64}), ((64, 64), {"groups": 64, "stride": 2})],
+    ids=["wider", "dense", "strided", "grouped", "depthwise", "depthwise strided"])
 @pytest.mark.parametrize("block", [*BLOCKS, "['kxk', 'identity', 'identity', 'avg']"])
 def test_a_new_block_never_varies_more_than_the_plain_norm(make_settings, block, channels, options):
-    """The default start makes a block the mean of its n branches: 1 / n of the plain norm's variance where they are independent.
+    """The default start makes a block the mean of its n branches.
 
-    It is smaller than 1 / sqrt(n) in each, which keeps the variance, because that measured worse (benchmarks/README.md).
+    That is 1 / n of the plain norm's variance where they are independent. It is smaller than 1 / sqrt(n) in
+    each, which keeps the variance, because that measured worse (benchmarks/README.md).
     """
     overrides = [f"block={block}"] if block in BLOCKS else ["block=dbb", f"block.branches={block}"]
     conf = make_settings(*overrides).block
@@ -58,11 +60,12 @@ def test_a_run_keeps_its_start(make_settings, tmp_path):
     """By name; a file from before the name was stored means gamma 1."""
     command = ["model=resnet8_dbb", *TINY]
     train_script.train(make_settings(*command), tmp_path / "new")
-    assert load_checkpoint(tmp_path / "new" / "checkpoints" / "last.ckpt")["dbb"]["settings"]["block"]["init"] == "mean"
+    stored = load_checkpoint(tmp_path / "new" / "checkpoints" / "last.ckpt")["dbb"]["settings"]
+    assert stored["block"]["init"] == "mean"
     old = asdict(make_settings(*command))
     old["block"]["init"] = None
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(old)))  # a job that stopped in its first epoch
+    (tmp_path / "old").mkdir()  # of a job that stopped in its first epoch
+    (tmp_path / "old" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(old)))
     started = []
 
     class Watched(Classifier):
@@ -82,15 +85,17 @@ def test_a_run_keeps_its_start(make_settings, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "rough"), [
-    (["block.init=ones"], True), ([], False), (["block.init=third"], False), (["block.init=ones", "optim.lr=0.02"], False),
-    (["block.init=ones", "optim.warmup_epochs=1"], False), (["block=none"], False), (["block=orepa", "block.init=ones"], False)])
+    (["block.init=ones"], True), ([], False), (["block.init=third"], False), (["block=none"], False),
+    (["block.init=ones", "optim.lr=0.02"], False), (["block.init=ones", "optim.warmup_epochs=1"], False),
+    (["block=orepa", "block.init=ones"], False)])
 def test_what_is_a_rough_start(make_settings, overrides, rough):
     assert bool(rough_start(make_settings("model=resnet8_dbb", "optim.lr=0.1", *overrides))) == rough
 
 
 def test_a_rough_start_is_named(make_settings, tmp_path, capsys):
     train_script.train(make_settings("model=resnet8_dbb", *TINY, "optim.lr=0.1", "block.init=ones"), tmp_path)
-    assert "block.init=ones with a learning rate of 0.1 and no warm-up is a rough start" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "block.init=ones with a learning rate of 0.1 and no warm-up is a rough start" in printed
 
 
 def test_old_settings_mean_the_old_start():
@@ -105,9 +110,11 @@ def test_old_settings_mean_the_old_start():
 def test_a_published_file_converts_without_data(make_settings, tmp_path):
     """From the command line: a file in the layout of the DBB authors, random weights and statistics."""
     weights, expected = published_model("dbb", "resnet18")
-    torch.save({"state_dict": {f"module.{key}": value.float() for key, value in weights.items()}}, tmp_path / "dbb.pth.tar")
-    command = ["ckpt=dbb.pth.tar", "model=resnet18_dbb", "data=none", "data.image_size=96", "logger=csv", "export=[]"]
-    done = run("convert.py", *command, "source=dbb", cwd=tmp_path)
+    weights = {f"module.{key}": value.float() for key, value in weights.items()}
+    torch.save({"state_dict": weights}, tmp_path / "dbb.pth.tar")
+    command = ["ckpt=dbb.pth.tar", "model=resnet18_dbb", "data=none", "data.image_size=96",
+               "logger=csv", "export=[]"]
+    done = call("convert.py", *command, "source=dbb", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 of 64 predictions changed" in done.stdout
     assert "no accuracy was measured" in done.stdout
@@ -119,7 +126,8 @@ def test_a_published_file_converts_without_data(make_settings, tmp_path):
     for wrong, message in (("source=acnet", two_lists), ("block=acb", two_lists),
                            ("model=resnet20", "no layout for model.name=resnet20")):
         source = [] if wrong.startswith("source") else ["source=dbb"]
-        settings = make_settings(f"ckpt={tmp_path}/dbb.pth.tar", *command[1:], *source, wrong, config_name="convert")
+        settings = make_settings(f"ckpt={tmp_path}/dbb.pth.tar", *command[1:], *source, wrong,
+                                 config_name="convert")
         with pytest.raises(ValueError, match=message):
             convert_script.convert(settings, tmp_path / "wrong")
 
@@ -127,16 +135,19 @@ def test_a_published_file_converts_without_data(make_settings, tmp_path):
 def test_a_plain_run_of_ours_is_a_warm_start(make_settings, tmp_path):
     plain = train_script.train(make_settings("model=resnet20", *TINY), tmp_path / "plain")
     weights = f"model.weights={tmp_path}/plain/checkpoints/last.ckpt"
-    result = train_script.train(make_settings("model=resnet20_dbb", *TINY, weights, "optim.lr=0"), tmp_path / "dbb")
+    warm = make_settings("model=resnet20_dbb", *TINY, weights, "optim.lr=0")
+    result = train_script.train(warm, tmp_path / "dbb")
     assert result["top1"] == pytest.approx(plain["top1"], abs=0.05), "only statistics moved"
+    blocks = make_settings("model=resnet20", *TINY, weights.replace("plain/", "dbb/"))
     with pytest.raises(ValueError, match="another network"):
-        train_script.train(make_settings("model=resnet20", *TINY, weights.replace("plain/", "dbb/")), tmp_path / "no")
+        train_script.train(blocks, tmp_path / "no")
 
 
 def test_warm_start_computes_the_same(make_settings, tmp_path):
     """Plain weights under blocks: before the first step, the network computes what the plain one did."""
     plain = randomize(build_model("resnet20", 10, image_size=8))
-    torch.save({"state_dict": {f"module.{key}": value for key, value in plain.state_dict().items()}}, tmp_path / "plain.pth")
+    weights = {f"module.{key}": value for key, value in plain.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "plain.pth")
     settings = make_settings("model=resnet20_dbb", *TINY, f"model.weights={tmp_path}/plain.pth")
     net, x = Classifier(settings, list("0123456789"), 8).net, torch.randn(4, 3, 8, 8)
     with torch.no_grad():
@@ -155,11 +166,14 @@ def test_warm_start_computes_the_same(make_settings, tmp_path):
 @pytest.mark.parametrize(("overrides", "message"), [
     (["model=resnet20_dbb", "model.pretrained=true"], "resnet20 has no weights to fetch"),
     (["model=resnet18_dbb", "model.pretrained=true"], "weights of resnet18 could not be fetched"),
-    (["model=resnet20_dbb", "model.weights=x.pth", "block.init=ones"], "would change what the trained weights compute"),
+    (["model=resnet20_dbb", "model.weights=x.pth", "block.init=ones"],
+     "would change what the trained weights compute"),
     (["model=resnet56_dbb", "model.weights=x.pth"], "another network: .* missing .*blocks.10"),
     (["model=resnet20", "block.branches=[1x1]"], "conv1: branches=.*1x1.* spans the kernel"),
-    (["model=resnet20_dbb", "block.include=[layer1.*]"], "include: the pattern .layer1.*. matches no convolution; there are"),
-    (["model=timm", "model.name=densenet121", "block=dbb", "data.image_size=32"], "no convolution of the network can become a block"),
+    (["model=resnet20_dbb", "block.include=[layer1.*]"],
+     "include: the pattern .layer1.*. matches no convolution; there are"),
+    (["model=timm", "model.name=densenet121", "block=dbb", "data.image_size=32"],
+     "no convolution of the network can become a block"),
     (["model=resnet20_dbb", "source=dbb"], "source=dbb: train.py continues its own checkpoints only"),
     (["model=resnet20_dbb", "data=none"], "data=none has nothing to train on")])
 def test_wrong_models_and_blocks(make_settings, tmp_path, monkeypatch, overrides, message):

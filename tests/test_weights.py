@@ -20,9 +20,9 @@ from models import build_model
 from predict import prepare
 from tests.conftest import randomize, relative_error
 from tests.published_networks import image, published_model
+from tests.scripts import TINY
 from tests.test_data import write_tree
 from tests.test_published import Stranger
-from tests.test_scripts import TINY
 from training.checkpoint import load_checkpoint, load_published, start_network
 from training.data import ImageData
 from training.published import read_weights
@@ -110,7 +110,8 @@ def test_a_file_of_ours_says_of_which_network_it_is(make_settings, tmp_path):
 def test_a_large_stem_where_a_small_one_is_built(make_settings, tmp_path):
     torch.save(timm.create_model("resnet18", num_classes=10).state_dict(), tmp_path / "large.pth")
     settings = make_settings("model=resnet18", "data=digits", f"model.weights={tmp_path}/large.pth")
-    with pytest.raises(ValueError, match=r"1 of another shape \(conv1.weight: \[64, 3, 7, 7\], here \[64, 3, 3, 3\]\)"):
+    shapes = r"1 of another shape \(conv1.weight: \[64, 3, 7, 7\], here \[64, 3, 3, 3\]\)"
+    with pytest.raises(ValueError, match=shapes):
         start_network(settings, 10, 32)
 
 
