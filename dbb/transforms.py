@@ -103,7 +103,8 @@ class _Composed(torch.autograd.Function):
             if groups == 1:
                 return F.conv2d(second, first.transpose(0, 1))
             first, second = _grouped(groups, first, second)
-            return torch.einsum("gomhw,gmc->gochw", second, first[..., 0, 0]).flatten(0, 1)
+            composed = torch.einsum("gomhw,gmc->gochw", second, first[..., 0, 0]).flatten(0, 1)
+            return composed.contiguous()  # oneDNN misreads other orders where a kernel is one column wide
 
     @staticmethod
     def backward(ctx, d_kernel):
