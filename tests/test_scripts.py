@@ -94,8 +94,8 @@ def test_convert_from_the_command_line(trained, convert, tmp_path):
 
 
 def test_wrong_conversion_writes_no_weights(trained, convert, tmp_path, monkeypatch):
-    good = branches.fuse_conv_norm
-    monkeypatch.setattr(branches, "fuse_conv_norm", lambda k, b, mean, *rest: good(k, b, 0 * mean, *rest))
+    good = branches.norm_affine
+    monkeypatch.setattr(branches, "norm_affine", lambda mean, *rest: good(0 * mean, *rest))
     with pytest.raises(ValueError, match="no weights were written"):
         convert(trained[0] / "checkpoints" / "last.ckpt", tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
