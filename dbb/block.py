@@ -265,8 +265,10 @@ class DiverseBranchBlock(ReparamConv2d):
 class AsymmetricConvBlock(ReparamConv2d):
     """ACNet's block (ICCV 2019): kxk, 1xk and kx1. Arguments as `ReparamConv2d`, without `branches`."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, branches=("kxk", "1xk", "kx1"), **kwargs)
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
+                 **kwargs):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         ("kxk", "1xk", "kx1"), **kwargs)
 
 
 class OnlineReparamBlock(ReparamConv2d):
@@ -275,9 +277,11 @@ class OnlineReparamBlock(ReparamConv2d):
     Arguments as `ReparamConv2d`, without `branches`.
     """
 
-    def __init__(self, *args, mode="linear", **kwargs):
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
+                 mode="linear", **kwargs):
         branches = ("kxk", "1x1_avg", "1x1_prior", "1x1_kxk", "1x1", "dw_1x1")
-        super().__init__(*args, branches=branches, mode=mode, **kwargs)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, branches,
+                         mode=mode, **kwargs)
 
 
 BLOCKS = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock, "orepa": OnlineReparamBlock}

@@ -216,9 +216,13 @@ class Identity(PointBranch, name="identity"):
     def taps(kh, kw):
         return 1, 1
 
+    @property
+    def device(self) -> torch.device:
+        """Of the kernel, which is no parameter."""
+        return (self.bn.weight if self.factor is None else self.factor).device
+
     def point(self, first=None):
-        like = self.bn.weight if self.factor is None else self.factor
-        return identity_kernel(self.geometry.in_channels, self.geometry.groups, self.dtype, like.device)
+        return identity_kernel(self.geometry.in_channels, self.geometry.groups, self.dtype, self.device)
 
 
 class Average(Identity, name="avg"):
@@ -228,8 +232,8 @@ class Average(Identity, name="avg"):
     initial_factor = 0.25
 
     def kernel(self, first=None):
-        g, like = self.geometry, self.bn.weight if self.factor is None else self.factor
-        return average_kernel(g.in_channels, g.kernel_size, g.groups, self.dtype, like.device)
+        g = self.geometry
+        return average_kernel(g.in_channels, g.kernel_size, g.groups, self.dtype, self.device)
 
     @staticmethod
     def fits(geometry):

@@ -163,9 +163,9 @@ class Geometry:
         windows = self.windows(image, Lattice(1, ((0, 1, height), (0, 1, width))))
         return windows.mean((0, 2, 3)).view(self.groups, -1, 1)
 
-    def positions(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of the output for what `pad` returned."""
-        pads = self.pads if self.padding_mode == "zeros" else [(0, 0), (0, 0)]
+    def positions(self, x: Tensor, padded: bool = True) -> tuple[int, int]:
+        """Height and width of the output for what `pad` returned, or will be given."""
+        pads = [(0, 0), (0, 0)] if padded and self.padding_mode != "zeros" else self.pads
         return tuple((x.shape[2 + dim] + sum(pads[dim]) - self.spans[dim]) // self.stride[dim] + 1
                      for dim in (0, 1))
 

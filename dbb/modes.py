@@ -48,7 +48,7 @@ def exact(block, x: Tensor) -> Tensor:
                 means = apart((rows[:, 0] @ mean)[..., 0], kernels)[len(inner):] if points else []
                 _follow(inner, points, variances, means)
             scaled = _as_kernels(scaled, kernels)
-        firsts = dict(zip(inner, scaled, strict=False))
+        firsts = dict(zip(inner, scaled[:len(inner)], strict=True))
     if points:
         kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])
         terms.append(_centred(block.pixelwise, x, kernel, points, mean))
@@ -65,7 +65,7 @@ def online(block, x: Tensor) -> Tensor:
 
     Arguments and result as `exact`, which is run where there are no more positions than that.
     """
-    height, width = block.geometry.positions(block.geometry.pad(x))
+    height, width = block.geometry.positions(x, padded=False)
     alone = all(process_group(norm) is None for norm in block.norms())
     if alone and len(x) * height * width <= block.positions:  # several processes must decide alike
         return exact(block, x)
@@ -94,7 +94,8 @@ def merged_online(block, x: Tensor) -> Tensor:
         affine = _affine(beside, [branch.bn for branch in live], g.groups, sample.dtype)
         kernel, variance = SampledSum.apply(rows, *affine, sample, group)
         with torch.no_grad():
-            mean = mean_over_processes(group, g.mean_window(padded), len(x) * math.prod(g.positions(padded)))
+            count = len(x) * math.prod(g.positions(padded))
+            mean, _ = mean_over_processes(group, g.mean_window(padded), count)
             means = (rows.flatten(1, 2) @ mean).view(variance.shape)
             statistics = torch.stack([variance.transpose(0, 1), means.transpose(0, 1)]).flatten(2)
             _follow(inner, live, [*variances, *statistics[0]], list(statistics[1]))

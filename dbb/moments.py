@@ -51,12 +51,12 @@ def over_processes(group, *parts: Tensor) -> list[Tensor]:
     return [total.view_as(part) for total, part in zip(totals, parts, strict=True)]
 
 
-def mean_over_processes(group, mean: Tensor, count: int) -> Tensor:
-    """The mean of all values from each process's mean of `count` ones."""
+def mean_over_processes(group, mean: Tensor, count: int) -> tuple[Tensor, Tensor | int]:
+    """The mean of all values, from each process's mean of `count` ones, and their number."""
     if group is None:
-        return mean
+        return mean, count
     total, count = over_processes(group, mean * count, mean.new_tensor([count]))
-    return total / count
+    return total / count, count
 
 
 def covariance(x: Tensor, groups: int, group=None) -> tuple[Tensor, Tensor, Tensor | int]:
@@ -88,7 +88,7 @@ class _Covariance(Function):
         values, count, everywhere = x.to(wide(x.dtype)), x.numel() // x.shape[1], (0, 2, 3)
         average = Tensor.mean if count else Tensor.sum  # a process without images, beside others, has zeros
         with full_precision(x.device):
-            mean = mean_over_processes(group, average(values, everywhere), count)
+            mean, total = mean_over_processes(group, average(values, everywhere), count)
             # Centred before the product: E[xx'] - mm' loses all digits of channels with a large mean.
             centred = values - mean[:, None, None]
             if groups == x.shape[1]:
@@ -99,10 +99,8 @@ class _Covariance(Function):
             else:  # images of few positions: one product over all of them
                 rows = centred.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))  # [G, C/G, N*H*W]
                 gram = rows @ rows.mT / max(1, count)
-            gram = mean_over_processes(group, gram, count)
-        total = count
-        if group is not None:
-            total, = over_processes(group, mean.new_tensor([count]))
+            if group is not None:
+                gram, = over_processes(group, gram * (count / total))
         ctx.save_for_backward(x, mean)
         ctx.count, ctx.group = total, group
         ctx.mark_non_differentiable(*[part for part in (mean, total) if isinstance(part, Tensor)])
@@ -114,7 +112,8 @@ class _Covariance(Function):
             return None, None, None
         x, mean = ctx.saved_tensors
         if torch.is_grad_enabled():  # this backward is going to be differentiated: the mean depends on x
-            mean = mean_over_processes(ctx.group, x.to(mean.dtype).mean((0, 2, 3)), x.numel() // x.shape[1])
+            values, count = x.to(mean.dtype), x.numel() // x.shape[1]
+            mean, _ = mean_over_processes(ctx.group, values.mean((0, 2, 3)), count)
         d_covariance, = over_processes(ctx.group, d_covariance)
         centred = x.to(mean.dtype) - mean[:, None, None]
         kernel = (d_covariance + d_covariance.mT).flatten(0, 1)[:, :, None, None] / ctx.count

@@ -30,13 +30,8 @@ class SampledSum(Function):
     @staticmethod
     def forward(ctx, rows, gamma, eps, sample, group):
         with full_precision(rows.device):
-            z, inverse, variance = _normalised(rows, sample, eps, group)
-            scale = inverse * gamma
-            ctx.save_for_backward(rows, gamma, sample, z, inverse, scale)
             ctx.eps, ctx.group = eps, group
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(variance)
-            return weighted(rows, scale), variance
+            return _summed(ctx, rows, gamma, sample, *_normalised(rows, sample, eps, group))
 
     @staticmethod
     def backward(ctx, d_sum, _):
@@ -85,13 +80,8 @@ class CovarianceSum(Function):
     @staticmethod
     def forward(ctx, rows, gamma, eps, covariance):
         with full_precision(rows.device):
-            products, inverse, variance = _varied(rows, covariance, eps)
-            scale = inverse * gamma
-            ctx.save_for_backward(rows, gamma, covariance, products, inverse, scale)
             ctx.eps = eps
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(variance)
-            return weighted(rows, scale), variance
+            return _summed(ctx, rows, gamma, covariance, *_varied(rows, covariance, eps))
 
     @staticmethod
     def backward(ctx, d_sum, _):
@@ -105,8 +95,8 @@ class CovarianceSum(Function):
             d_gamma = inverse * dots(rows, d_sum)
             factor = (scale * inverse * d_gamma)[..., None]  # -2 d_var
             d_rows = torch.addcmul(scale[..., None] * d_sum[:, None], factor, products, value=-1)
-            weighted = (factor * rows).flatten(1, 2)
-            d_covariance = torch.baddbmm(covariance, rows.flatten(1, 2).mT, weighted, beta=0, alpha=-0.5)
+            flat, d_flat = rows.flatten(1, 2), (factor * rows).flatten(1, 2)
+            d_covariance = torch.baddbmm(covariance, flat.mT, d_flat, beta=0, alpha=-0.5)
             return d_rows, d_gamma, None, d_covariance
 
 
@@ -115,6 +105,16 @@ def _varied(rows: Tensor, covariance: Tensor, eps: float) -> tuple[Tensor, Tenso
     products = (rows.flatten(1, 2) @ covariance).view_as(rows)
     variance = (products * rows).sum(3).clamp_min(0)
     return products, (variance + eps).rsqrt(), variance
+
+
+def _summed(ctx, rows: Tensor, gamma: Tensor, source: Tensor, responses: Tensor, inverse: Tensor,
+            variance: Tensor) -> tuple[Tensor, Tensor]:
+    """What both sums return, and keep for backward, once they know the variances."""
+    scale = inverse * gamma
+    ctx.save_for_backward(rows, gamma, source, responses, inverse, scale)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(variance)
+    return weighted(rows, scale), variance
 
 
 def weighted(rows: Tensor, scale: Tensor) -> Tensor:
