@@ -21,7 +21,7 @@ from report import mean_and_half_width
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning.csv"
 RECIPE = ["model=resnet8", "data=cifar10", "data.image_size=16", "data.crop_padding=2", "optim.lr=0.1",
-          "optim.warmup_epochs=1", "logger=csv"]
+          "optim.warmup_epochs=1", "block.init=ones", "logger=csv"]
 EPOCHS = 8
 MODES = {"plain": ["block=none"], "exact": ["block=dbb"], "online": ["block=dbb", "block.mode=online"],
          "linear": ["block=orepa"]}
