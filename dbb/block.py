@@ -19,7 +19,7 @@ from dbb.rows import beside, stacked, weighted
 from dbb.subclass import Intercept, lend_weight, with_weight
 from dbb.transforms import embed_kernel, fill, fuse_conv_norm
 
-POSITIONS = 256  # see benchmarks/README.md
+POSITIONS, DEPTHWISE_POSITIONS = 256, 1024  # see benchmarks/README.md
 
 
 class ReparamConv2d(nn.Module):
@@ -37,7 +37,9 @@ class ReparamConv2d(nn.Module):
         mode: how the sum is run in training (`dbb.modes`): "exact", the published function; "online", the
             same with variances over some positions, one convolution; "linear", a learned factor a branch
             instead of its norm, and one norm behind the sum (OREPA). The first two have the same parameters.
-        positions: how many positions of the output, over all images, `online` takes variances over.
+        positions: how many positions of the output, over all images, `online` takes variances over. By
+            default 256, and 1,024 in depthwise blocks: their responses are of one channel, which may be zero
+            almost everywhere, not sums over channels.
         internal_channels: width inside `1x1_kxk`; by default in_channels, twice that in a depthwise block.
         deploy: build the merged convolution only, for loading converted weights.
         nonlinear: a module applied to the sum.
@@ -50,13 +52,13 @@ class ReparamConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1,
                  groups: int = 1, branches: Sequence[str] = ("kxk",), mode: str = "exact",
-                 positions: int = POSITIONS, padding_mode: str = "zeros",
+                 positions: int | None = None, padding_mode: str = "zeros",
                  internal_channels: int | None = None, deploy: bool = False,
                  nonlinear: nn.Module | None = None, device=None, dtype=None):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; known are {', '.join(MODES)}")
-        if positions < 4:
+        if positions is not None and positions < 4:
             raise ValueError(f"positions={positions}: online variances need 4 positions at least")
         self.geometry = Geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                                  padding_mode, internal_channels)
@@ -64,7 +66,8 @@ class ReparamConv2d(nn.Module):
         vars(self).update(vars(self.geometry))  # for code that asks a convolution
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
         self.outer = None  # the subclass of Conv2d that the block replaced, if it was one; see dbb.subclass
-        self.mode, self.positions = mode, positions
+        self.mode = mode
+        self.positions = positions or (DEPTHWISE_POSITIONS if self.geometry.depthwise else POSITIONS)
         self.branchwise = False  # see the context manager of that name
         self.bn = self.reparam = None
         if mode == "linear" and not deploy:

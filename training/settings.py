@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
-from dbb import BRANCHES, INITS, MODES, POSITIONS
+from dbb import BRANCHES, INITS, MODES
 from export.files import KINDS
 from models import timms_name
 from models.build import UNTRAINED
@@ -69,7 +69,7 @@ class BlockConf:
     depthwise: list[str] | None = None
     copies: int = 1
     mode: str = "exact"
-    positions: int = POSITIONS
+    positions: int | None = None
     # Stored by name. None, in old files, is what "auto" was: "ones", with trained weights "single".
     init: str | None = "auto"
     kernel_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
