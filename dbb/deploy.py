@@ -14,9 +14,9 @@ from dbb.transforms import fill
 
 
 def reparameterize(model: nn.Module) -> nn.Module:
-    """A new model with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
+    """A copy with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
 
-    Module names, dtype, device and memory format are kept. `model` stays as it was. Harmless the second time.
+    Module names, dtype, device and memory format are kept. Harmless the second time.
 
     Raises:
         ValueError: if a block is in training mode, or the network cannot be copied.
