@@ -37,12 +37,12 @@ class Branch(nn.Module):
         self.bn = nn.BatchNorm2d(geometry.out_channels, device=device, dtype=dtype)
         self.scale = self.factor = None
 
-    def new_kernel(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int],
+    def new_kernel(self, size: tuple[int, int], inputs: int | None = None, outputs: int | None = None,
                    groups: int | None = None) -> nn.Parameter:
-        """The initial kernel of such an `nn.Conv2d`, with the block's groups by default."""
-        per_group = in_channels // (groups or self.geometry.groups)
-        weight = self.bn.weight.new_empty(out_channels, per_group, *kernel_size)
-        return nn.Parameter(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
+        """The initial kernel of an `nn.Conv2d`, by default with the channels and groups of the block."""
+        g = self.geometry
+        shape = outputs or g.out_channels, (inputs or g.in_channels) // (groups or g.groups), *size
+        return nn.Parameter(nn.init.kaiming_uniform_(self.bn.weight.new_empty(shape), a=math.sqrt(5)))
 
     def linearize(self) -> None:
         """Trade the norms for a learned factor per output channel, with OREPA's initial values (its code)."""
@@ -134,8 +134,7 @@ class KxK(Branch, name="kxk"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        size = self.taps(*geometry.kernel_size)
-        self.weight = self.new_kernel(geometry.in_channels, geometry.out_channels, size)
+        self.weight = self.new_kernel(self.taps(*geometry.kernel_size))
 
     def kernel(self, first=None):
         return self.weight
@@ -175,16 +174,15 @@ class PointBranch(Branch):
 
     def response(self, x, first=None):
         g = self.geometry
-        if self.window == "centre":
-            return g.conv(x, self.point(first))
-        if g.stride == (1, 1):
-            return average(g, F.conv2d(x, self.point(first), groups=g.groups))  # keeps x, kept anyway
-        return F.conv2d(average(g, x), self.point(first), groups=g.groups)
+        if self.window == "average" and g.stride != (1, 1):  # fewer pixels; else x is kept, as it is anyway
+            return F.conv2d(average(g, x), self.point(first), groups=g.groups)
+        return self.drawn(x, first)
 
-    def drawn(self, x):
+    def drawn(self, x, first=None):
+        g, point = self.geometry, self.point(first)
         if self.window == "centre":
-            return self.response(x)
-        return average(self.geometry, F.conv2d(x, self.point(), groups=self.geometry.groups))
+            return g.conv(x, point)
+        return average(g, F.conv2d(x, point, groups=g.groups))
 
 
 class Pointwise(PointBranch, name="1x1"):
@@ -192,7 +190,7 @@ class Pointwise(PointBranch, name="1x1"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.weight = self.new_kernel(geometry.in_channels, geometry.out_channels, (1, 1))
+        self.weight = self.new_kernel((1, 1))
 
     def point(self, first=None):
         return self.weight
@@ -242,7 +240,7 @@ class PointwiseAverage(PointBranch, name="1x1_avg"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.first = self.new_kernel(geometry.in_channels, geometry.out_channels, (1, 1))
+        self.first = self.new_kernel((1, 1))
         self.scale = Scale(geometry.out_channels, self.bn.eps, device, dtype)
 
     def point(self, first=None):
@@ -256,10 +254,9 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        g, internal = geometry, geometry.internal_channels
-        self.first = self.new_kernel(g.in_channels, internal, (1, 1))
-        self.scale = Scale(internal, self.bn.eps, device, dtype)
-        self.second = self.new_kernel(internal, g.out_channels, g.kernel_size)
+        self.first = self.new_kernel((1, 1), outputs=geometry.internal_channels)
+        self.scale = Scale(geometry.internal_channels, self.bn.eps, device, dtype)
+        self.second = self.new_kernel(geometry.kernel_size, inputs=geometry.internal_channels)
         self._start_at_identity()
 
     def _start_at_identity(self) -> None:
@@ -281,8 +278,7 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
         return merge_1x1_kxk(self.scaled(first), self.second, self.geometry.groups)[0]
 
     def response(self, x, first=None):
-        # Composing the kernel takes the 1x1 layer's products once a tap and output channel, running it once
-        # a pixel.
+        # Composing takes the 1x1 layer's products once a tap and output channel, running it once a pixel.
         g, pixels = self.geometry, len(x) * x.shape[2] * x.shape[3]
         if g.depthwise or g.out_channels // g.groups * math.prod(g.kernel_size) < pixels:
             return super().response(x, first)
@@ -302,7 +298,7 @@ class PointwisePrior(Branch, name="1x1_prior"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.first = self.new_kernel(geometry.in_channels, geometry.out_channels, (1, 1))
+        self.first = self.new_kernel((1, 1))
         self.register_buffer("prior", self._frequencies(), persistent=False)
 
     def _frequencies(self) -> Tensor:
@@ -343,9 +339,9 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        g, channels = geometry, geometry.in_channels * self.multiplier
-        self.first = self.new_kernel(g.in_channels, channels, g.kernel_size, groups=g.in_channels)
-        self.second = self.new_kernel(channels, g.out_channels, (1, 1))
+        channels = geometry.in_channels * self.multiplier
+        self.first = self.new_kernel(geometry.kernel_size, outputs=channels, groups=geometry.in_channels)
+        self.second = self.new_kernel((1, 1), inputs=channels)
 
     def kernel(self, first=None):
         groups = self.geometry.groups
