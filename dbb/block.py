@@ -162,10 +162,7 @@ class ReparamConv2d(nn.Module):
         return kernel, sum(biases[1:], biases[0])
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
-        """Kernel `[C_out, C_in/groups, KH, KW]` and bias `[C_out]` of the merged convolution.
-
-        Differentiable in every parameter; uses running statistics, whatever the mode.
-        """
+        """Kernel `[O, I/G, KH, KW]` and bias `[O]` of the merged convolution; differentiable."""
         if self.reparam is not None:
             return self.reparam.weight, self.reparam.bias
         self._run_hooks()

@@ -20,7 +20,8 @@ BRANCHES: dict[str, type["Branch"]] = {}
 class Branch(nn.Module):
     """`BN(conv(x, kernel))`, or `factor * conv(x, kernel)` in a linear block, for the block's `geometry`.
 
-    A subclass may set `initial_factor`, and `window` where it is a `PointBranch`.
+    A subclass may set `initial_factor`, and `window`: which part of the block's window its kernel covers, the
+    "centre" tap, the middle "row" or "column"; or the "average" of the whole (see `PointBranch`).
     """
 
     window: str | None = None
@@ -70,7 +71,7 @@ class Branch(nn.Module):
     @classmethod
     def taps(cls, kh: int, kw: int) -> tuple[int, int]:
         """Height and width of the kernel in a block of KH x KW."""
-        return (1, 1) if cls.window == "centre" else (kh, kw)
+        return {"centre": (1, 1), "row": (1, kw), "column": (kh, 1)}.get(cls.window, (kh, kw))
 
     @property
     def gamma(self) -> Tensor:
@@ -85,11 +86,7 @@ class Branch(nn.Module):
         return self.first
 
     def scaled(self, first: Tensor | None = None) -> Tensor:
-        """`inner` times the factors of the inner norm, by default with running statistics.
-
-        Args:
-            first: the product, if a block has it with the statistics of the batch.
-        """
+        """`inner` times the factors of the inner norm; `first` as in `kernel`."""
         if first is not None:
             return first
         first = self.inner()
@@ -99,7 +96,7 @@ class Branch(nn.Module):
         """Compute the kernel `[O, I/G, h, w]`, differentiable, with its centre tap on the block's.
 
         Args:
-            first: as in `scaled`, for branches with an inner norm.
+            first: `inner` times the inner norm's factors with the batch's statistics; None: `scaled`.
         """
         raise NotImplementedError
 
@@ -143,24 +140,17 @@ class KxK(Branch, name="kxk"):
 class Horizontal(KxK, name="1xk"):
     """A convolution along the middle row (ACNet)."""
 
-    @staticmethod
-    def taps(kh, kw):
-        return 1, kw
+    window = "row"
 
 
 class Vertical(KxK, name="kx1"):
     """A convolution along the middle column (ACNet)."""
 
-    @staticmethod
-    def taps(kh, kw):
-        return kh, 1
+    window = "column"
 
 
 class PointBranch(Branch):
-    """A 1x1 kernel on the "centre" pixel or the "average" of its `window`, which the block's kernel covers.
-
-    Its statistics follow from the moments of what the window sees.
-    """
+    """A 1x1 kernel on the "centre" or the "average" of the window: moments of these give its statistics."""
 
     window = "centre"
 

@@ -39,10 +39,8 @@ class Flow(TorchDispatchMode):
         self.inputs = {}  # subclass of Conv2d -> one input
         self.inside = None  # the tensor that a norm is working on
         self.working = None  # the convolution or norm whose forward runs
-        self.owner, self.handles = {}, []
-        for module in model.modules():
-            if not isinstance(module, (nn.Conv2d, *NORMS)):
-                continue
+        self.owner, self.handles = {}, []  # id of a parameter or buffer -> its module; those of the hooks
+        for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, *NORMS))]:
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if id(tensor) in self.owner:  # a tied weight
                     self.odd |= {module, self.owner[id(tensor)]}
@@ -60,14 +58,14 @@ class Flow(TorchDispatchMode):
             if conv is not None:
                 self.norms[conv].append(module)
                 self.inside = args[0]
+        elif type(module) is not nn.Conv2d:
+            self.inputs[module] = args[0]
 
     def _leave(self, module, args, output):
         self.working = self.inside = None
         if isinstance(module, nn.Conv2d):
             self.made[id(output)] = module, output
             self.norms[module]  # a convolution that was called
-            if type(module) is not nn.Conv2d and args:
-                self.inputs[module] = args[0]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.note((args, kwargs), func.overloadpacket.__name__)
@@ -76,7 +74,7 @@ class Flow(TorchDispatchMode):
     def note(self, tensors, consumer: str):
         """Note that `consumer` takes those of `tensors` that a convolution made, or it or a norm holds."""
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and tensor is not self.inside and id(tensor) in self.made:
+            if tensor is not self.inside and id(tensor) in self.made:
                 self.others[self.made[id(tensor)][0]].add(consumer)
             if id(tensor) in self.owner and self.owner[id(tensor)] is not self.working:
                 self.odd.add(self.owner[id(tensor)])
