@@ -182,7 +182,7 @@ class ReparamConv2d(nn.Module):
         Raises:
             ValueError: in training mode, or if the block's dtype cannot hold a value.
         """
-        conv = self._merge() if self.reparam is None else self.reparam
+        conv = self.reparam or self._merge()
         if self.outer is not None:
             conv = with_weight(self.outer, conv)
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)

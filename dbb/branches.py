@@ -198,9 +198,10 @@ class Identity(PointBranch, name="identity"):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return self
 
-    @staticmethod
-    def fits(geometry):
-        return geometry.in_channels == geometry.out_channels and geometry.stride == (1, 1)
+    @classmethod
+    def fits(cls, geometry):
+        any_stride = cls.window == "average"
+        return (any_stride or geometry.stride == (1, 1)) and geometry.in_channels == geometry.out_channels
 
     def point(self, first=None):
         g = self.geometry
@@ -212,10 +213,6 @@ class Average(Identity, name="avg"):
 
     window = "average"
     initial_factor = 0.25
-
-    @staticmethod
-    def fits(geometry):
-        return geometry.in_channels == geometry.out_channels
 
     def kernel(self, first=None):
         g = self.geometry
