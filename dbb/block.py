@@ -26,12 +26,10 @@ class ReparamConv2d(nn.Module):
     """`nn.Conv2d` and the norm behind it, as a sum of branches `BN_b(conv(x, K_b))`.
 
     Maps `[N, in_channels, H, W]` to `[N, out_channels, H', W']`. In training every branch is normalised with
-    the statistics of its own map, see `mode`. With running statistics (eval, or all norms frozen) the sum is
-    run as one merged convolution.
+    the statistics of its own map, see `mode`. With running statistics (eval, or all norms frozen) one merged
+    convolution runs. Arguments that are not below are as in `nn.Conv2d`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in `nn.Conv2d`, as is
-            `padding_mode`.
         branches: names from `BRANCHES`, repeated for several of a kind; one that does not fit the shape (an
             identity with stride 2) is left out.
         mode: how the sum is run in training (`dbb.modes`): "exact", the published function; "online", the
@@ -43,7 +41,6 @@ class ReparamConv2d(nn.Module):
         internal_channels: width inside `1x1_kxk`; by default in_channels, twice that in a depthwise block.
         deploy: build the merged convolution only, for loading converted weights.
         nonlinear: a module applied to the sum.
-        device, dtype: of the parameters.
 
     Raises:
         ValueError: if a branch or mode is unknown, `nn.Conv2d` would not take the arguments, or no branch
@@ -168,10 +165,7 @@ class ReparamConv2d(nn.Module):
         return kernel, sum(biases[1:], biases[0])
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
-        """Kernel `[C_out, C_in/groups, KH, KW]` and bias `[C_out]` of the merged convolution.
-
-        Differentiable in every parameter; uses running statistics, whatever the mode.
-        """
+        """Kernel `[O, I/G, KH, KW]` and bias `[O]` of the merged convolution; differentiable."""
         if self.reparam is not None:
             return self.reparam.weight, self.reparam.bias
         self._run_hooks()
@@ -186,12 +180,12 @@ class ReparamConv2d(nn.Module):
 
         Returns:
             A trainable `nn.Conv2d` of the block's dtype, device and memory format (or the subclass of it that
-            the block replaced); with `nonlinear`, a `nn.Sequential` of the two.
+            the block replaced); before `nonlinear`, if there is one, in a `nn.Sequential`.
 
         Raises:
             ValueError: in training mode, or if the block's dtype cannot hold a value.
         """
-        conv = self._merge() if self.reparam is None else self.reparam
+        conv = self.reparam or self._merge()
         if self.outer is not None:
             conv = with_weight(self.outer, conv)
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
@@ -218,8 +212,7 @@ class ReparamConv2d(nn.Module):
 
     def gammas(self) -> dict[str, Tensor]:
         """By branch, the outer norm's gamma `[O]`, or the factor in a linear block."""
-        return {name: branch.bn.weight if branch.factor is None else branch.factor
-                for name, branch in self.branches.items()}
+        return {name: branch.gamma for name, branch in self.branches.items()}
 
     def init_gamma(self, value: float) -> None:
         """Set the outer norm's gamma of every branch (its factor in a linear block)."""
@@ -249,9 +242,8 @@ class ReparamConv2d(nn.Module):
 class DiverseBranchBlock(ReparamConv2d):
     """The Diverse Branch Block with its published signature (CVPR 2021, figure 2; the authors' code).
 
-    Branches: kxk, 1x1, 1x1_avg and 1x1_kxk; in depthwise convolutions kxk, avg and 1x1_kxk. Arguments as
-    `ReparamConv2d`, where `internal_channels_1x1_3x3` is `internal_channels`, and `single_init` the method;
-    `**kwargs` are `mode`, `positions`, `padding_mode`, `device` and `dtype`.
+    Arguments as `ReparamConv2d`, where `internal_channels_1x1_3x3` is `internal_channels`, and `single_init`
+    the method; `**kwargs` are `mode`, `positions`, `padding_mode`, `device` and `dtype`.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
@@ -275,10 +267,7 @@ class AsymmetricConvBlock(ReparamConv2d):
 
 
 class OnlineReparamBlock(ReparamConv2d):
-    """OREPA's block (CVPR 2022): six branches without norms, summed as kernels.
-
-    Arguments as `ReparamConv2d`, without `branches`.
-    """
+    """OREPA's block (CVPR 2022): six branches, no norms. Arguments as `ReparamConv2d`, without `branches`."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
                  mode="linear", **kwargs):

@@ -18,15 +18,10 @@ BRANCHES: dict[str, type["Branch"]] = {}
 
 
 class Branch(nn.Module):
-    """`BN(conv(x, kernel))`, or `factor * conv(x, kernel)` in a linear block.
+    """`BN(conv(x, kernel))`, or `factor * conv(x, kernel)` in a linear block, for the block's `geometry`.
 
-    A subclass may set `window` if its kernel is a 1x1 kernel on the "centre" pixel or on the "average" of
-    what the block's kernel covers (see `PointBranch`), and `initial_factor`.
-
-    Args:
-        geometry: the block's.
-        device: of the parameters.
-        dtype: of the parameters.
+    A subclass may set `initial_factor`, and `window`: which part of the block's window its kernel covers, the
+    "centre" tap, the middle "row" or "column"; or the "average" of the whole (see `PointBranch`).
     """
 
     window: str | None = None
@@ -43,6 +38,13 @@ class Branch(nn.Module):
         self.bn = nn.BatchNorm2d(geometry.out_channels, device=device, dtype=dtype)
         self.scale = self.factor = None
 
+    def new_kernel(self, size: tuple[int, int], inputs: int | None = None, outputs: int | None = None,
+                   groups: int | None = None) -> nn.Parameter:
+        """The initial kernel of an `nn.Conv2d`, by default with the channels and groups of the block."""
+        g = self.geometry
+        shape = outputs or g.out_channels, (inputs or g.in_channels) // (groups or g.groups), *size
+        return nn.Parameter(nn.init.kaiming_uniform_(self.bn.weight.new_empty(shape), a=math.sqrt(5)))
+
     def linearize(self) -> None:
         """Trade the norms for a learned factor per output channel, with OREPA's initial values (its code)."""
         self.factor = nn.Parameter(torch.full_like(self.bn.weight, self.initial_factor))
@@ -50,7 +52,7 @@ class Branch(nn.Module):
         with torch.no_grad():
             for kernel in self.parameters():
                 if kernel.ndim == 4:
-                    kernel *= math.sqrt(6)  # kaiming_uniform_ with a=0, where conv_weight has a=sqrt(5)
+                    kernel *= math.sqrt(6)  # kaiming_uniform_ with a=0, where new_kernel has a=sqrt(5)
 
     def reset_parameters(self) -> None:
         """Draw the kernels anew, as `nn.Conv2d` does, for code that asks every module; norms do so too."""
@@ -66,29 +68,35 @@ class Branch(nn.Module):
         """Whether the branch makes sense for a geometry; where not, a block leaves it out."""
         return True
 
-    @staticmethod
-    def taps(kh: int, kw: int) -> tuple[int, int]:
+    @classmethod
+    def taps(cls, kh: int, kw: int) -> tuple[int, int]:
         """Height and width of the kernel in a block of KH x KW."""
-        return kh, kw
+        return {"centre": (1, 1), "row": (1, kw), "column": (kh, 1)}.get(cls.window, (kh, kw))
+
+    @property
+    def gamma(self) -> Tensor:
+        """The outer norm's gamma `[O]`, or the factor in a linear block."""
+        return self.bn.weight if self.factor is None else self.factor
 
     def forward(self) -> None:
         """Nothing but its hooks, in which pruning and the old weight norm set a weight; blocks call it."""
 
     def inner(self) -> Tensor:
         """The 1x1 kernel `[M, I/G, 1, 1]` in front of the inner norm, the branch's `scale`, if it has one."""
-        raise NotImplementedError
+        return self.first
 
-    def scaled(self) -> Tensor:
-        """`inner` times the factors of the inner norm with running statistics; as it is in a linear block."""
+    def scaled(self, first: Tensor | None = None) -> Tensor:
+        """`inner` times the factors of the inner norm; `first` as in `kernel`."""
+        if first is not None:
+            return first
         first = self.inner()
         return first if self.scale is None else first * self.scale.factors()[:, None, None, None]
 
     def kernel(self, first: Tensor | None = None) -> Tensor:
-        """Compute the kernel `[O, I/G, h, w]`, differentiable; its centre tap lies on the block's.
+        """Compute the kernel `[O, I/G, h, w]`, differentiable, with its centre tap on the block's.
 
         Args:
-            first: in a branch with an inner norm, `inner` times the norm's factors with the batch's
-                statistics; None stands for `scaled`.
+            first: `inner` times the inner norm's factors with the batch's statistics; None: `scaled`.
         """
         raise NotImplementedError
 
@@ -108,9 +116,7 @@ class Branch(nn.Module):
 
     def affine(self) -> tuple[Tensor, Tensor | float]:
         """A factor and a shift `[O]`: of the norm with running statistics, or the learned factor and 0."""
-        if self.factor is not None:
-            return self.factor, 0.0
-        return norm_affine(*running(self.bn))
+        return norm_affine(*running(self.bn)) if self.factor is None else (self.factor, 0.0)
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
         """Kernel `[O, I/G, h, w]` and bias `[O]` of the whole branch with its running statistics."""
@@ -125,8 +131,7 @@ class KxK(Branch, name="kxk"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        size = self.taps(*geometry.kernel_size)
-        self.weight = geometry_weight(geometry, size, device, dtype)
+        self.weight = self.new_kernel(self.taps(*geometry.kernel_size))
 
     def kernel(self, first=None):
         return self.weight
@@ -135,21 +140,17 @@ class KxK(Branch, name="kxk"):
 class Horizontal(KxK, name="1xk"):
     """A convolution along the middle row (ACNet)."""
 
-    @staticmethod
-    def taps(kh, kw):
-        return (1, kw)
+    window = "row"
 
 
 class Vertical(KxK, name="kx1"):
     """A convolution along the middle column (ACNet)."""
 
-    @staticmethod
-    def taps(kh, kw):
-        return (kh, 1)
+    window = "column"
 
 
 class PointBranch(Branch):
-    """A 1x1 kernel on a fixed `window`: its statistics follow from the moments of what the window sees."""
+    """A 1x1 kernel on the "centre" or the "average" of the window: moments of these give its statistics."""
 
     window = "centre"
 
@@ -157,28 +158,21 @@ class PointBranch(Branch):
         """The 1x1 kernel `[O, I/G, 1, 1]`; `first` as in `kernel`."""
         raise NotImplementedError
 
-    def spread(self, point: Tensor) -> Tensor:
-        """The kernel that a 1x1 kernel on the window is."""
-        if self.window == "centre":
-            return point
-        kh, kw = self.geometry.kernel_size
-        return point.expand(-1, -1, kh, kw) / (kh * kw)
-
     def kernel(self, first=None):
-        return self.spread(self.point(first))
+        point, (kh, kw) = self.point(first), self.geometry.kernel_size
+        return point if self.window == "centre" else point.expand(-1, -1, kh, kw) / (kh * kw)
 
     def response(self, x, first=None):
+        g = self.geometry
+        if self.window == "average" and g.stride != (1, 1):  # fewer pixels; else x is kept, as it is anyway
+            return F.conv2d(average(g, x), self.point(first), groups=g.groups)
+        return self.drawn(x, first)
+
+    def drawn(self, x, first=None):
         g, point = self.geometry, self.point(first)
         if self.window == "centre":
             return g.conv(x, point)
-        if g.stride == (1, 1):
-            return average(g, F.conv2d(x, point, groups=g.groups))  # keeps x, which is kept anyway
-        return F.conv2d(average(g, x), point, groups=g.groups)
-
-    def drawn(self, x):
-        if self.window == "centre":
-            return self.response(x)
-        return average(self.geometry, F.conv2d(x, self.point(), groups=self.geometry.groups))
+        return average(g, F.conv2d(x, point, groups=g.groups))
 
 
 class Pointwise(PointBranch, name="1x1"):
@@ -186,11 +180,7 @@ class Pointwise(PointBranch, name="1x1"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.weight = geometry_weight(geometry, (1, 1), device, dtype)
-
-    @staticmethod
-    def taps(kh, kw):
-        return 1, 1
+        self.weight = self.new_kernel((1, 1))
 
     def point(self, first=None):
         return self.weight
@@ -208,21 +198,14 @@ class Identity(PointBranch, name="identity"):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return self
 
-    @staticmethod
-    def fits(geometry):
-        return geometry.in_channels == geometry.out_channels and geometry.stride == (1, 1)
-
-    @staticmethod
-    def taps(kh, kw):
-        return 1, 1
-
-    @property
-    def device(self) -> torch.device:
-        """Of the kernel, which is no parameter."""
-        return (self.bn.weight if self.factor is None else self.factor).device
+    @classmethod
+    def fits(cls, geometry):
+        any_stride = cls.window == "average"
+        return (any_stride or geometry.stride == (1, 1)) and geometry.in_channels == geometry.out_channels
 
     def point(self, first=None):
-        return identity_kernel(self.geometry.in_channels, self.geometry.groups, self.dtype, self.device)
+        g = self.geometry
+        return identity_kernel(g.in_channels, g.groups, self.dtype, self.gamma.device)
 
 
 class Average(Identity, name="avg"):
@@ -233,15 +216,7 @@ class Average(Identity, name="avg"):
 
     def kernel(self, first=None):
         g = self.geometry
-        return average_kernel(g.in_channels, g.kernel_size, g.groups, self.dtype, self.device)
-
-    @staticmethod
-    def fits(geometry):
-        return geometry.in_channels == geometry.out_channels
-
-    @staticmethod
-    def taps(kh, kw):
-        return kh, kw
+        return average_kernel(g.in_channels, g.kernel_size, g.groups, self.dtype, self.gamma.device)
 
 
 class PointwiseAverage(PointBranch, name="1x1_avg"):
@@ -252,14 +227,11 @@ class PointwiseAverage(PointBranch, name="1x1_avg"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        self.first = geometry_weight(geometry, (1, 1), device, dtype)
+        self.first = self.new_kernel((1, 1))
         self.scale = Scale(geometry.out_channels, self.bn.eps, device, dtype)
 
-    def inner(self):
-        return self.first
-
     def point(self, first=None):
-        return self.scaled() if first is None else first
+        return self.scaled(first)
 
 
 class PointwiseKxK(Branch, name="1x1_kxk"):
@@ -269,36 +241,35 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        g, internal = geometry, geometry.internal_channels
-        self.first = conv_weight(internal, g.in_channels // g.groups, (1, 1), device, dtype)
-        if internal == g.in_channels:
-            nn.init.zeros_(self.first)  # the identity, towards which weight decay pulls (DBB's code)
-        self.scale = Scale(internal, self.bn.eps, device, dtype)
-        self.second = conv_weight(g.out_channels, internal // g.groups, g.kernel_size, device, dtype)
+        self.first = self.new_kernel((1, 1), outputs=geometry.internal_channels)
+        self.scale = Scale(geometry.internal_channels, self.bn.eps, device, dtype)
+        self.second = self.new_kernel(geometry.kernel_size, inputs=geometry.internal_channels)
+        self._start_at_identity()
+
+    def _start_at_identity(self) -> None:
+        if len(self.first) == self.geometry.in_channels:
+            nn.init.zeros_(self.first)  # towards which weight decay pulls (DBB's code)
 
     def reset_parameters(self):
         super().reset_parameters()
-        if len(self.first) == self.geometry.in_channels:
-            nn.init.zeros_(self.first)
+        self._start_at_identity()
 
     def inner(self):
-        if len(self.first) != self.geometry.in_channels:
-            return self.first
-        first = self.first.view(self.geometry.groups, -1, *self.first.shape[1:])
-        identity = torch.eye(first.shape[1], dtype=first.dtype, device=first.device)
-        return (first + identity[..., None, None]).flatten(0, 1)
+        first = self.first
+        if len(first) != self.geometry.in_channels:
+            return first
+        identity = identity_kernel(first.shape[1], 1, first.dtype, first.device)
+        return (first.unflatten(0, (self.geometry.groups, -1)) + identity).flatten(0, 1)
 
     def kernel(self, first=None):
-        return merge_1x1_kxk(self.scaled() if first is None else first, self.second, self.geometry.groups)[0]
+        return merge_1x1_kxk(self.scaled(first), self.second, self.geometry.groups)[0]
 
     def response(self, x, first=None):
-        # Composing the kernel takes the 1x1 layer's products once a tap and output channel, running it once
-        # a pixel.
-        g = self.geometry
-        taps, pixels = g.kernel_size[0] * g.kernel_size[1], len(x) * x.shape[2] * x.shape[3]
-        if g.depthwise or g.out_channels // g.groups * taps < pixels:
+        # Composing takes the 1x1 layer's products once a tap and output channel, running it once a pixel.
+        g, pixels = self.geometry, len(x) * x.shape[2] * x.shape[3]
+        if g.depthwise or g.out_channels // g.groups * math.prod(g.kernel_size) < pixels:
             return super().response(x, first)
-        return g.conv(F.conv2d(x, self.scaled() if first is None else first, groups=g.groups), self.second)
+        return g.conv(F.conv2d(x, self.scaled(first), groups=g.groups), self.second)
 
     def drawn(self, x):
         u = F.conv2d(x, self.inner(), groups=self.geometry.groups)
@@ -314,19 +285,18 @@ class PointwisePrior(Branch, name="1x1_prior"):
 
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
-        out = geometry.out_channels
-        self.first = conv_weight(out, geometry.in_channels // geometry.groups, (1, 1), device, dtype)
+        self.first = self.new_kernel((1, 1))
         self.register_buffer("prior", self._frequencies(), persistent=False)
 
     def _frequencies(self) -> Tensor:
         """The fixed kernels `[O, 1, KH, KW]`, on the parameters' device."""
-        out, (kh, kw), device = len(self.first), self.geometry.kernel_size, self.first.device
-        channel = torch.arange(1, out + 1, dtype=torch.float64, device=device)[:, None, None]
-        row = torch.arange(kh, dtype=torch.float64, device=device)[:, None] + 0.5
-        column = torch.arange(kw, dtype=torch.float64, device=device) + 0.5
-        vertical = (math.pi * row * channel / kh).cos()
-        horizontal = (math.pi * column * (channel - out / 2) / kw).cos()
-        prior = torch.where(channel - 1 < out / 2, vertical, horizontal)[:, None]
+        out, (kh, kw) = len(self.first), self.geometry.kernel_size
+        channel, row, column = (torch.arange(size, dtype=torch.float64, device=self.first.device)
+                                for size in (out, kh, kw))
+        channel = channel[:, None, None]
+        vertical = (math.pi * (row[:, None] + 0.5) * (channel + 1) / kh).cos()
+        horizontal = (math.pi * (column + 0.5) * (channel + 1 - out / 2) / kw).cos()
+        prior = torch.where(channel < out / 2, vertical, horizontal)[:, None]
         return prior.masked_fill(prior.abs() < 1e-12, 0).to(self.first.dtype)  # cos(pi / 2) is not quite
 
     # No file holds the prior. So it is made anew where parameters get another device or type, as from meta to
@@ -357,8 +327,8 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
     def __init__(self, geometry: Geometry, device=None, dtype=None):
         super().__init__(geometry, device, dtype)
         channels = geometry.in_channels * self.multiplier
-        self.first = conv_weight(channels, 1, geometry.kernel_size, device, dtype)
-        self.second = conv_weight(geometry.out_channels, channels // geometry.groups, (1, 1), device, dtype)
+        self.first = self.new_kernel(geometry.kernel_size, outputs=channels, groups=geometry.in_channels)
+        self.second = self.new_kernel((1, 1), inputs=channels)
 
     def kernel(self, first=None):
         groups = self.geometry.groups
@@ -370,14 +340,3 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
     def drawn(self, x):
         u = self.geometry.conv(x, self.first, groups=self.geometry.in_channels)
         return F.conv2d(u, self.second, groups=self.geometry.groups)
-
-
-def geometry_weight(g: Geometry, kernel_size: tuple[int, int], device=None, dtype=None) -> nn.Parameter:
-    """`conv_weight` from the block's input channels to its output channels."""
-    return conv_weight(g.out_channels, g.in_channels // g.groups, kernel_size, device, dtype)
-
-
-def conv_weight(out_channels: int, in_channels: int, kernel_size: tuple[int, int], device=None, dtype=None):
-    """A kernel parameter with the initial values of `nn.Conv2d`."""
-    weight = torch.empty(out_channels, in_channels, *kernel_size, device=device, dtype=dtype)
-    return nn.Parameter(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))

@@ -14,9 +14,9 @@ from dbb.transforms import fill
 
 
 def reparameterize(model: nn.Module) -> nn.Module:
-    """A new model with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
+    """A copy with a plain, trainable `nn.Conv2d` (with bias) in place of every block.
 
-    Module names, dtype, device and memory format are kept. `model` stays as it was. Harmless the second time.
+    Module names, dtype, device and memory format are kept. Harmless the second time.
 
     Raises:
         ValueError: if a block is in training mode, or the network cannot be copied.
@@ -74,9 +74,6 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
         for row, (mean, variance) in zip(rows, moments, strict=True):
             source, conv = merged.get_submodule(row.module), plain.get_submodule(row.module)
             rest, norm = merged.get_submodule(row.norm), plain.get_submodule(row.norm)
-            conv.weight.copy_(source.weight)
-            if conv.bias is not None:
-                conv.bias.copy_(source.bias)
             shift = mean if conv.bias is not None else mean - source.bias.cpu()
             fill(norm.running_mean, shift, f"{row.norm}: the mean")
             fill(norm.running_var, variance, f"{row.norm}: the variance")
@@ -84,8 +81,7 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
             norm.bias.copy_(mean)
             for theirs, ours in zip(norm.children(), rest.children(), strict=True):
                 theirs.load_state_dict(ours.state_dict())  # what a norm does besides
-            for module in (conv, norm):
-                handled |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+            handled |= {id(tensor) for tensor in norm.state_dict(keep_vars=True).values()}
         ours = merged.state_dict()
         plain.load_state_dict({key: tensor if id(tensor) in handled else ours[key]
                                for key, tensor in plain.state_dict(keep_vars=True).items()})

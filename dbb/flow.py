@@ -39,46 +39,33 @@ class Flow(TorchDispatchMode):
         self.inputs = {}  # subclass of Conv2d -> one input
         self.inside = None  # the tensor that a norm is working on
         self.working = None  # the convolution or norm whose forward runs
-        self.owner, self.handles = {}, []
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                enter, leave = self._enter_conv, self._leave_conv
-            elif isinstance(module, NORMS):
-                enter, leave = self._enter_norm, self._leave_norm
-            else:
-                continue
+        self.owner, self.handles = {}, []  # id of a parameter or buffer -> its module; those of the hooks
+        for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, *NORMS))]:
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if id(tensor) in self.owner:  # a tied weight
                     self.odd |= {module, self.owner[id(tensor)]}
                 self.owner[id(tensor)] = module
-            self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(leave))
+            self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._leave))
 
-    def _enter_conv(self, conv, args, kwargs):
-        self.working = conv
+    def _enter(self, module, args, kwargs):
+        self.working = module
         if len(args) != 1 or kwargs:
-            self.odd.add(conv)
+            self.odd.add(module)
+        elif isinstance(module, NORMS):
+            conv, _ = self.made.get(id(args[0]), (None, None))
+            self.feeders[module].append(conv)
+            if conv is not None:
+                self.norms[conv].append(module)
+                self.inside = args[0]
+        elif type(module) is not nn.Conv2d:
+            self.inputs[module] = args[0]
 
-    def _leave_conv(self, conv, args, output):
-        self.working = None
-        self.made[id(output)] = conv, output
-        self.norms[conv]  # a convolution that was called
-        if type(conv) is not nn.Conv2d and args:
-            self.inputs[conv] = args[0]
-
-    def _enter_norm(self, norm, args, kwargs):
-        self.working = norm
-        if len(args) != 1 or kwargs:
-            self.odd.add(norm)
-            return
-        conv, _ = self.made.get(id(args[0]), (None, None))
-        self.feeders[norm].append(conv)
-        if conv is not None:
-            self.norms[conv].append(norm)
-            self.inside = args[0]
-
-    def _leave_norm(self, norm, args, output):
+    def _leave(self, module, args, output):
         self.working = self.inside = None
+        if isinstance(module, nn.Conv2d):
+            self.made[id(output)] = module, output
+            self.norms[module]  # a convolution that was called
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.note((args, kwargs), func.overloadpacket.__name__)
@@ -87,7 +74,7 @@ class Flow(TorchDispatchMode):
     def note(self, tensors, consumer: str):
         """Note that `consumer` takes those of `tensors` that a convolution made, or it or a norm holds."""
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and tensor is not self.inside and id(tensor) in self.made:
+            if tensor is not self.inside and id(tensor) in self.made:
                 self.others[self.made[id(tensor)][0]].add(consumer)
             if id(tensor) in self.owner and self.owner[id(tensor)] is not self.working:
                 self.odd.add(self.owner[id(tensor)])

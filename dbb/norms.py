@@ -20,10 +20,8 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
 def running(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """Mean, variance, weight, bias and epsilon of a norm that uses running statistics.
 
-    Some (DETR's) have epsilon in their code. They are asked: of 1 they make `1 / sqrt(var + eps)`.
-
-    Raises:
-        ValueError: if it holds no such tensors.
+    Some (DETR's) have epsilon in their code. They are asked: of 1 they make `1 / sqrt(var + eps)`. What holds
+    no such tensors is a ValueError.
     """
     try:
         if not hasattr(norm, "eps"):
@@ -63,12 +61,9 @@ def count_batch(norms: list[nn.BatchNorm2d]) -> None:
 
 
 class PassedNorm(nn.Sequential):
-    """What stays where a block took in a norm: what that did besides, which is mostly nothing.
+    """What stays where a block took in a norm: its children, that is what it did besides, mostly nothing.
 
     To code that folds norms (Ultralytics' `fuse`) it looks like a norm that changes nothing.
-
-    Args:
-        norm: the old one; its children are kept.
     """
 
     eps = 0.0
@@ -99,9 +94,8 @@ class PassedNorm(nn.Sequential):
 class Scale(nn.Module):
     """What is left of an inner BatchNorm: a factor per channel, `weight / sqrt(var + eps)`.
 
-    A shift would move the padded map by a constant, which the outer norm subtracts again, so it has none. It
-    has no mode of its own either: momentum, mode and process group are those of the branch's outer norm, so
-    that freezing norms, `update_bn` or SyncBatchNorm reach both.
+    A shift would move the padded map by a constant, which the outer norm subtracts again. Momentum, mode and
+    process group are those of the branch's outer norm: freezing, `update_bn` or SyncBatchNorm reach both.
     """
 
     def __init__(self, channels: int, eps: float, device=None, dtype=None):

@@ -69,29 +69,29 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
                   init: str = "mean") -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
-    Pairs are found by where tensors flow, in one forward pass in eval on `example_input`, not by names: what
-    a network does with other inputs, or in training only, is not seen. The first `kxk` branch takes over the
-    convolution's weight and the norm's parameters and statistics; every branch takes over the norm's gamma
-    (times a factor, see `init`), epsilon and momentum. What a norm module does besides (timm's
-    `BatchNormAct2d` activates) stays in its place, and so does what a subclass of Conv2d does to its input.
+    Pairs are found by where tensors flow, in one forward pass in eval on `example_input`: what a network does
+    with other inputs, or in training only, is not seen. The first `kxk` branch takes over the convolution's
+    weight and the norm's parameters and statistics; every branch takes over the norm's gamma (times a factor,
+    see `init`), epsilon and momentum. What a norm module does besides (timm's `BatchNormAct2d` activates)
+    stays in its place, and so does what a subclass of Conv2d does to its input.
 
     Args:
         model: left as it is.
         block: a name from `BLOCKS`; or a list of branches; or a callable with the signature of
-            `DiverseBranchBlock`; or several of them for different layers: a dict from glob patterns on module
-            names, of which the last that matches counts, and None leaves a convolution.
+            `DiverseBranchBlock`; or a dict of these, by glob patterns on module names, of which the last that
+            matches counts, and None leaves a convolution.
         include: glob patterns; only convolutions whose module name matches one become blocks. Those inside a
             module that merges its own branches (RepVGG's unit in timm) do so if they are included here: that
             module's own fuse step fails then, and `reparameterize` is the one to call.
         exclude: glob patterns; convolutions whose module name matches one stay.
         example_input: `[N, C, H, W]`; or several inputs, in order or by name; by default a black 224x224.
         kernel_sizes: lengths of a kernel's longer side that become blocks.
-        init: the branches' gamma: "mean", the norm's divided by the number of branches: the sum never varies
-            more than the norm's output, however alike they are; "ones", the norm's (DBB, all ones in a new
-            network), with which n independent branches vary n times as much; "third", a third of it (ACNet on
-            CIFAR); "single", the norm's in the first `kxk` branch and 0 elsewhere: the new network computes
-            what `model` does, in eval and in training, the warm start from trained weights. A block in mode
-            "linear" has one norm behind the sum, and starts as OREPA's with "mean".
+        init: the branches' gamma: "mean", the norm's over the number of branches: the sum never varies more
+            than the norm's output; "ones", the norm's (DBB), with which n independent branches vary n times
+            as much; "third", a third of it (ACNet on CIFAR); "single", the norm's in the first `kxk` branch
+            and 0 elsewhere: the new network computes what `model` does, in eval and in training, the warm
+            start from trained weights. A block in mode "linear" has one norm behind the sum, and starts as
+            OREPA's with "mean".
 
     Returns:
         A new model, and a report with a row per convolution.
@@ -222,20 +222,15 @@ def _make(name: str, make: Maker, conv: nn.Conv2d, arguments: Mapping[str, Any],
     if init == "single" and "kxk" not in block.branches:
         raise ValueError(f"{name}: init=single, a warm start, needs a kxk branch; the block has "
                          f"{', '.join(block.branches)}")
-    _start_norms(name, block, norm, init)
-    _hand_over_values(name, block, conv, norm)
     if type(conv) is not nn.Conv2d:
         block.outer = without_weight(conv)
+    block.train(conv.training).requires_grad_(like.requires_grad)  # a frozen layer stays frozen
+    _start_norms(name, block, norm, init)
+    _hand_over_values(name, block, conv, norm)
     if isinstance(norm, nn.SyncBatchNorm):
         nn.SyncBatchNorm.convert_sync_batchnorm(block, norm.process_group)
     if not like.is_contiguous():
         block.to(memory_format=torch.channels_last)
-    block.train(conv.training)
-    block.requires_grad_(like.requires_grad)  # a frozen layer stays frozen
-    for outer in block.norms():
-        outer.train(norm.training)
-        outer.weight.requires_grad_(norm.weight.requires_grad)
-        outer.bias.requires_grad_(norm.bias.requires_grad)
     return block
 
 
@@ -243,8 +238,10 @@ def _make(name: str, make: Maker, conv: nn.Conv2d, arguments: Mapping[str, Any],
 def _start_norms(name: str, block: ReparamConv2d, norm: Norm, init: str) -> None:
     """Give every norm of a block the old one's settings, and every branch its gamma; see `replace_convs`."""
     for outer in block.norms():
-        for key in ("eps", "momentum", "track_running_stats"):
+        for key in ("eps", "momentum", "track_running_stats", "training"):
             setattr(outer, key, getattr(norm, key))
+        outer.weight.requires_grad_(norm.weight.requires_grad)
+        outer.bias.requires_grad_(norm.bias.requires_grad)
         nn.init.zeros_(outer.bias)
         fill(outer.weight, norm.weight, f"{name}: the norm's weight")
     for branch in block.branches.values():
@@ -269,7 +266,7 @@ def _hand_over_values(name: str, block: ReparamConv2d, conv: nn.Conv2d, norm: No
     if heir is None:
         return
     bias = 0 if conv.bias is None else conv.bias  # which the norm subtracts again
-    for key, value in (("bias", norm.bias), ("running_mean", norm.running_mean - bias),
-                       ("running_var", norm.running_var)):
+    values = {"bias": norm.bias, "running_mean": norm.running_mean - bias, "running_var": norm.running_var}
+    for key, value in values.items():
         fill(getattr(heir, key), value, f"{name}: the norm's {key}")
     heir.num_batches_tracked.copy_(norm.num_batches_tracked)

@@ -33,17 +33,8 @@ def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tens
                    beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Transform I: a convolution followed by a BatchNorm with fixed statistics is a convolution.
 
-    Args:
-        kernel: `[O, I/G, KH, KW]`.
-        bias: `[O]`, or 0 where the convolution has none.
-        mean: the norm's mean, `[O]`.
-        var: the norm's variance, `[O]`.
-        weight: the norm's gamma, `[O]`.
-        beta: the norm's bias, `[O]`.
-        eps: the norm's epsilon.
-
-    Returns:
-        Kernel `[O, I/G, KH, KW]` and bias `[O]`.
+    The convolution has the kernel `[O, I/G, KH, KW]` and the bias `[O]`, or 0; the norm mean, variance, gamma
+    and bias `[O]`, and an epsilon. Returns kernel and bias.
     """
     scale, shift = norm_affine(mean, var, weight, beta, eps)
     return kernel * scale[:, None, None, None], shift + bias * scale
@@ -59,10 +50,7 @@ def add_branches(kernels: Sequence[Tensor], biases: Sequence[Tensor],
                  kernel_size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Transforms II and VI: the sum of convolutions is one convolution, centre taps on centre taps.
 
-    Args:
-        kernels: `[O, I/G, h, w]` each, with h <= KH and w <= KW.
-        biases: `[O]` each.
-        kernel_size: `(KH, KW)` of the sum.
+    Their kernels `[O, I/G, h, w]` may be smaller than the sum's `kernel_size`; their biases are `[O]` each.
     """
     embedded = [embed_kernel(kernel, kernel_size) for kernel in kernels]
     return sum(embedded[1:], embedded[0]), sum(biases[1:], biases[0])
@@ -75,9 +63,9 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     With `first_bias` this holds only if the map in between is padded with that bias (paper, section 3.2).
 
     Args:
-        first: 1x1 kernel, `[M, I/G, 1, 1]`.
-        second: KxK kernel, `[O, M/G, KH, KW]`.
-        groups: the groups of both.
+        first: `[M, I/G, 1, 1]`.
+        second: `[O, M/G, KH, KW]`.
+        groups: of both.
         first_bias: `[M]` or None.
         second_bias: `[O]` or None.
 
@@ -147,13 +135,9 @@ def identity_kernel(channels: int, groups: int = 1, dtype: torch.dtype | None = 
 
 
 def embed_kernel(kernel: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Transform VI: a smaller kernel is a KH x KW kernel with zeros around it.
+    """Transform VI: a smaller kernel `[O, I/G, h, w]` is a KH x KW kernel with zeros around it.
 
     Its own centre tap comes to lie on the centre tap `(K - 1) // 2` of the large one, in each direction.
-
-    Args:
-        kernel: `[O, I/G, h, w]` with h <= KH and w <= KW.
-        kernel_size: `(KH, KW)`.
     """
     if kernel.shape[2:] == tuple(kernel_size):
         return kernel
