@@ -36,7 +36,7 @@ MEASURED = {"resnet18": (0.086, 2.80), "resnet50": (0.204, 1.86)}  # seconds of 
 
 
 class GPU(NamedTuple):
-    """Of a data sheet, without sparsity: FLOP/s of convolutions, of float32 proper, and bytes/s."""
+    """Of a data sheet, without sparsity: FLOP/s in the type of a step and in float32 or TF32, and bytes/s."""
 
     name: str
     dtype: torch.dtype
@@ -46,21 +46,21 @@ class GPU(NamedTuple):
 
 
 GPUS = (GPU("V100 float32", torch.float32, 15.7e12, 15.7e12, 900e9),
-        GPU("A100 TF32", torch.float32, 156e12, 19.5e12, 2.0e12),
-        GPU("A100 bf16", torch.bfloat16, 312e12, 19.5e12, 2.0e12),
-        GPU("H100 TF32", torch.float32, 494e12, 67e12, 3.35e12),
-        GPU("H100 bf16", torch.bfloat16, 989e12, 67e12, 3.35e12),
-        GPU("L4 TF32", torch.float32, 60e12, 30.3e12, 300e9),
-        GPU("L4 bf16", torch.bfloat16, 121e12, 30.3e12, 300e9))
+        GPU("A100 TF32", torch.float32, 156e12, 156e12, 2.0e12),
+        GPU("A100 bf16", torch.bfloat16, 312e12, 156e12, 2.0e12),
+        GPU("H100 TF32", torch.float32, 494e12, 494e12, 3.35e12),
+        GPU("H100 bf16", torch.bfloat16, 989e12, 494e12, 3.35e12),
+        GPU("L4 TF32", torch.float32, 60e12, 60e12, 300e9),
+        GPU("L4 bf16", torch.bfloat16, 121e12, 60e12, 300e9))
 
 
 class Operator(NamedTuple):
-    """What one launch does; `proper` where TF32 was switched off for it."""
+    """What one launch does; `wide` with operands in float32, as statistics are under autocast too."""
 
     name: str
     flops: int
     bytes: int
-    proper: bool
+    wide: bool
 
 
 class Trace(TorchDispatchMode):
@@ -83,23 +83,18 @@ class Trace(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-        proper = torch.backends.cuda.matmul.fp32_precision == "ieee" and tensors[0].dtype == torch.float32
-        self.operators.append(Operator(name, flops, sum(t.nbytes for t in tensors), proper))
+        wide = tensors[0].dtype == torch.float32
+        self.operators.append(Operator(name, flops, sum(t.nbytes for t in tensors), wide))
         return out
 
 
 def trace(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Operator]:
-    """The operators of one training step on `[batch, 3, size, size]`, with TF32 on or under autocast."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            nn.Module._apply(net.train(), fake.from_tensor)
-            with Trace() as traced, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                logits = net(torch.empty(batch, 3, size, size))
-                F.cross_entropy(logits.float(), torch.zeros(batch, dtype=torch.long)).backward()
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    """The operators of one training step on `[batch, 3, size, size]`, in float32 or under autocast."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        nn.Module._apply(net.train(), fake.from_tensor)
+        with Trace() as traced, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = net(torch.empty(batch, 3, size, size))
+            F.cross_entropy(logits.float(), torch.zeros(batch, dtype=torch.long)).backward()
     return traced.operators
 
 
@@ -107,7 +102,7 @@ def seconds(operators: Sequence[Operator], gpu: GPU, launch: float) -> float:
     """Modelled time of a step."""
     total = 0.0
     for operator in operators:
-        peak = gpu.peak_float32 if operator.proper else gpu.peak
+        peak = gpu.peak_float32 if operator.wide else gpu.peak
         arithmetic = operator.flops / (peak * REACHED[0])
         traffic = operator.bytes / (gpu.bandwidth * REACHED[1])
         total += max(arithmetic, traffic, launch)

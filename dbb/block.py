@@ -130,6 +130,8 @@ class ReparamConv2d(nn.Module):
         return self._sum(input)
 
     def _sum(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            raise ValueError(f"expected 4D input [N, C, H, W] (got {x.ndim}D input)")  # as BatchNorm2d does
         g, by_batch = self.geometry, any(map(uses_batch_statistics, self.norms()))
         if self.reparam is not None or not (by_batch or self.branchwise):
             return g.conv(g.pad(x), *self.get_equivalent_kernel_bias())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbb.geometry import Geometry, average
-from dbb.moments import full_precision
+from dbb.moments import without_autocast
 from dbb.norms import Scale, running
 from dbb.transforms import average_kernel, identity_kernel, merge_1x1_kxk, norm_affine
 
@@ -334,7 +334,7 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
         groups = self.geometry.groups
         first = self.first.reshape(groups, -1, self.multiplier, *self.geometry.kernel_size)
         second = self.second.reshape(groups, -1, *first.shape[1:3])  # [G, O/G, I/G, 8]
-        with full_precision(first.device):
+        with without_autocast(first.device):
             return torch.einsum("githw,goit->goihw", first, second).flatten(0, 1)
 
     def drawn(self, x):

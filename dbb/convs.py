@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from dbb.moments import full_precision, over_processes, wide
+from dbb.moments import over_processes, wide, without_autocast
 
 
 def in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class CentredConv(Function):
     def forward(ctx, x, kernel, beta, mean, conv, group):
         ctx.save_for_backward(x, kernel)
         ctx.conv, ctx.group, ctx.branches = conv, group, len(beta)
-        with full_precision(x.device):
+        with without_autocast(x.device):
             rows = kernel.to(mean.dtype).reshape(len(mean), -1, mean.shape[1])
             wanted = beta.sum(0, dtype=mean.dtype).view(len(mean), -1, 1)
             bias = torch.baddbmm(wanted, rows, mean, alpha=-1).flatten()

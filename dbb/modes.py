@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dbb.branches import Branch
 from dbb.convs import CentredConv, NormedConv, as_autocast, in_format_of
 from dbb.geometry import Geometry
-from dbb.moments import ONE_VALUE, covariance, full_precision, mean_over_processes, process_group
+from dbb.moments import ONE_VALUE, covariance, mean_over_processes, process_group, without_autocast
 from dbb.norms import count_batch, follow, uses_batch_statistics
 from dbb.rows import CovarianceSum, SampledSum, apart, beside, joined, stacked
 from dbb.transforms import add_branches, embed_kernel
@@ -36,7 +36,7 @@ def exact(block, x: Tensor) -> Tensor:
     points = [b for b in live if b.window == "centre" and g.keeps_size and not g.depthwise]
     firsts, terms = {}, []
     if inner or points:
-        with full_precision(x.device):
+        with without_autocast(x.device):
             mean, spread, count = covariance(x, g.groups, process_group(live[0].bn))
             kernels = [branch.inner() for branch in inner] + [branch.point() for branch in points]
             rows = joined(kernels, g.groups).to(mean.dtype)
@@ -76,7 +76,7 @@ def merged_online(block, x: Tensor) -> Tensor:
     """As `online`, whatever the number of positions."""
     g, (live, inner) = block.geometry, _taking_part(block)
     group, firsts, variances = process_group(live[0].bn), {}, []
-    with full_precision(x.device):
+    with without_autocast(x.device):
         if inner and not g.keeps_size:
             x, pixels, _ = block.pixelwise.sample(x, block.positions)
         padded, sample, centre = g.sample(g.pad(x), block.positions)
@@ -107,7 +107,7 @@ def merged_online(block, x: Tensor) -> Tensor:
 def linear(block, x: Tensor) -> Tensor:
     """One convolution with the sum of the kernels, each times its factors, and the block's norm (OREPA)."""
     g = block.geometry
-    with full_precision(x.device):
+    with without_autocast(x.device):
         kernel, _ = block.summed()
     return block.bn(g.conv(g.pad(x), kernel.to(x.dtype)))
 

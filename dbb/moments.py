@@ -1,6 +1,4 @@
-"""Statistics of a batch, also over several processes, in full precision."""
-
-from contextlib import contextmanager
+"""Statistics of a batch, also over several processes, in float32 at least."""
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,23 +13,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@contextmanager
-def full_precision(device: torch.device):
-    """Autocast and TF32 off: for statistics and kernels, which are small and must be right.
-
-    Within `torch.compile` TF32 is as the user set it: a graph has one setting for all of its operators.
-    """
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    switches = () if torch.compiler.is_compiling() else switches
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+def without_autocast(device: torch.device) -> torch.autocast:
+    """For statistics and kernels, which are small and must be right. TF32 is as the user set it."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def process_group(norm: nn.Module):
@@ -87,7 +71,7 @@ class _Covariance(Function):
         ctx.set_materialize_grads(False)
         values, count, everywhere = x.to(wide(x.dtype)), x.numel() // x.shape[1], (0, 2, 3)
         average = Tensor.mean if count else Tensor.sum  # a process without images, beside others, has zeros
-        with full_precision(x.device):
+        with without_autocast(x.device):
             mean, total = mean_over_processes(group, average(values, everywhere), count)
             # Centred before the product: E[xx'] - mm' loses all digits of channels with a large mean.
             centred = values - mean[:, None, None]
@@ -117,5 +101,5 @@ class _Covariance(Function):
         d_covariance, = over_processes(ctx.group, d_covariance)
         centred = x.to(mean.dtype) - mean[:, None, None]
         kernel = (d_covariance + d_covariance.mT).flatten(0, 1)[:, :, None, None] / ctx.count
-        with full_precision(x.device):
+        with without_autocast(x.device):
             return F.conv2d(centred, kernel, groups=len(d_covariance)).to(x.dtype), None, None

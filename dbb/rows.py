@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dbb.moments import full_precision, over_processes
+from dbb.moments import over_processes, without_autocast
 
 
 class SampledSum(Function):
@@ -29,7 +29,7 @@ class SampledSum(Function):
 
     @staticmethod
     def forward(ctx, rows, gamma, eps, sample, group):
-        with full_precision(rows.device):
+        with without_autocast(rows.device):
             ctx.eps, ctx.group = eps, group
             return _summed(ctx, rows, gamma, sample, *_normalised(rows, sample, eps, group))
 
@@ -38,7 +38,7 @@ class SampledSum(Function):
         if d_sum is None:
             return None, None, None, None, None
         rows, gamma, sample, z, inverse, scale = ctx.saved_tensors
-        with full_precision(rows.device):
+        with without_autocast(rows.device):
             if torch.is_grad_enabled():  # to be differentiated again: these three depend on the rest
                 z, inverse, _ = _normalised(rows, sample, ctx.eps, ctx.group)
                 scale = inverse * gamma
@@ -79,7 +79,7 @@ class CovarianceSum(Function):
 
     @staticmethod
     def forward(ctx, rows, gamma, eps, covariance):
-        with full_precision(rows.device):
+        with without_autocast(rows.device):
             ctx.eps = eps
             return _summed(ctx, rows, gamma, covariance, *_varied(rows, covariance, eps))
 
@@ -88,7 +88,7 @@ class CovarianceSum(Function):
         if d_sum is None:
             return None, None, None, None
         rows, gamma, covariance, products, inverse, scale = ctx.saved_tensors
-        with full_precision(rows.device):
+        with without_autocast(rows.device):
             if torch.is_grad_enabled():
                 products, inverse, _ = _varied(rows, covariance, ctx.eps)
                 scale = inverse * gamma

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dbb.moments import full_precision
+from dbb.moments import without_autocast
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ class _Composed(torch.autograd.Function):
     def forward(ctx, first, second, groups):
         ctx.save_for_backward(first, second)
         ctx.groups = groups
-        with full_precision(first.device):
+        with without_autocast(first.device):
             if groups == 1:
                 return F.conv2d(second, first.transpose(0, 1))
             first, second = _grouped(groups, first, second)
@@ -97,7 +97,7 @@ class _Composed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_kernel):
         first, second = ctx.saved_tensors
-        with full_precision(first.device):
+        with without_autocast(first.device):
             if ctx.groups == 1:
                 d_second, d_first, _ = torch.ops.aten.convolution_backward(
                     d_kernel, second, first.transpose(0, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,

@@ -6,28 +6,11 @@ the work. Views and memory without values are free.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu_model import GPUS, MEASURED, Trace, seconds, trace
+from benchmarks.step_time import DrawnBlock, published
 from dbb import DiverseBranchBlock, OnlineReparamBlock
-
-
-class Operators(TorchDispatchMode):
-    """The names of all operators that run something: not views, and no memory without values."""
-
-    free = {"detach", "view", "_unsafe_view", "expand", "alias", "t", "transpose", "permute", "slice",
-            "select", "unsqueeze", "squeeze", "as_strided", "split", "split_with_sizes", "unbind", "unfold",
-            "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and name not in self.free:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+from models import build_model
 
 
 @pytest.mark.parametrize(("mode", "shape", "budget"), [
@@ -43,7 +26,18 @@ def test_how_many_operators_a_step_launches(mode, shape, budget):
     kind = OnlineReparamBlock if mode == "linear" else DiverseBranchBlock
     block = kind(128, 128, kernel_size, stride, kernel_size // 2, groups=groups, mode=mode).train()
     x = torch.randn(8, 128, 16, 16, requires_grad=True)
-    with Operators() as operators:
+    with Trace() as traced:
         y = block(x)
         y.backward(torch.ones_like(y))
-    assert len(operators.names) <= budget + 1, operators.names  # and the ones
+    names = [operator.name for operator in traced.operators]
+    assert len(names) <= budget + 1, names  # and the ones
+
+
+def test_the_gpu_model_agrees_with_published_times():
+    """ResNet-18 on a V100: the plain network's milliseconds, and the published block's ratio to them."""
+    plain = build_model("resnet18", 1000, image_size=224)
+    drawn = published(DrawnBlock, build_model("resnet18", 1000, "dbb", image_size=224))
+    plain, drawn = (seconds(trace(net, 64, 224, torch.float32), GPUS[0], 5e-6) for net in (plain, drawn))
+    measured, ratio = MEASURED["resnet18"]
+    assert plain == pytest.approx(measured, rel=0.1)
+    assert drawn / plain == pytest.approx(ratio, rel=0.1)

@@ -112,6 +112,8 @@ def test_one_value_has_no_variance(mode, channels):
 def test_unknown_mode():
     with pytest.raises(ValueError, match=r"mode='onlin'.*exact, online, linear"):
         ReparamConv2d(4, 4, 3, mode="onlin")
+    with pytest.raises(ValueError, match="expected 4D input"):
+        ReparamConv2d(4, 4, 3)(torch.zeros(4, 8, 8))
     with pytest.raises(ValueError, match="positions=3"):
         ReparamConv2d(4, 4, 3, mode="online", positions=3)
 
@@ -231,7 +233,7 @@ def test_gradient_checkpointing_and_accumulation(mode, channels):
 def test_what_forward_keeps(mode, groups, maps):
     """In maps of the input's size, kernels and statistics (much smaller here) not counted."""
     block = DiverseBranchBlock(64, 64, 3, padding=1, groups=groups, mode=mode)
-    x, storages = torch.randn(4, 64, 32, 32, requires_grad=True), {}
+    x, storages = torch.randn(16, 64, 32, 32, requires_grad=True), {}
 
     def pack(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
