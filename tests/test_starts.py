@@ -63,7 +63,7 @@ def test_a_run_keeps_its_start(make_settings, tmp_path):
     stored = load_checkpoint(tmp_path / "new" / "checkpoints" / "last.ckpt")["dbb"]["settings"]
     assert stored["block"]["init"] == "mean"
     old = asdict(make_settings(*command))
-    old["block"]["init"] = None
+    old["block"] |= {"init": None, "positions": 256}
     (tmp_path / "old").mkdir()  # of a job that stopped in its first epoch
     (tmp_path / "old" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(old)))
     started = []
@@ -77,7 +77,7 @@ def test_a_run_keeps_its_start(make_settings, tmp_path):
         train_script.train(make_settings(*command), tmp_path / "old")
     assert started == [[1, 1, 1, 1]]
     stored = load_checkpoint(tmp_path / "old" / "checkpoints" / "last.ckpt")["dbb"]["settings"]
-    assert stored["block"]["init"] is None
+    assert (stored["block"]["init"], stored["block"]["positions"]) == (None, 256)
     with pytest.raises(ValueError, match="already holds a run with another block.init"):
         train_script.train(make_settings(*command, "block.init=mean"), tmp_path / "old")
     online = make_settings(f"ckpt={tmp_path}/new/checkpoints/last.ckpt", "block=dbb_online")

@@ -92,9 +92,10 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
                                    "another folder with out=DIR")
         return settings
     stored = read_config(run_dir)
-    if settings.block.init == "auto" and stored is not None:  # a run keeps its start, whatever a new one has
-        init = stored.get("block", {}).get("init")
-        settings = replace(settings, block=replace(settings.block, init=init))
+    if stored is not None:  # a run keeps its start and its positions, whatever a new one has by default
+        unsaid = [key for key in ("init", "positions") if getattr(settings.block, key) in ("auto", None)]
+        kept = {key: stored.get("block", {}).get(key) for key in unsaid}
+        settings = replace(settings, block=replace(settings.block, **kept))
     settings = with_start(settings)
     old, new = of_the_training(stored or {}), of_the_training(asdict(settings))
     before = flat({"data": asdict(DataConf())})  # the meaning of a knob that an older file does not have
