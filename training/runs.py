@@ -93,8 +93,9 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
         return settings
     stored = read_config(run_dir)
     if stored is not None:  # a run keeps its start and its positions, whatever a new one has by default
-        unsaid = [key for key in ("init", "positions") if getattr(settings.block, key) in ("auto", None)]
-        kept = {key: stored.get("block", {}).get(key) for key in unsaid}
+        defaults = {"init": "auto", "positions": None}
+        kept = {key: stored.get("block", {}).get(key) for key, value in defaults.items()
+                if getattr(settings.block, key) == value}
         settings = replace(settings, block=replace(settings.block, **kept))
     settings = with_start(settings)
     old, new = of_the_training(stored or {}), of_the_training(asdict(settings))
