@@ -34,6 +34,7 @@ from training.data import ImageData
 from training.evaluate import activations_of_a_batch, pick_device, predict, scores, sentence
 from training.module import Classifier, rough_start, try_optimizer
 from training.runs import LOCK, FolderTakenError, alone_in, changes, read_result, take_up
+from training.safety import DivergedError, WholeCheckpointIO
 from training.settings import Settings, resolve
 
 # Time and activations of a training step, over the plain network's, as measured (benchmarks/README.md).
@@ -155,7 +156,7 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
     options = asdict(settings.trainer)
     options |= {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
     trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
-                         logger=False, enable_model_summary=False,
+                         plugins=[WholeCheckpointIO()], logger=False, enable_model_summary=False,
                          use_distributed_sampler=False, num_sanity_val_steps=0)
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):
@@ -225,6 +226,8 @@ def main(cfg: DictConfig) -> float | None:
             return result.get("val_top1")  # what a sweeper may select by
     except (SystemExit, Exception) as stop:
         why = stop.code if isinstance(stop, SystemExit) else f"error: {type(stop).__name__}: {stop}"
+        if isinstance(stop.__context__, DivergedError):
+            write_text(run_dir / "error.txt", f"{why}\n")
         if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(why, str):  # a number: it was stopped
             raise
         if not isinstance(stop, SystemExit):

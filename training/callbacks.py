@@ -19,6 +19,7 @@ from torch import Tensor
 from dbb import ReparamConv2d, Report, branch_shares
 from dbb.surgery import Row
 from training.data import ImageData
+from training.safety import StopAtNaN
 from training.settings import LoggerConf, Settings
 
 WANDB_WAIT = 10  # seconds, at the start
@@ -91,6 +92,7 @@ class Branches(Callback):
 def make_callbacks(settings: Settings, run_dir: Path) -> list[Callback]:
     """The callbacks of a run. The checkpoint kept is the last: nothing is selected on test data."""
     callbacks = [
+        StopAtNaN(),
         Speed(),
         LearningRateMonitor(logging_interval="step"),
         ModelCheckpoint(run_dir / "checkpoints", filename="last", save_on_train_epoch_end=True,

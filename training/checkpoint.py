@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dbb import ReparamConv2d
 from models import build_model, load_weights
 from training.published import read_weights, translate
+from training.safety import damage
 
 
 def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
@@ -24,9 +25,12 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"ckpt={path}: there is no such file; a run keeps its own under "
                          "outputs/.../checkpoints/last.ckpt")
+    if wrong := damage(Path(path)):
+        raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain tensors "
+                         f"({wrong})")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, depending on the bytes
+    except Exception as error:  # of many kinds, depending on what is pickled
         raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain "
                          "tensors") from error
     if not isinstance(checkpoint, dict) or "settings" not in checkpoint.get("dbb", ()):

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from models.build import named_start
+from training.safety import newest
 from training.settings import OF_THE_COMMAND, TENSOR_SETS, DataConf, Settings, flat
 
 SAME_RUN = (*OF_THE_COMMAND, "logger", "data.num_workers", "data.download")  # with whatever values of these
@@ -103,7 +104,8 @@ def take_up(settings: Settings, run_dir: Path) -> Settings:
     different = [key for key, value in new.items() if old.get(key, before.get(key)) != value]
     if stored is not None and not different:
         identity = replace(settings.logger, id=stored["logger"]["id"])
-        return replace(settings, ckpt=str(last) if last.exists() else None, logger=identity)
+        going_on = newest(last)
+        return replace(settings, ckpt=None if going_on is None else str(going_on), logger=identity)
     if last.exists() or (run_dir / "result.json").exists():
         continued = f", or go on with that run by ckpt={last}" * last.exists()
         raise FolderTakenError(f"{run_dir} already holds a run with another {', '.join(different[:4])}: "
