@@ -19,7 +19,7 @@ from dbb.rows import beside, stacked, weighted
 from dbb.subclass import Intercept, lend_weight, with_weight
 from dbb.transforms import embed_kernel, fill, fuse_conv_norm
 
-POSITIONS, DEPTHWISE_POSITIONS = 256, 1024  # see benchmarks/README.md
+POSITIONS = 256  # see benchmarks/README.md
 
 
 class ReparamConv2d(nn.Module):
@@ -36,8 +36,8 @@ class ReparamConv2d(nn.Module):
             same with variances over some positions, one convolution; "linear", a learned factor a branch
             instead of its norm, and one norm behind the sum (OREPA). The first two have the same parameters.
         positions: how many positions of the output, over all images, `online` takes variances over. By
-            default 256, and 1,024 in depthwise blocks: their responses are of one channel, which may be zero
-            almost everywhere, not sums over channels.
+            default 256, and all in depthwise blocks, which run as `exact` then: their responses are of one
+            channel, which may be zero almost everywhere, not sums over channels (benchmarks/README.md).
         internal_channels: width inside `1x1_kxk`; by default in_channels, twice that in a depthwise block.
         deploy: build the merged convolution only, for loading converted weights.
         nonlinear: a module applied to the sum.
@@ -64,7 +64,7 @@ class ReparamConv2d(nn.Module):
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
         self.outer = None  # the subclass of Conv2d that the block replaced, if it was one; see dbb.subclass
         self.mode = mode
-        self.positions = positions or (DEPTHWISE_POSITIONS if self.geometry.depthwise else POSITIONS)
+        self.positions = positions or (None if self.geometry.depthwise else POSITIONS)  # None: all
         self.branchwise = False  # see the context manager of that name
         self.bn = self.reparam = None
         if mode == "linear" and not deploy:

@@ -63,8 +63,10 @@ def online(block, x: Tensor) -> Tensor:
     Their means are those of the whole maps, which one pass over the input gives: sampled ones would double
     what sampling costs in training loss (benchmarks/README.md).
 
-    Arguments and result as `exact`, which is run where there are no more positions than that.
+    Arguments and result as `exact`, which is run where there are no more positions than that, or all count.
     """
+    if block.positions is None:
+        return exact(block, x)
     height, width = block.geometry.positions(x, padded=False)
     alone = all(process_group(norm) is None for norm in block.norms())
     if alone and len(x) * height * width <= block.positions:  # several processes must decide alike

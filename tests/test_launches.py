@@ -24,10 +24,10 @@ def test_how_many_operators_a_step_launches(mode, shape, budget):
     kernel_size, stride, groups = {"dense": (3, 1, 1), "stride 2": (3, 2, 1), "grouped 5x5": (5, 1, 4),
                                    "depthwise": (3, 1, 128)}[shape]
     kind = OnlineReparamBlock if mode == "linear" else DiverseBranchBlock
-    block = kind(128, 128, kernel_size, stride, kernel_size // 2, groups=groups, mode=mode).train()
+    block = kind(128, 128, kernel_size, stride, kernel_size // 2, groups=groups, mode=mode, positions=256)
     x = torch.randn(8, 128, 16, 16, requires_grad=True)
     with Trace() as traced:
-        y = block(x)
+        y = block.train()(x)
         y.backward(torch.ones_like(y))
     names = [operator.name for operator in traced.operators]
     assert len(names) <= budget + 1, names  # and the ones

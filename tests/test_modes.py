@@ -232,7 +232,7 @@ def test_gradient_checkpointing_and_accumulation(mode, channels):
     ("exact", 64, 1), ("online", 1, 1), ("online", 64, 1), ("linear", 1, 2), ("linear", 64, 2)])
 def test_what_forward_keeps(mode, groups, maps):
     """In maps of the input's size, kernels and statistics (much smaller here) not counted."""
-    block = DiverseBranchBlock(64, 64, 3, padding=1, groups=groups, mode=mode)
+    block = DiverseBranchBlock(64, 64, 3, padding=1, groups=groups, mode=mode, positions=256)
     x, storages = torch.randn(16, 64, 32, 32, requires_grad=True), {}
 
     def pack(tensor):
