@@ -4,10 +4,13 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from dbb.branches import BRANCHES
 from dbb.geometry import Geometry
@@ -20,6 +23,7 @@ from dbb.subclass import Intercept, lend_weight, with_weight
 from dbb.transforms import embed_kernel, fill, fuse_conv_norm
 
 POSITIONS = 256  # see benchmarks/README.md
+FIXED = {field.name for field in fields(Geometry)}
 
 
 class ReparamConv2d(nn.Module):
@@ -111,6 +115,9 @@ class ReparamConv2d(nn.Module):
             raise AttributeError(
                 f"the {name} of a block is computed from its branches and cannot be set: set that of the "
                 "convolution from block.fuse(), or convert the network with reparameterize first")
+        if name in FIXED:
+            raise AttributeError(f"the {name} of a block is fixed: set that of the convolution before the "
+                                 "blocks are put in")
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,13 +152,12 @@ class ReparamConv2d(nn.Module):
         return total if self.bn is None else self.bn(total)
 
     def _run_hooks(self) -> None:
-        """What hooks do before a forward: pruning and the old weight norm set a weight there."""
-        for branch in self.branches.values():
-            branch()
-        for norm in self.norms():  # which is not always called
-            for hook in norm._forward_pre_hooks.values():
-                if isinstance(hook, BasePruningMethod):
-                    hook(norm, ())
+        """What torch's hooks do before a forward of what is not always called here: they set a weight."""
+        scales = [branch.scale for branch in self.branches.values() if branch.scale is not None]
+        for module in (*self.branches.values(), *scales, *self.norms()):
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, BasePruningMethod | SpectralNorm | WeightNorm):
+                    hook(module, ())
 
     def norms(self) -> list[nn.BatchNorm2d]:
         """The outer norm of every branch, or the one norm of a linear block."""

@@ -78,9 +78,6 @@ class Branch(nn.Module):
         """The outer norm's gamma `[O]`, or the factor in a linear block."""
         return self.bn.weight if self.factor is None else self.factor
 
-    def forward(self) -> None:
-        """Nothing but its hooks, in which pruning and the old weight norm set a weight; blocks call it."""
-
     def inner(self) -> Tensor:
         """The 1x1 kernel `[M, I/G, 1, 1]` in front of the inner norm, the branch's `scale`, if it has one."""
         return self.first

@@ -64,8 +64,10 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
         A copy of `plain`, filled, in eval.
 
     Raises:
-        ValueError: if a block is in training mode, or `plain` is another network.
+        ValueError: if a block is in training mode, `plain` is another network, or there are no images.
     """
+    if isinstance(batches, Tensor):
+        raise ValueError("batches: give a list of batches, [images] for one")
     merged, plain = reparameterize(model), copy.deepcopy(plain).eval()
     rows = [row for row in report if row.block is not None]
     moments = _output_moments(merged, [row.module for row in rows], batches)
@@ -105,4 +107,7 @@ def _output_moments(model: nn.Module, names: list[str],
         call(model, batch)
     for handle in handles:
         handle.remove()
+    if any(count.min() < 2 for count, *_ in sums):
+        raise ValueError("batches: a norm's statistics need two values a channel at least; give images to "
+                         "fill the norms from")
     return [(total / n, ((square - total.square() / n) / (n - 1)).clamp_min(0)) for n, total, square in sums]

@@ -128,8 +128,10 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
                     "too")
     if norm.weight is None or norm.bias is None or norm.running_mean is None:
         raise Stays(f"{names[norm]} has no gamma, no bias or no running statistics")
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (conv, norm)):
-        raise Stays("it or its norm has hooks or a forward of its own, which a block would not run")
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    if any(getattr(m, kind) for m in (conv, norm) for kind in hooks) \
+            or any(name in vars(m) for m in (conv, norm) for name in ("forward", "train")):
+        raise Stays("it or its norm has hooks, or a forward or train of its own, which a block would not run")
     return norm
 
 

@@ -160,7 +160,7 @@ def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:
     cheap = g.depthwise or branch.window == "centre"
     if not cheap or type(bn) is not nn.BatchNorm2d or not uses_batch_statistics(bn) or bn.momentum is None:
         return bn(branch.response(padded, first))
-    if padded.numel() // padded.shape[1] < 2:
+    if len(padded) * math.prod(g.positions(padded)) < 2:
         raise ValueError(ONE_VALUE)
     running = None, None
     if bn.track_running_stats:

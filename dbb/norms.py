@@ -30,7 +30,8 @@ def running(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
                 tensor.fill_({"weight": 1, "running_var": var}.get(key, 0))
             ones = torch.ones(1, len(norm.weight), 1, 1, dtype=torch.float64)
             norm.eps = float(asked(ones).mean()) ** -2 - var
-        return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+        # A copy: a training forward moves the mean in place, perhaps before this one's backward.
+        return norm.running_mean.clone(), norm.running_var, norm.weight, norm.bias, norm.eps
     except AttributeError as error:
         raise ValueError(f"a block's norm was replaced by a {type(norm).__name__}, which is no BatchNorm "
                          f"({error}): replace norms before the blocks are put in") from error
@@ -56,6 +57,7 @@ def follow(norms: list[nn.BatchNorm2d], running: list[Tensor], values: list[Tens
 def count_batch(norms: list[nn.BatchNorm2d]) -> None:
     """Count a batch, where a norm's running statistics have followed it."""
     counts = [norm.num_batches_tracked for norm in norms if norm.training and norm.track_running_stats]
+    counts = [count for count in counts if count is not None]  # torch's norms work without, too
     if counts:
         torch._foreach_add_(counts, 1)
 
@@ -67,6 +69,9 @@ class PassedNorm(nn.Sequential):
     """
 
     eps = 0.0
+
+    def __bool__(self) -> bool:
+        return True  # as a norm, though an empty Sequential is not
 
     def __init__(self, norm: nn.Module):
         super().__init__(*norm.children())

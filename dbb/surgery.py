@@ -269,4 +269,5 @@ def _hand_over_values(name: str, block: ReparamConv2d, conv: nn.Conv2d, norm: No
     values = {"bias": norm.bias, "running_mean": norm.running_mean - bias, "running_var": norm.running_var}
     for key, value in values.items():
         fill(getattr(heir, key), value, f"{name}: the norm's {key}")
-    heir.num_batches_tracked.copy_(norm.num_batches_tracked)
+    if norm.num_batches_tracked is not None:
+        heir.num_batches_tracked.copy_(norm.num_batches_tracked)
