@@ -218,6 +218,23 @@ class Bench:
             writer.writerows(self.numbers)
 
 
+def measure_networks(bench: Bench, batch: int) -> None:
+    """Rows of whole networks: small images, ImageNet's, and the studies' network, compiled too."""
+    bench.heading("networks, 32x32 images", list(layer(8, 8, 1, 1)))
+    for name in ("resnet18", "mobilenet_v1", "resnet20", "resnet56"):
+        bench.row(name, network(name, 32), torch.randn(batch, 3, 32, 32), max(3, bench.rounds // 2))
+    bench.heading("networks, 224x224 images", list(layer(8, 8, 1, 1)))
+    for name, images in (("resnet18", 64), ("mobilenet_v1", 16)):
+        bench.row(f"{name}, 224x224, batch {images}", network(name, 224), torch.randn(images, 3, 224, 224), 3)
+    bench.heading("resnet8, 16x16 images, batch 128", ["plain", *OURS])
+    for compiled in (False, True):
+        nets = {key: build_model("resnet8", 10, block, 16) for key, block in {"plain": None, **OURS}.items()}
+        for net in nets.values():
+            if compiled:
+                net.compile()
+        bench.row(f"resnet8, {'compiled' if compiled else 'eager'}", nets, torch.randn(128, 3, 16, 16))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -240,10 +257,7 @@ def main() -> None:
         kind = "depthwise" if groups > 1 else "dense"
         bench.row(f"{kind} {c_in} to {c_out}, {side}x{side}, stride {stride}",
                   layer(c_in, c_out, groups, stride), torch.randn(n, c_in, side, side))
-    bench.heading("networks, 32x32 images", list(layer(8, 8, 1, 1)))
-    for name in ("resnet18", "mobilenet_v1", "resnet20", "resnet56"):
-        bench.row(name, network(name, 32), torch.randn(n, 3, 32, 32), max(3, options.rounds // 2))
-
+    measure_networks(bench, n)
     bench.heading("as work grows: a dense layer, 128 channels, 16x16", list(layer(8, 8, 1, 1)))
     for batch in (8, 32, 128):
         bench.row(f"batch {batch}", layer(128, 128, 1, 1), torch.randn(batch, 128, 16, 16))
