@@ -34,12 +34,16 @@ class Flow(TorchDispatchMode):
         self.norms = defaultdict(list)  # convolution -> the norm fed by each of its calls
         self.feeders = defaultdict(list)  # norm -> what feeds each of its calls: a convolution or None
         self.others = defaultdict(set)  # convolution -> the operators, besides its norm, that take its output
-        self.odd = set()  # convolutions and norms that get more than one input, or whose tensors others use
+        self.odd = set()  # convolutions and norms that are used besides in ways that a block is not
+        self.taken = set()  # ids of outputs that a norm has taken
         self.made = {}  # id of an output -> (its convolution, the output, kept so that the id stays its own)
         self.inputs = {}  # subclass of Conv2d -> one input
         self.inside = None  # the tensor that a norm is working on
         self.working = None  # the convolution or norm whose forward runs
         self.owner, self.handles = {}, []  # id of a parameter or buffer -> its module; those of the hooks
+        for module in model.modules():  # a list of modules, say, which keeps what is swapped
+            attributes = [value for key, value in vars(module).items() if key != "_modules"]
+            self.odd |= {leaf for leaf in tree_leaves(attributes) if isinstance(leaf, nn.Module)}
         for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, *NORMS))]:
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if id(tensor) in self.owner:  # a tied weight
@@ -55,7 +59,10 @@ class Flow(TorchDispatchMode):
         elif isinstance(module, NORMS):
             conv, _ = self.made.get(id(args[0]), (None, None))
             self.feeders[module].append(conv)
+            if id(args[0]) in self.taken:
+                self.odd.add(module)
             if conv is not None:
+                self.taken.add(id(args[0]))
                 self.norms[conv].append(module)
                 self.inside = args[0]
         elif type(module) is not nn.Conv2d:
@@ -114,7 +121,7 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
     if conv not in flow.norms:
         raise Stays("not reached by the example input")
     if conv in flow.odd:
-        raise Stays("it is called with more than one input, or its weight is used elsewhere too")
+        raise Stays("it is called with more than one input, or it or its weight is used elsewhere too")
     norms, others = set(flow.norms[conv]), ", ".join(sorted(flow.others[conv]))
     if not norms:
         raise Stays(f"no BatchNorm2d follows, but {others or 'nothing'}")
@@ -124,8 +131,8 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
     if norms or set(flow.feeders[norm]) != {conv}:
         raise Stays(f"{names[norm]} normalises other maps too, or not all of this one's")
     if norm in flow.odd:
-        raise Stays(f"{names[norm]} is called with more than one input, or its parameters are used elsewhere "
-                    "too")
+        raise Stays(f"{names[norm]} is called with more than one input or twice with one, or it or its "
+                    "parameters are used elsewhere too")
     if norm.weight is None or norm.bias is None or norm.running_mean is None:
         raise Stays(f"{names[norm]} has no gamma, no bias or no running statistics")
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

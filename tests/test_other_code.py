@@ -75,3 +75,20 @@ def test_what_a_block_cannot_change_is_refused():
     for batches, message in ((torch.randn(2, 4, 9, 9), "a list of batches"), ([], "two values a channel")):
         with pytest.raises(ValueError, match=message):
             restore_norms(net.eval(), report, plain, batches)
+
+
+@pytest.mark.parametrize("twice", [True, False], ids=["a norm called twice on one map", "modules in a list"])
+def test_a_pair_that_is_used_besides_stays_plain(twice):
+    """Two results would be one tensor; and a list would keep the old modules, so that no block would run."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.steps = ["conv", "bn"] if twice else [self.conv, self.bn]
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y).relu_() + self.bn(y) if twice else self.steps[1](self.steps[0](x))
+
+    with pytest.raises(ValueError, match="used elsewhere"):
+        replace_convs(Net(), "dbb", example_input=torch.randn(2, 4, 6, 6))
