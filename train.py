@@ -222,7 +222,11 @@ def main(cfg: DictConfig) -> float | None:
     run_dir = Path(hydra_cfg.runtime.output_dir)
     try:
         with plain_errors(), alone_in(run_dir):
-            result = train(resolve(cfg, hydra_cfg.overrides.task), run_dir)
+            try:
+                result = train(resolve(cfg, hydra_cfg.overrides.task), run_dir)
+            finally:
+                if cfg.ckpt is None and cfg.out is None and {path.name for path in run_dir.iterdir()} <= {LOCK}:
+                    shutil.rmtree(run_dir)  # ours, and stopped before it began
             return result.get("val_top1")  # what a sweeper may select by
     except (SystemExit, Exception) as stop:
         why = stop.code if isinstance(stop, SystemExit) else f"error: {type(stop).__name__}: {stop}"
@@ -239,8 +243,6 @@ def main(cfg: DictConfig) -> float | None:
         return math.nan
     finally:
         wandb.finish()  # one run a job, also in a multirun
-        if cfg.ckpt is None and cfg.out is None and {path.name for path in run_dir.iterdir()} <= {LOCK}:
-            shutil.rmtree(run_dir)  # ours, and stopped before it began
 
 
 if __name__ == "__main__":

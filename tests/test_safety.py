@@ -11,6 +11,7 @@ import train as train_script
 from tests.conftest import relative_error
 from tests.scripts import TINY, call
 from training.checkpoint import load_checkpoint
+from training.runs import alone_in
 from training.safety import WholeCheckpointIO, damage, newest, previous
 
 
@@ -102,3 +103,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     new = call("train.py", *command[:-2], "out=runs/two", "optim.lr=1e8", cwd=tmp_path)
     assert new.returncode == 1
     assert not list(tmp_path.glob("runs/two/checkpoints/*"))
+
+
+def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path):
+    """Two that start in the same second get the same folder, which holds nothing yet but a lock."""
+    folder = tmp_path / "now"
+    folder.mkdir()
+    command = ["model=resnet8", *TINY, f"hydra.run.dir={folder}"]
+    with alone_in(folder):
+        done = call("train.py", *command, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "another process is training in" in done.stderr
+        assert folder.is_dir()
+    done = call("train.py", *command, "optim.name=nothing", cwd=tmp_path)
+    assert done.returncode == 1
+    assert not folder.exists()
