@@ -225,7 +225,8 @@ def main(cfg: DictConfig) -> float | None:
             try:
                 result = train(resolve(cfg, hydra_cfg.overrides.task), run_dir)
             finally:
-                if cfg.ckpt is None and cfg.out is None and {path.name for path in run_dir.iterdir()} <= {LOCK}:
+                left = {path.name for path in run_dir.iterdir()}
+                if cfg.ckpt is None and cfg.out is None and left <= {LOCK}:
                     shutil.rmtree(run_dir)  # ours, and stopped before it began
             return result.get("val_top1")  # what a sweeper may select by
     except (SystemExit, Exception) as stop:

@@ -88,10 +88,20 @@ def test_compiled_network_keeps_its_keys(make_settings):
     assert "net.conv1.weight" in Classifier(settings, list("0123456789"), 8).state_dict()
 
 
+@pytest.mark.parametrize(("value", "mode"), [("true", None), ("reduce-overhead", "reduce-overhead")])
+def test_how_a_network_is_compiled(make_settings, monkeypatch, value, mode):
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net, **options: asked.append(options))
+    Classifier(make_settings("model=resnet8", "data=digits", f"model.compile={value}"), list("0123456789"), 8)
+    assert asked == [{"mode": mode}]
+    with pytest.raises(ValueError, match="model.compile=fast is unknown"):
+        make_settings("model=resnet8", "data=digits", "model.compile=fast")
+
+
 def test_a_sweep_of_compiled_networks_stays_compiled(make_settings, monkeypatch):
     """torch.compile counts the graphs of a method, of whatever network; past a limit, it leaves the rest."""
     compile_in_place = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_in_place(net, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda net, mode: compile_in_place(net, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for block in ("none", "acb"):
             settings = make_settings("model=resnet8", f"block={block}", "data=digits", "model.compile=true")

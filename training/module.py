@@ -49,7 +49,8 @@ class Classifier(pl.LightningModule):
         if settings.model.compile:
             # Graphs of a sweep's earlier jobs count against the recompilation limit, past which all is eager.
             torch.compiler.reset()
-            self.net.compile()  # in place: the keys of the state dict stay as they are
+            mode = None if settings.model.compile is True else settings.model.compile
+            self.net.compile(mode=mode)  # in place: the keys of the state dict stay as they are
         count = len(classes) if len(classes) > 1 else None  # torchmetrics takes no 1
         self.metrics = nn.ModuleDict({split: MetricCollection({
             "top1": MulticlassAccuracy(count, top_k=1, average="micro"),

@@ -49,7 +49,7 @@ class ModelConf:
     pretrained: bool = False
     weights: str | None = None
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | str = False
 
 
 @dataclass
@@ -200,6 +200,9 @@ class Settings:
             _one_of("source", self.source, list(SOURCES))
         for kind in self.export:
             _one_of("export", kind, list(KINDS))
+        if self.model.compile not in (True, False, "reduce-overhead"):
+            raise ValueError(f"model.compile={self.model.compile} is unknown: true, false or reduce-overhead "
+                             "(CUDA graphs)")
         _one_of("data.name", self.data.name, [*TENSOR_SETS, *FILE_SETS, "none"])
         _one_of("data.interpolation", self.data.interpolation, ["bilinear", "bicubic"])
         _one_of("logger.name", self.logger.name, ["csv", "wandb", "tensorboard"])
