@@ -123,7 +123,8 @@ class ReparamConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.outer is None:
             return self.nonlinear(self._sum(x))
-        lend_weight(self.outer, x.device, next(self.parameters()).dtype)
+        self.outer.training = self.training
+        lend_weight(self.outer, x.device, next(self.parameters(), x).dtype)  # a replica has no parameters
         with Intercept(self._inside):
             return self.nonlinear(self.outer(x))
 

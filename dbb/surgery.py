@@ -223,7 +223,13 @@ def _make(name: str, make: Maker, conv: nn.Conv2d, arguments: Mapping[str, Any],
         raise ValueError(f"{name}: init=single, a warm start, needs a kxk branch; the block has "
                          f"{', '.join(block.branches)}")
     if type(conv) is not nn.Conv2d:
-        block.outer = without_weight(conv)
+        outer = without_weight(conv)
+        # With nothing to move or save it is kept out of the module tree, where code would take it for a
+        # convolution of its own: to initialise it, prune it, or give its weight to an optimiser.
+        if [*outer.children(), *outer.parameters(), *outer.buffers()]:
+            block.outer = outer
+        else:
+            vars(block)["outer"] = outer
     block.train(conv.training).requires_grad_(like.requires_grad)  # a frozen layer stays frozen
     _start_norms(name, block, norm, init)
     _hand_over_values(name, block, conv, norm)

@@ -1,5 +1,7 @@
 """What other people's code does to modules: hooks, truth values, attributes, losses over two modes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -92,3 +94,20 @@ def test_a_pair_that_is_used_besides_stays_plain(twice):
 
     with pytest.raises(ValueError, match="used elsewhere"):
         replace_convs(Net(), "dbb", example_input=torch.randn(2, 4, 6, 6))
+
+
+class Same(nn.Conv2d):
+    """Pads its input itself, as timm's `Conv2dSame`."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(nn.functional.pad(x, [1] * 4), self.weight, self.bias)
+
+
+def test_what_is_left_of_a_subclass_is_no_convolution_to_others():
+    """Code that initialises, prunes or collects all convolutions would find a weight that is not there."""
+    net, _ = replace_convs(nn.Sequential(Same(4, 4, 3), nn.BatchNorm2d(4)), "dbb",
+                           example_input=torch.randn(2, 4, 6, 6))
+    assert [module for module in net.modules() if isinstance(module, nn.Conv2d)] == []
+    again = copy.deepcopy(net).double()
+    assert again(torch.randn(2, 4, 6, 6).double()).dtype == torch.float64
+    assert net(torch.randn(2, 4, 6, 6)).shape == (2, 4, 6, 6)
