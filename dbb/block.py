@@ -20,7 +20,7 @@ from dbb.norms import running, uses_batch_statistics
 from dbb.private import pair
 from dbb.rows import beside, stacked, weighted
 from dbb.subclass import Intercept, lend_weight, with_weight
-from dbb.transforms import embed_kernel, fill, fuse_conv_norm
+from dbb.transforms import fill, fuse_conv_norm
 
 POSITIONS = 256  # see benchmarks/README.md
 FIXED = {field.name for field in fields(Geometry)}
@@ -168,7 +168,7 @@ class ReparamConv2d(nn.Module):
         """Sum of the branches' kernels `[O, I/G, KH, KW]` and biases `[O]`, each with its norm or factor."""
         g, branches = self.geometry, self.branches.values()
         scales, biases = zip(*[branch.affine() for branch in branches], strict=True)
-        rows = stacked([embed_kernel(branch.kernel(), g.kernel_size) for branch in branches], g.groups)
+        rows = stacked([branch.kernel() for branch in branches], g.groups, g.kernel_size)
         scale = beside(scales, g.groups)
         kernel = weighted(rows.to(scale.dtype), scale).reshape(g.out_channels, -1, *g.kernel_size)
         return kernel, sum(biases[1:], biases[0])

@@ -157,7 +157,7 @@ class PointBranch(Branch):
 
     def kernel(self, first=None):
         point, (kh, kw) = self.point(first), self.geometry.kernel_size
-        return point if self.window == "centre" else point.expand(-1, -1, kh, kw) / (kh * kw)
+        return point if self.window == "centre" else (point / (kh * kw)).expand(-1, -1, kh, kw)
 
     def response(self, x, first=None):
         g = self.geometry

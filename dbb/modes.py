@@ -15,8 +15,8 @@ from dbb.convs import CentredConv, NormedConv, as_autocast, in_format_of
 from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, mean_over_processes, process_group, without_autocast
 from dbb.norms import count_batch, follow, uses_batch_statistics
-from dbb.rows import CovarianceSum, SampledSum, apart, beside, joined, stacked
-from dbb.transforms import add_branches, embed_kernel
+from dbb.rows import CovarianceSum, SampledSum, ScaledSum, apart, beside, joined
+from dbb.transforms import add_branches
 
 
 def exact(block, x: Tensor) -> Tensor:
@@ -86,15 +86,15 @@ def merged_online(block, x: Tensor) -> Tensor:
             raise ValueError(ONE_VALUE)
         if inner:
             kernels = [branch.inner() for branch in inner]
-            rows = joined(kernels, g.groups).to(sample.dtype)
+            joint = joined(kernels, g.groups).flatten(0, 2)[..., None, None]
             affine = _affine(joined, [branch.scale for branch in inner], g.groups, sample.dtype)
-            scaled, variance = SampledSum.apply(rows, *affine, centre if g.keeps_size else pixels, group)
+            seen = centre if g.keeps_size else pixels
+            scaled, variance, _ = SampledSum.apply(*affine, seen, group, (1, 1), joint)
             firsts = dict(zip(inner, _as_kernels(scaled, kernels), strict=True))
             variances += apart(variance[:, 0], kernels)
-        kernels = [embed_kernel(branch.kernel(firsts.get(branch)), g.kernel_size) for branch in live]
-        rows = stacked(kernels, g.groups).to(sample.dtype)
+        kernels = [branch.kernel(firsts.get(branch)) for branch in live]
         affine = _affine(beside, [branch.bn for branch in live], g.groups, sample.dtype)
-        kernel, variance = SampledSum.apply(rows, *affine, sample, group)
+        kernel, variance, rows = SampledSum.apply(*affine, sample, group, g.kernel_size, *kernels)
         with torch.no_grad():
             count = len(x) * math.prod(g.positions(padded))
             mean, _ = mean_over_processes(group, g.mean_window(padded), count)
@@ -110,7 +110,10 @@ def linear(block, x: Tensor) -> Tensor:
     """One convolution with the sum of the kernels, each times its factors, and the block's norm (OREPA)."""
     g = block.geometry
     with without_autocast(x.device):
-        kernel, _ = block.summed()
+        branches = block.branches.values()
+        scale = beside([branch.affine()[0] for branch in branches], g.groups)
+        kernel = ScaledSum.apply(scale, g.kernel_size, *[branch.kernel() for branch in branches])
+        kernel = kernel.reshape(g.out_channels, -1, *g.kernel_size)
     return block.bn(g.conv(g.pad(x), kernel.to(x.dtype)))
 
 

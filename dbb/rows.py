@@ -12,33 +12,44 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dbb.moments import over_processes, without_autocast
+from dbb.transforms import embed_kernel, offsets
 
 
 class SampledSum(Function):
-    """The sum over branches of `rows * gamma / sqrt(var + eps)`, var being that of responses to a sample.
+    """The sum over branches of `kernel * gamma / sqrt(var + eps)`, var being that of responses to a sample.
 
-    Arguments: rows; gamma `[G, B, O/G]`; eps, a number or as gamma; sample `[G, J, n]`; process group.
-    Returns the sum `[G, O/G, J]`, and the unbiased variances `[G, B, O/G]`, which are not differentiable.
+    Arguments: gamma `[G, B, O/G]`; eps, a number or as gamma; sample `[G, J, n]`; process group; the kernels
+    of the branches and their common size, see `stacked`.
+    Returns the sum `[G, O/G, J]`; the unbiased variances `[G, B, O/G]` and the rows, not differentiable.
 
     With `s = gamma / sqrt(var + eps)`, z a normalised response and D the gradient of the sum:
 
         d_gamma = (D . row) / sqrt(var + eps)
         d_row = s D - (s d_gamma / n) z @ sample'
         d_sample = - rows' @ (s d_gamma / n) z
+
+    Kernels are kept for backward, not their rows: most kernels are parameters, which are there anyway.
     """
 
     @staticmethod
-    def forward(ctx, rows, gamma, eps, sample, group):
-        with without_autocast(rows.device):
-            ctx.eps, ctx.group = eps, group
-            return _summed(ctx, rows, gamma, sample, *_normalised(rows, sample, eps, group))
+    def forward(ctx, gamma, eps, sample, group, size, *kernels):
+        with without_autocast(sample.device):
+            rows = stacked(kernels, len(sample), size).to(sample.dtype)
+            z, inverse, variance = _normalised(rows, sample, eps, group)
+            scale = inverse * gamma
+            ctx.save_for_backward(gamma, sample, z, inverse, scale, *kernels)
+            ctx.eps, ctx.group, ctx.size = eps, group, size
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(variance, rows)
+            return weighted(rows, scale), variance, rows
 
     @staticmethod
-    def backward(ctx, d_sum, _):
+    def backward(ctx, d_sum, _, __):
+        gamma, sample, z, inverse, scale, *kernels = ctx.saved_tensors
         if d_sum is None:
-            return None, None, None, None, None
-        rows, gamma, sample, z, inverse, scale = ctx.saved_tensors
-        with without_autocast(rows.device):
+            return None, None, None, None, None, *[None] * len(kernels)
+        with without_autocast(sample.device):
+            rows = stacked(kernels, len(sample), ctx.size).to(sample.dtype)
             if torch.is_grad_enabled():  # to be differentiated again: these three depend on the rest
                 z, inverse, _ = _normalised(rows, sample, ctx.eps, ctx.group)
                 scale = inverse * gamma
@@ -51,9 +62,27 @@ class SampledSum(Function):
             through_scale = (scale[..., None] * d_sum[:, None]).flatten(1, 2)
             d_rows = torch.baddbmm(through_scale, d_z, sample.mT, alpha=-1 / count).view_as(rows)
             d_sample = None
-            if ctx.needs_input_grad[3]:  # with beta=0 the first argument is not read
+            if ctx.needs_input_grad[2]:  # with beta=0 the first argument is not read
                 d_sample = torch.baddbmm(sample, rows.flatten(1, 2).mT, d_z, beta=0, alpha=-1 / count)
-            return by_branch(d_rows), by_branch(d_gamma), None, d_sample, None
+            return by_branch(d_gamma), None, d_sample, None, None, *unstacked(d_rows, kernels, ctx.size)
+
+
+class ScaledSum(Function):
+    """The sum over branches of `scale * kernel`, `[G, O/G, J]`. Arguments as of `SampledSum`, which see."""
+
+    @staticmethod
+    def forward(ctx, scale, size, *kernels):
+        ctx.save_for_backward(scale, *kernels)
+        ctx.size = size
+        return weighted(stacked(kernels, len(scale), size).to(scale.dtype), scale)
+
+    @staticmethod
+    def backward(ctx, d_sum):
+        scale, *kernels = ctx.saved_tensors
+        with without_autocast(scale.device):
+            rows = stacked(kernels, len(scale), ctx.size).to(scale.dtype)
+            d_rows = scale[..., None] * d_sum[:, None]
+            return by_branch(dots(rows, d_sum)), None, *unstacked(d_rows, kernels, ctx.size)
 
 
 def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,8 +109,13 @@ class CovarianceSum(Function):
     @staticmethod
     def forward(ctx, rows, gamma, eps, covariance):
         with without_autocast(rows.device):
+            products, inverse, variance = _varied(rows, covariance, eps)
+            scale = inverse * gamma
+            ctx.save_for_backward(rows, gamma, covariance, products, inverse, scale)
             ctx.eps = eps
-            return _summed(ctx, rows, gamma, covariance, *_varied(rows, covariance, eps))
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(variance)
+            return weighted(rows, scale), variance
 
     @staticmethod
     def backward(ctx, d_sum, _):
@@ -107,16 +141,6 @@ def _varied(rows: Tensor, covariance: Tensor, eps: float) -> tuple[Tensor, Tenso
     return products, (variance + eps).rsqrt(), variance
 
 
-def _summed(ctx, rows: Tensor, gamma: Tensor, source: Tensor, responses: Tensor, inverse: Tensor,
-            variance: Tensor) -> tuple[Tensor, Tensor]:
-    """What both sums return, and keep for backward, once they know the variances."""
-    scale = inverse * gamma
-    ctx.save_for_backward(rows, gamma, source, responses, inverse, scale)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(variance)
-    return weighted(rows, scale), variance
-
-
 def weighted(rows: Tensor, scale: Tensor) -> Tensor:
     """The sum over branches of `scale * row`."""
     if rows.shape[1] == 1:
@@ -129,9 +153,22 @@ def dots(rows: Tensor, d_sum: Tensor) -> Tensor:
     return (rows.transpose(1, 2) @ d_sum[..., None]).squeeze(3).transpose(1, 2)
 
 
-def stacked(kernels: Sequence[Tensor], groups: int) -> Tensor:
-    """Kernels `[O, C/G, KH, KW]` of several branches as rows `[G, B, O/G, J]`."""
-    return torch.stack([kernel.reshape(groups, -1, kernel[0].numel()) for kernel in kernels], 1)
+def stacked(kernels: Sequence[Tensor], groups: int, size: tuple[int, int]) -> Tensor:
+    """Kernels `[O, C/G, h, w]` of several branches, embedded in `size`, as rows `[G, B, O/G, J]`."""
+    parts = [embed_kernel(kernel, size).unflatten(0, (groups, -1)) for kernel in kernels]
+    return (parts[0][:, None] if len(parts) == 1 else torch.stack(parts, 1)).flatten(3)
+
+
+def unstacked(rows: Tensor, kernels: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+    """The gradients of kernels, from those of what `stacked` made of them."""
+    parts = []
+    for part, kernel in zip(by_branch(rows).unbind(1), kernels, strict=True):
+        part = part.reshape(len(kernel), -1, *size)
+        if kernel.shape[2:] != size:
+            (top, left), (height, width) = offsets(kernel.shape[2:], size), kernel.shape[2:]
+            part = part[:, :, top:top + height, left:left + width].contiguous()
+        parts.append(part.to(kernel.dtype))
+    return parts
 
 
 def beside(vectors: Sequence[Tensor], groups: int) -> Tensor:
