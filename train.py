@@ -232,14 +232,14 @@ def main(cfg: DictConfig) -> float | None:
             return result.get("val_top1")  # what a sweeper may select by
     except (SystemExit, Exception) as stop:
         why = stop.code if isinstance(stop, SystemExit) else f"error: {type(stop).__name__}: {stop}"
-        if isinstance(stop.__context__, DivergedError):
+        goes_on = hydra_cfg.mode is RunMode.MULTIRUN and isinstance(why, str)  # a number: it was stopped
+        of_this_run = goes_on and not isinstance(stop.__context__, FolderTakenError)
+        if of_this_run or isinstance(stop.__context__, DivergedError):
             write_text(run_dir / "error.txt", f"{why}\n")
-        if hydra_cfg.mode is not RunMode.MULTIRUN or not isinstance(why, str):  # a number: it was stopped
+        if not goes_on:
             raise
         if not isinstance(stop, SystemExit):
             traceback.print_exc()
-        if not isinstance(stop.__context__, FolderTakenError):
-            write_text(run_dir / "error.txt", f"{why}\n")
         FAILED.append(run_dir.name)  # the other jobs go on
         print(f"{run_dir.name}: {why}", file=sys.stderr)
         return math.nan

@@ -56,8 +56,8 @@ def follow(norms: list[nn.BatchNorm2d], running: list[Tensor], values: list[Tens
 
 def count_batch(norms: list[nn.BatchNorm2d]) -> None:
     """Count a batch, where a norm's running statistics have followed it."""
-    counts = [norm.num_batches_tracked for norm in norms if norm.training and norm.track_running_stats]
-    counts = [count for count in counts if count is not None]  # torch's norms work without, too
+    moving = [norm for norm in norms if norm.training and norm.track_running_stats]
+    counts = [norm.num_batches_tracked for norm in moving if norm.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
 

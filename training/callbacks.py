@@ -82,8 +82,7 @@ class Branches(Callback):
                   for layer, of in branch_shares(module.net).items() for branch, share in of.items()}
         for layer, block in module.net.named_modules():
             if isinstance(block, ReparamConv2d):
-                for name, branch in block.branches.items():
-                    gamma = branch.bn.weight if branch.factor is None else branch.factor
+                for name, gamma in block.gammas().items():
                     values[f"gamma/{layer}/{name}"] = gamma.detach().abs().mean().item()
         for logger in trainer.loggers[1:]:  # not the CSV file, which would get too many columns
             logger.log_metrics(values, trainer.global_step)
