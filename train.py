@@ -227,7 +227,8 @@ def main(cfg: DictConfig) -> float | None:
                 result = train(resolve(cfg, hydra_cfg.overrides.task), run_dir)
             finally:
                 left = {path.name for path in run_dir.iterdir()}
-                if cfg.ckpt is None and cfg.out is None and left <= {LOCK}:
+                alone = hydra_cfg.mode is not RunMode.MULTIRUN  # a sweep's job leaves its error there
+                if alone and cfg.ckpt is None and cfg.out is None and left <= {LOCK}:
                     shutil.rmtree(run_dir)  # ours, and stopped before it began
             return result.get("val_top1")  # what a sweeper may select by
     except (SystemExit, Exception) as stop:

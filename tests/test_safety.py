@@ -118,3 +118,13 @@ def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path):
     done = call("train.py", *command, "optim.name=nothing", cwd=tmp_path)
     assert done.returncode == 1
     assert not folder.exists()
+
+
+def test_a_job_of_a_sweep_that_never_began_says_why(tmp_path):
+    """In a folder that Hydra made, too: the other jobs go on."""
+    done = call("train.py", "-m", "model=vgg16,resnet8", *TINY, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: 1 jobs failed" in done.stderr
+    [error] = tmp_path.rglob("error.txt")
+    assert "vgg16 cannot take images of 8 pixels" in error.read_text()
+    assert len(list(tmp_path.rglob("result.json"))) == 1
