@@ -126,7 +126,8 @@ class ReparamConv2d(nn.Module):
         self.outer.training = self.training
         lend_weight(self.outer, x.device, next(self.parameters(), x).dtype)  # a replica has no parameters
         with Intercept(self._inside):
-            return self.nonlinear(self.outer(x))
+            y = self.outer(x)
+        return self.nonlinear(y)
 
     def _inside(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # as F.conv2d
         given = [size if isinstance(size, str) else pair(size) for size in (stride, padding, dilation)]
@@ -135,6 +136,9 @@ class ReparamConv2d(nn.Module):
                 f"{type(self.outer).__name__} has stride {stride}, padding {padding}, dilation {dilation} "
                 f"for this image, but had {self.stride}, {self.padding}, {self.dilation} for the example: "
                 "exclude this layer")
+        own = self.outer.weight.dtype
+        if weight.dtype != own:  # which the subclass has cast to the input's type
+            return self._sum(input.to(own)).to(weight.dtype)
         return self._sum(input)
 
     def _sum(self, x: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ class ReparamConv2d(nn.Module):
         """
         conv = self.reparam or self._merge()
         if self.outer is not None:
-            conv = with_weight(self.outer, conv)
+            conv = with_weight(self.outer, conv.weight, conv.bias).train(conv.training)
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
 
     @torch.no_grad()

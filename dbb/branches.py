@@ -195,6 +195,12 @@ class Identity(PointBranch, name="identity"):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers"):  # the file's tensors take the place of the norm's
+            norm = "factor" if self.bn is None else "bn.weight"
+            self.dtype = state_dict.get(prefix + norm, self.gamma).dtype
+
     @classmethod
     def fits(cls, geometry):
         any_stride = cls.window == "average"

@@ -1,7 +1,9 @@
 """Which norm is fed by which convolution: pairs are found by where tensors flow, not by names."""
 
+import gc
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +92,7 @@ class Flow(TorchDispatchMode):
         """One forward pass in eval, without gradients; the model is as before but for its mode."""
         try:
             with torch.no_grad(), self:
-                output = call(model.eval(), inputs)
+                result = call(model.eval(), inputs)
         except Exception as error:  # whatever a network raises
             found = [f"shape {list(x.shape)}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
             shapes = ", ".join(found) or "no tensor"
@@ -99,21 +101,19 @@ class Flow(TorchDispatchMode):
         finally:
             for handle in self.handles:
                 handle.remove()
-        self.note(list(tensors_in(output)), "the network's output")
+        kept = "what the network returns or keeps"
+        self.note(result, kept)
+        if any(map(_held, self.made.values())):
+            gc.collect()  # unless by what nothing reaches
+        for made in filter(_held, self.made.values()):
+            self.others[made[0]].add(kept)
         return self
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a network's output, also in containers that torch does not know, as dataclasses."""
-    waiting, seen = [value], {}
-    while waiting:
-        for leaf in tree_leaves(waiting.pop()):
-            if isinstance(leaf, Tensor):
-                yield leaf
-            elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type):
-                seen[id(leaf)] = leaf  # kept, so that the id stays its own
-                waiting += [list(leaf.values())] if isinstance(leaf, Mapping) else []
-                waiting += [list(vars(leaf).values())] if hasattr(leaf, "__dict__") else []
+def _held(pair: tuple[Any, Tensor]) -> bool:
+    """Whether anything besides the pair holds its tensor: a result, an attribute, a closure, a list ..."""
+    unheld = None, torch.empty(0)
+    return sys.getrefcount(pair[1]) > sys.getrefcount(unheld[1])
 
 
 def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Module:
@@ -151,15 +151,17 @@ def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     if type(norm) in NORMS:
         return PassedNorm(norm)
     asked = with_values(norm)
+    asked.momentum = 0.5
     rest = PassedNorm(asked)
     probe = torch.linspace(-3, 3, 6 * norm.num_features).to(asked.weight).reshape(1, -1, 2, 3)
     # SyncBatchNorm cannot be asked in training mode on a CPU.
     for training in [False] if isinstance(norm, nn.SyncBatchNorm) else [False, True]:
-        statistics = [None, None] if training else [asked.running_mean, asked.running_var]
-        plain = F.batch_norm(probe, *statistics, asked.weight, asked.bias, training, eps=norm.eps)
+        statistics = asked.running_mean.clone(), asked.running_var.clone()
+        plain = F.batch_norm(probe, *statistics, asked.weight, asked.bias, training, 0.5, norm.eps)
         try:
             with torch.random.fork_rng(devices=[]):
                 known = torch.equal(rest.train(training)(plain), asked.train(training)(probe))
+            known &= all(map(torch.equal, statistics, (asked.running_mean, asked.running_var)))
         except Exception:  # whatever somebody else's norm raises
             known = False
         if not known:

@@ -25,6 +25,9 @@ def compare_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
     """Compare pairs of logits `[N, classes]`, batch by batch."""
     images, absolute, relative, gaps = 0, 0.0, 0.0, []
     for before, after in batches:
+        if not isinstance(before, Tensor):
+            raise ValueError(f"logits [N, classes] are compared, and the network returns a "
+                             f"{type(before).__name__}: wrap both so that they return a tensor")
         if not len(before):
             continue
         before, after = before.double(), after.double()

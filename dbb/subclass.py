@@ -83,28 +83,21 @@ def _ask(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return prepared, arguments
 
 
-def without_weight(conv: nn.Conv2d) -> nn.Conv2d:
-    """A copy that holds no parameters; see `lend_weight`."""
-    conv = copy.deepcopy(conv)
-    like = conv.weight
-    del conv.weight
-    conv.bias = None
-    lend_weight(conv, like.device, like.dtype)
-    return conv
+def with_weight(conv: nn.Conv2d, weight: Tensor | None, bias: Tensor | None) -> nn.Conv2d:
+    """A copy of a subclass of Conv2d with these in place of its own; what it holds besides is shared."""
+    result = copy.copy(conv)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        setattr(result, kind, getattr(conv, kind).copy())
+    result._parameters.pop("weight", None)  # so that what is no parameter may be one's weight
+    result.weight, result.bias = weight, bias
+    return result
 
 
 def lend_weight(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a subclass from `without_weight` something of its weight's shape, for code that asks for that.
+    """Give a subclass without a weight something of its weight's shape, for its forward to ask and hand on.
 
     It is one number, seen as many, and so neither a parameter nor a buffer: DDP and averaging write into
     those. So nothing moves it along with the module, and a block makes it anew for each image.
     """
     shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
     conv.weight = torch.zeros((), device=device, dtype=dtype).expand(shape)
-
-
-def with_weight(conv: nn.Conv2d, plain: nn.Conv2d) -> nn.Conv2d:
-    """A copy of a subclass from `without_weight`, with the weight and the bias of a plain convolution."""
-    conv = copy.deepcopy(conv)
-    conv.weight, conv.bias = plain.weight, plain.bias
-    return conv.train(plain.training)

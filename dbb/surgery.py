@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from dbb.block import BLOCKS, ReparamConv2d, copied
 from dbb.flow import Flow, Inputs, after_norm, partner
 from dbb.private import AnyConv
-from dbb.subclass import Stays, inner_convolution, without_weight
+from dbb.subclass import Stays, inner_convolution, with_weight
 from dbb.transforms import fill
 
 INITS = ("mean", "ones", "third", "single")  # see replace_convs
@@ -101,6 +101,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             the network is lazy or cannot run on `example_input`, or nothing can become a block
             (`NothingSwappedError`).
     """
+    if not isinstance(kernel_sizes, Container):
+        raise ValueError(f"kernel_sizes={kernel_sizes} is one size: give all of them, [{kernel_sizes}]")
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
     if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
@@ -117,8 +119,6 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
         first = next((m for m in names if isinstance(m, nn.Conv2d | ReparamConv2d)), nn.Conv2d(3, 1, 1))
         example_input = first.weight.new_zeros(1, first.in_channels, 224, 224)
     flow = Flow(traced).run(traced, example_input)
-    for module, name in names.items():
-        module.training = result.get_submodule(name).training  # which the pass has set
 
     report, replacements = Report(), {}
     for name, conv in convs.items():
@@ -128,15 +128,16 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             if host is not None and include is None:
                 raise Stays(host)
             norm = partner(conv, flow, names)
-            rest = after_norm(norm)
+            ours, our_norm = result.get_submodule(name), result.get_submodule(names[norm])
+            rest = after_norm(our_norm)
             arguments = vars(conv) if type(conv) is nn.Conv2d else inner_convolution(conv, flow.inputs[conv])
         except Stays as reason:
             report.append(Row(name, conv.kernel_size, None, str(reason)))
             continue
         if host is not None:  # whose own step must fail, since it would leave out the merged bias
             rest = nn.Sequential(*rest)
-        replacements[conv] = _make(name, make, conv, arguments, norm, init)
-        replacements[norm] = rest.train(norm.training)
+        replacements[conv] = _make(name, make, ours, arguments, our_norm, init)
+        replacements[norm] = rest.train(our_norm.training)
         branches = " + ".join(replacements[conv].branches)
         report.append(Row(name, conv.kernel_size, branches, norm=names[norm]))
     if not replacements:
@@ -150,6 +151,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
 
 def _check_patterns(names: Collection[str], **knobs: Sequence[str] | None) -> None:
     for knob, patterns in knobs.items():
+        if isinstance(patterns, str):
+            raise ValueError(f"{knob}={patterns!r} is one pattern: give a list of them, [{patterns!r}]")
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 nearest = get_close_matches(pattern, names, n=4, cutoff=0) or ["none"]
@@ -223,7 +226,7 @@ def _make(name: str, make: Maker, conv: nn.Conv2d, arguments: Mapping[str, Any],
         raise ValueError(f"{name}: init=single, a warm start, needs a kxk branch; the block has "
                          f"{', '.join(block.branches)}")
     if type(conv) is not nn.Conv2d:
-        outer = without_weight(conv)
+        outer = with_weight(conv, None, None)
         # With nothing to move or save it is kept out of the module tree, where code would take it for a
         # convolution of its own: to initialise it, prune it, or give its weight to an optimiser.
         if [*outer.children(), *outer.parameters(), *outer.buffers()]:

@@ -1,12 +1,20 @@
 """What other people's code does to modules: hooks, truth values, attributes, losses over two modes."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from dbb import AsymmetricConvBlock, DiverseBranchBlock, replace_convs, restore_norms
+from dbb import (
+    AsymmetricConvBlock,
+    DiverseBranchBlock,
+    NothingSwappedError,
+    compare,
+    replace_convs,
+    restore_norms,
+)
 from tests.conftest import randomize, relative_error
 
 
@@ -111,3 +119,114 @@ def test_what_is_left_of_a_subclass_is_no_convolution_to_others():
     again = copy.deepcopy(net).double()
     assert again(torch.randn(2, 4, 6, 6).double()).dtype == torch.float64
     assert net(torch.randn(2, 4, 6, 6)).shape == (2, 4, 6, 6)
+
+
+class Kept(nn.Module):
+    """Keeps what its convolution returns somewhere besides giving it to the norm."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.conv, self.bn, self.keep = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), keep
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.keep(self, y, self.bn(y))
+
+
+@dataclass(slots=True)
+class Slots:
+    raw: torch.Tensor
+    out: torch.Tensor
+
+
+STASH = []
+
+
+@pytest.mark.parametrize("keep", [
+    lambda net, raw, out: (raw, out), lambda net, raw, out: Slots(raw, out),
+    lambda net, raw, out: setattr(net, "features", raw) or out, lambda net, raw, out: lambda: (raw, out),
+    lambda net, raw, out: STASH.append(raw) or out,
+], ids=["returned", "in slots", "as an attribute", "in a closure", "in a global"])
+def test_what_a_network_keeps_of_a_convolution_is_found(keep):
+    with pytest.raises(NothingSwappedError, match="also goes to what the network returns or keeps"):
+        replace_convs(Kept(keep), "dbb", example_input=torch.randn(2, 4, 6, 6))
+    _, report = replace_convs(Kept(lambda net, raw, out: out), "dbb", example_input=torch.randn(2, 4, 6, 6))
+    assert report[0].block is not None
+
+
+class BiasedNorm(nn.BatchNorm2d):
+    """Moves its running variance towards the biased one."""
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.running_mean.lerp_(x.mean((0, 2, 3)), self.momentum)
+                self.running_var.lerp_(x.var((0, 2, 3), unbiased=False), self.momentum)
+        statistics = (None, None) if self.training else (self.running_mean, self.running_var)
+        return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, self.training, eps=self.eps)
+
+
+def test_a_norm_with_statistics_of_its_own_stays():
+    with pytest.raises(NothingSwappedError, match="BiasedNorm, which does more"):
+        replace_convs(nn.Sequential(nn.Conv2d(4, 4, 3), BiasedNorm(4)), "dbb",
+                      example_input=torch.randn(2, 4, 6, 6))
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """With an activation that has parameters, as timm's BatchNormAct2d may."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def test_a_child_of_a_norm_that_others_share_stays_shared():
+    act = nn.PReLU(4)
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3), ActivatedNorm(4, act), nn.Conv2d(4, 4, 1), act)
+    net, _ = replace_convs(plain, "dbb", example_input=torch.randn(2, 4, 6, 6))
+    assert net[1][0] is net[3]
+    assert net[3] is not act
+    assert net[3].weight in {*net.parameters()}
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+                                  nn.BatchNorm2d(4, affine=False), BiasedNorm(4)], ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_put_in_afterwards_that_normalise_otherwise_are_refused(norm, training):
+    block = DiverseBranchBlock(4, 4, 3, padding=1)
+    block.branches["1x1"].bn = norm
+    with pytest.raises(ValueError, match="replace norms before"):
+        block.train(training)(torch.randn(2, 4, 6, 6))
+
+
+class Casts(nn.Conv2d):
+    """Casts its weight to the type of its input."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight.to(x.dtype), None, 1, 1)
+
+
+def test_types_that_come_later():
+    plain = randomize(nn.Sequential(Casts(4, 4, 3, bias=False), nn.BatchNorm2d(4))).eval()
+    x = torch.randn(2, 4, 6, 6)
+    net, _ = replace_convs(plain, "dbb", example_input=x, init="single")
+    assert net(x.bfloat16()).dtype == plain(x.bfloat16()).dtype == torch.bfloat16
+    assert relative_error(net(x.bfloat16()), plain(x)) < 0.05
+
+    block, half = DiverseBranchBlock(4, 4, 3, padding=1, groups=4), DiverseBranchBlock(4, 4, 3, groups=4)
+    block.load_state_dict(half.bfloat16().state_dict(), assign=True)
+    assert block.train()(x.bfloat16()).dtype == block.eval()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_one_value_where_several_are_meant():
+    net, x = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 4, 6, 6)
+    for knob, message in ({"exclude": "head"}, r"give a list of them, \['head'\]"), \
+            ({"kernel_sizes": 3}, r"give all of them, \[3\]"):
+        with pytest.raises(ValueError, match=message):
+            replace_convs(net, "dbb", example_input=x, **knob)
+    named = Kept(lambda net, raw, out: {"logits": out}).eval()
+    with pytest.raises(ValueError, match="returns a dict"):
+        compare(named, named, [x])

@@ -423,7 +423,7 @@ def test_an_output_in_a_container_that_torch_does_not_know(wrap):
             return {"dataclass": Out(**parts), "mapping": UserDict(parts), "object": SimpleNamespace(**parts),
                     "nested": nested}[wrap]
 
-    with pytest.raises(NothingSwappedError, match="also goes to the network's output"):
+    with pytest.raises(NothingSwappedError, match="also goes to what the network returns"):
         replace_convs(Both(), "dbb", example_input=torch.zeros(1, 8, 9, 9))
 
 

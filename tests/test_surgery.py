@@ -59,7 +59,8 @@ def test_pairs_are_found_by_the_flow_of_tensors():
     rows = {row.module: row for row in report}
     assert {name for name, row in rows.items() if row.block} == {"paired", "reused"}
     for name, reason in {
-            "to_relu": "relu", "to_add": "also goes to add", "to_cat": "cat", "output": "network's output",
+            "to_relu": "relu", "to_add": "also goes to add", "to_cat": "cat",
+            "output": "what the network returns",
             "norm_twice_a": "norm_twice", "norm_twice_b": "norm_twice", "lonely": "not reached",
             "point": "only kernel sizes", "big": "only kernel sizes",
             "group": "native_group_norm", "plain_gamma": "no gamma"}.items():
