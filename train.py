@@ -134,7 +134,8 @@ def begin(settings: Settings, model: Classifier, trainer: pl.Trainer, run_dir: P
     for path in (run_dir / "result.json", run_dir / "error.txt", *run_dir.glob("hpc_ckpt_*.ckpt")):
         path.unlink(missing_ok=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))))
-    trainer.loggers[-1].log_hyperparams(asdict(settings))
+    for logger in trainer.loggers[1:]:  # the first writes metrics.csv beside the settings
+        logger.log_hyperparams(asdict(settings))
     net, size = model.net, model.image_size
     activations = activations_of_a_batch(net, settings.data.batch_size, size) / 2**20
     parameters = sum(p.numel() for p in net.parameters())
