@@ -127,6 +127,7 @@ class ReparamConv2d(nn.Module):
         lend_weight(self.outer, x.device, next(self.parameters(), x).dtype)  # a replica has no parameters
         with Intercept(self._inside):
             y = self.outer(x)
+        self.outer.weight = self.outer.bias = None  # what is traced or exported may not keep them
         return self.nonlinear(y)
 
     def _inside(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # as F.conv2d
@@ -200,7 +201,8 @@ class ReparamConv2d(nn.Module):
         """
         conv = self.reparam or self._merge()
         if self.outer is not None:
-            conv = with_weight(self.outer, conv.weight, conv.bias).train(conv.training)
+            plain, conv = conv, with_weight(self.outer, conv.weight, conv.bias)
+            conv.train(plain.training)
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
 
     @torch.no_grad()

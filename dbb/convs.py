@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from dbb.moments import over_processes, wide, without_autocast
+from dbb.moments import autocast_kind, over_processes, wide, without_autocast
 
 
 def in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
 
 def as_autocast(*parts: Tensor) -> list[Tensor]:
     """In the type that autocast gives to a convolution: a backward of one's own runs without autocast."""
-    kind = parts[0].device.type
+    kind = autocast_kind(parts[0].device)
     if not torch.is_autocast_enabled(kind) or parts[0].dtype == torch.float64:  # which autocast leaves alone
         return list(parts)
     return [part.to(torch.get_autocast_dtype(kind)) for part in parts]

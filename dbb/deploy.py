@@ -68,7 +68,8 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
     """
     if isinstance(batches, Tensor):
         raise ValueError("batches: give a list of batches, [images] for one")
-    merged, plain = reparameterize(model), copy.deepcopy(plain).eval()
+    merged, plain = reparameterize(model), copy.deepcopy(plain)
+    plain.eval()
     rows = [row for row in report if row.block is not None]
     moments = _output_moments(merged, [row.module for row in rows], batches)
     try:

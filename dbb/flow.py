@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,13 +39,13 @@ class Flow(TorchDispatchMode):
         self.odd = set()  # convolutions and norms that are used besides in ways that a block is not
         self.taken = set()  # ids of outputs that a norm has taken
         self.made = {}  # id of an output -> (its convolution, the output, kept so that the id stays its own)
-        self.inputs = {}  # subclass of Conv2d -> one input
+        self.inputs = {}  # convolution -> one input
         self.inside = None  # the tensor that a norm is working on
         self.working = None  # the convolution or norm whose forward runs
         self.owner, self.handles = {}, []  # id of a parameter or buffer -> its module; those of the hooks
-        for module in model.modules():  # a list of modules, say, which keeps what is swapped
-            attributes = [value for key, value in vars(module).items() if key != "_modules"]
-            self.odd |= {leaf for leaf in tree_leaves(attributes) if isinstance(leaf, nn.Module)}
+        self.odd |= held_besides(model)
+        for module in model.modules():
+            self.handles.append(module.register_forward_hook(self._passed))
         for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, *NORMS))]:
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if id(tensor) in self.owner:  # a tied weight
@@ -67,8 +67,14 @@ class Flow(TorchDispatchMode):
                 self.taken.add(id(args[0]))
                 self.norms[conv].append(module)
                 self.inside = args[0]
-        elif type(module) is not nn.Conv2d:
+        else:
             self.inputs[module] = args[0]
+
+    def _passed(self, module, args, output):
+        """A module that returns its input in eval, as dropout does, may not do so in training."""
+        harmless = type(module) in (nn.Identity, nn.Sequential)
+        if args and output is args[0] and id(output) in self.made and not harmless:
+            self.others[self.made[id(output)][0]].add(type(module).__name__)
 
     def _leave(self, module, args, output):
         self.working = self.inside = None
@@ -92,7 +98,8 @@ class Flow(TorchDispatchMode):
         """One forward pass in eval, without gradients; the model is as before but for its mode."""
         try:
             with torch.no_grad(), self:
-                result = call(model.eval(), inputs)
+                model.eval()  # a network's own may return nothing
+                result = call(model, inputs)
         except Exception as error:  # whatever a network raises
             found = [f"shape {list(x.shape)}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
             shapes = ", ".join(found) or "no tensor"
@@ -108,6 +115,18 @@ class Flow(TorchDispatchMode):
         for made in filter(_held, self.made.values()):
             self.others[made[0]].add(kept)
         return self
+
+
+def held_besides(model: nn.Module) -> set[nn.Module]:
+    """Modules that something besides their parents holds: a list, an object, a method; it would keep them."""
+    def references(root):
+        parents = Counter(child for module in root.modules() for child in module._modules.values())
+        return {child: sys.getrefcount(child) - count for child, count in parents.items()}
+
+    [unheld] = references(nn.Sequential(nn.Identity())).values()
+    if any(count > unheld for count in references(model).values()):
+        gc.collect()  # of what nothing reaches
+    return {module for module, count in references(model).items() if module is not None and count > unheld}
 
 
 def _held(pair: tuple[Any, Tensor]) -> bool:
@@ -137,8 +156,8 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
         raise Stays(f"{names[norm]} has no gamma, no bias or no running statistics")
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     if any(getattr(m, kind) for m in (conv, norm) for kind in hooks) \
-            or any(name in vars(m) for m in (conv, norm) for name in ("forward", "train")):
-        raise Stays("it or its norm has hooks, or a forward or train of its own, which a block would not run")
+            or any(callable(getattr(type(m), name, None)) for m in (conv, norm) for name in vars(m)):
+        raise Stays("it or its norm has hooks, or methods of its own, which a block would not run")
     return norm
 
 
@@ -150,6 +169,9 @@ def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     """
     if type(norm) in NORMS:
         return PassedNorm(norm)
+    more = {*norm._parameters, *norm._buffers}.difference(nn.BatchNorm2d(1).state_dict())
+    if more:
+        raise Stays(f"its norm is a {type(norm).__name__}, which has {', '.join(sorted(more))} besides")
     asked = with_values(norm)
     asked.momentum = 0.5
     rest = PassedNorm(asked)

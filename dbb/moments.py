@@ -13,9 +13,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_kind(device: torch.device) -> str:
+    """The name that autocast has for a device; it does not know `meta`."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 def without_autocast(device: torch.device) -> torch.autocast:
     """For statistics and kernels, which are small and must be right. TF32 is as the user set it."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(autocast_kind(device), enabled=False)
 
 
 def process_group(norm: nn.Module):

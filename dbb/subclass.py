@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from dbb.geometry import Geometry
 
 
 class Stays(Exception):  # noqa: N818
@@ -37,18 +40,26 @@ def with_values(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any]:
-    """The arguments of the convolution inside a subclass of Conv2d, as a block takes them; or `Stays`.
+    """The arguments of a convolution, or of the one inside a subclass of Conv2d, for a block; or `Stays`.
 
     Dynamic "same" padding, or circular padding of one axis, prepares the input, then returns `F.conv2d` of
     it. The subclass is asked in eval and in training, and with two weights: what it does to its input must
     depend on neither.
     """
+    if type(conv) is nn.Conv2d:
+        g = Geometry(**{field.name: getattr(conv, field.name) for field in fields(Geometry)[:-1]})
+        padded = [size for pair in reversed(g.pads) for size in pair]
+        if conv.weight.shape != (g.out_channels, g.in_channels // g.groups, *g.kernel_size) \
+                or conv.padding_mode != "zeros" and [*conv._reversed_padding_repeated_twice] != padded:
+            raise Stays("its weight or its padding is not what its settings say")
+        return vars(conv)
     conv = with_values(conv)
     # An example of zeros would hide factors.
     x = torch.linspace(-1, 1, x.numel()).to(conv.weight.device, x.dtype).reshape(x.shape)
     found = []
     for training, factor in ((False, 1), (True, 1), (False, 2)):
-        asked = copy.deepcopy(conv).train(training)
+        asked = copy.deepcopy(conv)
+        asked.train(training)
         for parameter in asked.parameters(recurse=False):
             parameter.mul_(factor).add_(factor - 1)
         found.append(_ask(asked, x))
@@ -78,7 +89,7 @@ def _ask(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     [(prepared, weight, bias, y, arguments)] = calls
     if weight is not conv.weight or bias is not conv.bias or not torch.equal(weight, before):
         raise Stays(f"{kind} computes its kernel from its weight")
-    if output is not y:
+    if output is not y or y._version:
         raise Stays(f"{kind} changes what its convolution returns")
     return prepared, arguments
 
@@ -88,16 +99,27 @@ def with_weight(conv: nn.Conv2d, weight: Tensor | None, bias: Tensor | None) -> 
     result = copy.copy(conv)
     for kind in ("_parameters", "_buffers", "_modules"):
         setattr(result, kind, getattr(conv, kind).copy())
-    result._parameters.pop("weight", None)  # so that what is no parameter may be one's weight
-    result.weight, result.bias = weight, bias
+    for name, value in ("weight", weight), ("bias", bias):
+        result._parameters.pop(name, None)  # so that what is no parameter may take the place
+        setattr(result, name, value)
     return result
+
+
+class Rest(nn.Module):
+    """What a subclass of Conv2d holds besides its weight and bias: the same parts, in the same places."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self._parameters, self._buffers, self._modules = conv._parameters, conv._buffers, conv._modules
 
 
 def lend_weight(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> None:
     """Give a subclass without a weight something of its weight's shape, for its forward to ask and hand on.
 
     It is one number, seen as many, and so neither a parameter nor a buffer: DDP and averaging write into
-    those. So nothing moves it along with the module, and a block makes it anew for each image.
+    those. So nothing moves it along with the module, and a block makes it anew for each image. The bias is
+    lent as well.
     """
-    shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
-    conv.weight = torch.zeros((), device=device, dtype=dtype).expand(shape)
+    zero = torch.zeros((), device=device, dtype=dtype)
+    conv.weight = zero.expand(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+    conv.bias = zero.expand(conv.out_channels)

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from dbb.block import BLOCKS, ReparamConv2d, copied
 from dbb.flow import Flow, Inputs, after_norm, partner
 from dbb.private import AnyConv
-from dbb.subclass import Stays, inner_convolution, with_weight
+from dbb.subclass import Rest, Stays, inner_convolution, with_weight
 from dbb.transforms import fill
 
 INITS = ("mean", "ones", "third", "single")  # see replace_convs
@@ -111,6 +111,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
     choices = block if isinstance(block, Mapping) else {"*": block}
     makers = {pattern: _maker(choice) for pattern, choice in choices.items()}
     result, traced = copied(model), copied(model)  # what a forward pass may change stays in `traced`
+    flow = Flow(traced)
     names = {module: name for name, module in traced.named_modules()}
     held = {part for m in names if isinstance(m, ReparamConv2d) for part in (m.outer, m.reparam)}
     convs = {name: m for m, name in names.items() if isinstance(m, AnyConv) and m not in held}
@@ -118,7 +119,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
     if example_input is None:
         first = next((m for m in names if isinstance(m, nn.Conv2d | ReparamConv2d)), nn.Conv2d(3, 1, 1))
         example_input = first.weight.new_zeros(1, first.in_channels, 224, 224)
-    flow = Flow(traced).run(traced, example_input)
+    flow.run(traced, example_input)
 
     report, replacements = Report(), {}
     for name, conv in convs.items():
@@ -130,7 +131,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             norm = partner(conv, flow, names)
             ours, our_norm = result.get_submodule(name), result.get_submodule(names[norm])
             rest = after_norm(our_norm)
-            arguments = vars(conv) if type(conv) is nn.Conv2d else inner_convolution(conv, flow.inputs[conv])
+            arguments = inner_convolution(conv, flow.inputs[conv])
         except Stays as reason:
             report.append(Row(name, conv.kernel_size, None, str(reason)))
             continue
@@ -227,12 +228,11 @@ def _make(name: str, make: Maker, conv: nn.Conv2d, arguments: Mapping[str, Any],
                          f"{', '.join(block.branches)}")
     if type(conv) is not nn.Conv2d:
         outer = with_weight(conv, None, None)
-        # With nothing to move or save it is kept out of the module tree, where code would take it for a
-        # convolution of its own: to initialise it, prune it, or give its weight to an optimiser.
+        # It is kept out of the module tree, where code would take it for a convolution of its own: to
+        # initialise it, prune it, or give its weight to an optimiser. What it holds besides is in the tree.
+        vars(block)["outer"] = outer
         if [*outer.children(), *outer.parameters(), *outer.buffers()]:
-            block.outer = outer
-        else:
-            vars(block)["outer"] = outer
+            block._modules["outer"] = Rest(outer)
     block.train(conv.training).requires_grad_(like.requires_grad)  # a frozen layer stays frozen
     _start_norms(name, block, norm, init)
     _hand_over_values(name, block, conv, norm)

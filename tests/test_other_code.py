@@ -1,17 +1,22 @@
 """What other people's code does to modules: hooks, truth values, attributes, losses over two modes."""
 
 import copy
+import pickle
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from dbb import (
     AsymmetricConvBlock,
     DiverseBranchBlock,
     NothingSwappedError,
     compare,
+    reparameterize,
     replace_convs,
     restore_norms,
 )
@@ -230,3 +235,147 @@ def test_one_value_where_several_are_meant():
     named = Kept(lambda net, raw, out: {"logits": out}).eval()
     with pytest.raises(ValueError, match="returns a dict"):
         compare(named, named, [x])
+
+
+class InPlace(nn.Conv2d):
+    """Activates its output in place: the tensor is the one that its convolution returned."""
+
+    def forward(self, x):
+        return nn.functional.relu(super().forward(x), inplace=True)
+
+
+def changed(conv, **attributes):
+    vars(conv).update(attributes)
+    return conv
+
+
+def grey(conv):
+    conv.weight = nn.Parameter(conv.weight.sum(1, keepdim=True))
+    return conv
+
+
+def tiled(conv):
+    conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(
+        nn.functional.pad(x, (1, 1, 0, 0), mode="circular"), weight, bias, 1, (1, 0))
+    return conv
+
+
+@pytest.mark.parametrize(("conv", "reason"), [
+    (InPlace(4, 4, 3, padding=1), "changes what its convolution returns"),
+    (tiled(nn.Conv2d(4, 4, 3, padding=1)), "methods of its own"),
+    (grey(nn.Conv2d(4, 4, 3, padding=1)), "not what its settings say"),
+    (changed(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), padding=(2, 2)), "not what its settings"),
+], ids=["in place", "patched", "grey stem", "padding changed"])
+def test_convolutions_that_are_not_what_they_seem_stay(conv, reason):
+    x = torch.randn(2, conv.weight.shape[1], 9, 9)
+    with pytest.raises(NothingSwappedError, match=reason):
+        replace_convs(nn.Sequential(conv, nn.BatchNorm2d(4)), "dbb", example_input=x)
+
+
+HOLDERS = {
+    "an object": lambda conv, bn: SimpleNamespace(steps=[conv, bn]),
+    "methods": lambda conv, bn: SimpleNamespace(steps=[conv.__call__, bn.__call__]),
+    "a module in a list": lambda conv, bn: SimpleNamespace(steps=[nn.Sequential(conv, bn)]),
+    "a partial": lambda conv, bn: SimpleNamespace(steps=[partial(conv), bn]),
+    "a key": lambda conv, bn: SimpleNamespace(steps={conv: 0, bn: 1}),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+def test_modules_that_something_else_holds_stay(holder):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.held = holder(self.conv, self.bn)
+
+        def forward(self, x):
+            for step in self.held.steps:
+                x = step(x)
+            return x
+
+    with pytest.raises(NothingSwappedError, match="used elsewhere too"):
+        replace_convs(Net(), "dbb", example_input=torch.randn(2, 4, 6, 6))
+
+
+def test_dropout_between_a_convolution_and_its_norm_is_seen():
+    """As in WideResNet; in eval it returns its very input."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout(0.3), nn.BatchNorm2d(4))
+    with pytest.raises(NothingSwappedError, match="also goes to Dropout"):
+        replace_convs(net, "dbb", example_input=torch.randn(2, 4, 6, 6))
+    net[1] = nn.Identity()
+    replace_convs(net, "dbb", example_input=torch.randn(2, 4, 6, 6))
+
+
+class Gated(nn.BatchNorm2d):
+    """With a parameter that is neutral at first."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gate = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.gate * y.relu()
+
+
+def test_a_norm_with_parameters_of_its_own_stays():
+    with pytest.raises(NothingSwappedError, match="Gated, which has gate besides"):
+        replace_convs(nn.Sequential(nn.Conv2d(4, 4, 3), Gated(4)), example_input=torch.randn(2, 4, 6, 6))
+
+
+class Silent(nn.Module):
+    """Its `train` returns nothing, as in many a repository."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+def test_a_train_method_that_returns_nothing():
+    plain, x = Silent(), torch.randn(2, 4, 6, 6)
+    net, report = replace_convs(plain, "dbb", example_input=x)
+    net.eval()
+    restored = restore_norms(net, report, plain, [x])
+    assert relative_error(restored(x), net(x)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["exact", "online", "linear"])
+def test_shapes_on_meta(mode):
+    block, x = DiverseBranchBlock(4, 8, 3, padding=1, mode=mode, device="meta"), torch.empty(2, 4, 6, 6)
+    for training in (True, False):
+        assert block.train(training)(x.to("meta")).shape == (2, 8, 6, 6)
+
+
+class Centres(nn.Conv2d):
+    """Subtracts a mean of its own, and casts its bias."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("mean", torch.full((4, 1, 1), 0.3))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x - self.mean, self.weight, self.bias.to(x.dtype))
+
+
+def test_a_subclass_with_a_buffer_is_no_convolution_to_others_either():
+    plain, x = nn.Sequential(Centres(4, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 4, 6, 6).double()
+    randomize(plain.double()).eval()
+    net, _ = replace_convs(plain, "dbb", example_input=x, init="single")
+    assert "0.outer.mean" in net.state_dict()
+    assert not any(isinstance(module, nn.Conv2d) for module in net.modules())
+    net.load_state_dict({**net.state_dict(), "0.outer.mean": torch.ones(4, 1, 1)})
+    plain[0].mean.fill_(1)
+    copied = copy.deepcopy(net)
+    for same in (copied, reparameterize(copied)):
+        assert relative_error(same(x), plain(x)) < 1e-12
+    net.float()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net(torch.randn(2, 4, 6, 6))
+    pickle.loads(pickle.dumps(net))

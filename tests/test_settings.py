@@ -190,3 +190,14 @@ def test_an_optimiser_is_tried_before_the_data_is_read(make_settings, tmp_path):
                              f"data.root={tmp_path}/nowhere")
     with pytest.raises(ValueError, match="optim.name=adahessian cannot train here"):
         train(settings, tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves `out=~/runs` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = "resnet20", "dbb", "cifar10", []
+    assert settings_module._run_dir(None, "~/runs", *names) == str(tmp_path / "runs")
+    (tmp_path / "runs/checkpoints").mkdir()
+    last = tmp_path / "runs/checkpoints/last.ckpt"
+    last.touch()
+    assert settings_module._run_dir("~/runs/checkpoints/last.ckpt", None, *names) == str(tmp_path / "runs")

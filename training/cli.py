@@ -47,10 +47,11 @@ def output_folder(path: str | Path) -> Path:
     Raises:
         ValueError: if it cannot be made or written into.
     """
+    path = Path(path).expanduser()
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
-            return Path(path)
+            return path
     except OSError as error:
         raise ValueError(f"out: cannot write into {path} ({error.strerror}): choose another "
                          "folder") from error

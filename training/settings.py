@@ -293,6 +293,8 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
             cfg.block.name = "custom"
         if "block=none" in overrides:  # the plain network of a sweep, whatever else is said about blocks
             cfg.block = OmegaConf.structured(BlockConf)
+        if cfg.ckpt is not None:
+            cfg.ckpt = str(Path(cfg.ckpt).expanduser())
         if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, overrides)
         cfg = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(cfg, resolve=True))
@@ -360,6 +362,7 @@ def _on_checkpoint(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 def _run_dir(ckpt: str | None, out: str | None, model: str | None, block: str, data: str,
              overrides: list[str]) -> str:
     """The run's folder: the checkpoint's own, or a new one; only the first process of a job makes one."""
+    ckpt, out = (path and os.path.expanduser(path) for path in (ckpt, out))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) != 0:
         return out or "."
     if ckpt is not None and out is None:
