@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -121,6 +122,8 @@ class ReparamConv2d(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):  # torch.fx keeps a block as one node, as it does torch's own layers
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if self.outer is None:
             return self.nonlinear(self._sum(x))
         self.outer.training = self.training
@@ -143,11 +146,12 @@ class ReparamConv2d(nn.Module):
         return self._sum(input)
 
     def _sum(self, x: Tensor) -> Tensor:
-        if x.ndim != 4:
-            raise ValueError(f"expected 4D input [N, C, H, W] (got {x.ndim}D input)")  # as BatchNorm2d does
         g, by_batch = self.geometry, any(map(uses_batch_statistics, self.norms()))
         if self.reparam is not None or not (by_batch or self.branchwise):
-            return g.conv(g.pad(x), *self.get_equivalent_kernel_bias())
+            x, padding = g.aligned(g.pad(x), g.kernel_size)
+            return F.conv2d(x, *self.get_equivalent_kernel_bias(), g.stride, padding, g.dilation, g.groups)
+        if x.ndim != 4:
+            raise ValueError(f"expected 4D input [N, C, H, W] (got {x.ndim}D input)")  # as BatchNorm2d does
         self._run_hooks()
         if by_batch and (x.numel() or any(process_group(norm) is not None for norm in self.norms())):
             return MODES[self.mode](self, x)

@@ -72,45 +72,17 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
     Returns:
         Kernel `[O, I/G, KH, KW]` and bias `[O]`, None if both biases are.
     """
-    kernel = _Composed.apply(first, second, groups)
+    # The 1x1 kernel runs over KxK ones as over images: few operators, forward and backward.
+    images = second.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [O/G, M, KH, KW]
+    points = first.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [I, M/G, 1, 1]
+    with without_autocast(first.device):
+        kernel = F.conv2d(images, points, groups=groups)
+    kernel = kernel.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
     if first_bias is None:
         return kernel, second_bias
     grouped = second.unflatten(0, (groups, -1))
     bias = torch.einsum("gomhw,gm->go", grouped, first_bias.reshape(groups, -1)).flatten()
     return kernel, bias if second_bias is None else bias + second_bias
-
-
-class _Composed(torch.autograd.Function):
-    """In full precision, backward too. Without groups the 1x1 kernel runs over KxK ones as over images."""
-
-    @staticmethod
-    def forward(ctx, first, second, groups):
-        ctx.save_for_backward(first, second)
-        ctx.groups = groups
-        with without_autocast(first.device):
-            if groups == 1:
-                return F.conv2d(second, first.transpose(0, 1))
-            first, second = _grouped(groups, first, second)
-            composed = torch.einsum("gomhw,gmc->gochw", second, first[..., 0, 0]).flatten(0, 1)
-            return composed.contiguous()  # oneDNN misreads other orders where a kernel is one column wide
-
-    @staticmethod
-    def backward(ctx, d_kernel):
-        first, second = ctx.saved_tensors
-        with without_autocast(first.device):
-            if ctx.groups == 1:
-                d_second, d_first, _ = torch.ops.aten.convolution_backward(
-                    d_kernel, second, first.transpose(0, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
-                    [True, True, False])
-                return d_first.transpose(0, 1), d_second, None
-            first, second, d_kernel = _grouped(ctx.groups, first, second, d_kernel)
-            d_first = torch.einsum("gomhw,gochw->gmc", second, d_kernel).flatten(0, 1)[..., None, None]
-            d_second = torch.einsum("gmc,gochw->gomhw", first[..., 0, 0], d_kernel).flatten(0, 1)
-        return d_first, d_second, None
-
-
-def _grouped(groups: int, *kernels: Tensor) -> list[Tensor]:
-    return [kernel.unflatten(0, (groups, -1)) for kernel in kernels]
 
 
 def concat(kernels: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,81 @@
+"""Blocks in eval under torch's other machinery: torch.func, torch.jit.trace, torch.fx."""
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from dbb import AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock, reparameterize, replace_convs
+from models import build_model
+from tests.conftest import randomize, relative_error
+
+BLOCKS = [(kind, groups) for kind in (DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock)
+          for groups in (1, 2, 8)]
+
+
+def make(kind, groups):
+    return randomize(kind(8, 8, 3, padding=1, groups=groups)).double().eval()
+
+
+@pytest.mark.parametrize(("kind", "groups"), BLOCKS)
+def test_gradients_by_image(kind, groups):
+    """`vmap` of `grad` against one backward pass an image."""
+    block, x = make(kind, groups), torch.randn(3, 8, 6, 6).double()
+    parameters, buffers = dict(block.named_parameters()), dict(block.named_buffers())
+
+    def loss(parameters, image):
+        return functional_call(block, (parameters, buffers), (image[None],)).square().sum()
+
+    by_image = vmap(grad(loss), (None, 0))(parameters, x)
+    for index, image in enumerate(x):
+        wanted = torch.autograd.grad(block(image[None]).square().sum(), [*parameters.values()],
+                                     materialize_grads=True)
+        for found, gradient in zip(by_image.values(), wanted, strict=True):
+            assert torch.allclose(found[index], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "groups"), BLOCKS)
+def test_forward_mode_and_ensembles(kind, groups):
+    blocks, x = [make(kind, groups) for _ in range(3)], torch.randn(2, 8, 6, 6).double()
+    plain = reparameterize(blocks[0])
+    direction = torch.randn_like(x)
+    found, wanted = (jvp(net, (x,), (direction,))[1] for net in (blocks[0], plain))
+    assert relative_error(found, wanted) < 1e-12
+
+    def call(parameters, buffers):
+        return functional_call(blocks[0], (parameters, buffers), (x,))
+
+    together = vmap(call)(*stack_module_state(blocks))
+    for found, block in zip(together, blocks, strict=True):
+        assert relative_error(found, block(x)) < 1e-12
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fx_and_feature_extractors_keep_blocks(training):
+    net = build_model("resnet20", 10, "dbb", image_size=32).train(training)
+    net, x = randomize(net), torch.randn(2, 3, 32, 32)
+    traced = fx.symbolic_trace(net)
+    assert any(isinstance(module, DiverseBranchBlock) for module in traced.modules())
+    extractor = create_feature_extractor(net, ["blocks.0.conv1"])
+    with torch.no_grad():
+        if not training:
+            assert torch.equal(traced(x), net(x))
+        assert extractor(x)["blocks.0.conv1"].shape == (2, 16, 32, 32)
+
+
+@pytest.mark.parametrize(("kind", "groups"), BLOCKS)
+def test_a_traced_block_is_saved_and_loaded(kind, groups, tmp_path):
+    net = nn.Sequential(make(kind, groups), nn.ReLU())
+    x = torch.randn(2, 8, 6, 6).double()
+    torch.jit.trace(net, x).save(tmp_path / "net.pt")
+    assert relative_error(torch.jit.load(tmp_path / "net.pt")(x), net(x)) < 1e-12
+
+
+def test_compile_for_sizes_that_are_not_known():
+    net, _ = replace_convs(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)), "dbb",
+                           example_input=torch.randn(2, 8, 6, 6))
+    compiled = torch.compile(net, backend="eager", dynamic=True)
+    for size in (8, 12):
+        x = torch.randn(2, 8, size, size)
+        assert torch.allclose(compiled(x), net(x), atol=1e-6)
