@@ -130,7 +130,8 @@ class ReparamConv2d(nn.Module):
         lend_weight(self.outer, x.device, next(self.parameters(), x).dtype)  # a replica has no parameters
         with Intercept(self._inside):
             y = self.outer(x)
-        self.outer.weight = self.outer.bias = None  # what is traced or exported may not keep them
+        if type(self.outer.weight) is not Tensor:  # a stand-in of torch.export, which nothing may keep
+            self.outer.weight = self.outer.bias = None
         return self.nonlinear(y)
 
     def _inside(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # as F.conv2d

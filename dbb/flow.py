@@ -3,12 +3,14 @@
 import gc
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from dbb.norms import PassedNorm
 from dbb.private import TorchDispatchMode, tree_leaves
@@ -39,13 +41,14 @@ class Flow(TorchDispatchMode):
         self.odd = set()  # convolutions and norms that are used besides in ways that a block is not
         self.taken = set()  # ids of outputs that a norm has taken
         self.made = {}  # id of an output -> (its convolution, the output, kept so that the id stays its own)
-        self.inputs = {}  # convolution -> one input
+        self.inputs = {}  # convolution -> one input, without values
         self.inside = None  # the tensor that a norm is working on
         self.working = None  # the convolution or norm whose forward runs
         self.owner, self.handles = {}, []  # id of a parameter or buffer -> its module; those of the hooks
         self.odd |= held_besides(model)
         for module in model.modules():
-            self.handles.append(module.register_forward_hook(self._passed))
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                self.handles.append(module.register_forward_hook(self._passed))
         for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, *NORMS))]:
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 if id(tensor) in self.owner:  # a tied weight
@@ -68,13 +71,12 @@ class Flow(TorchDispatchMode):
                 self.norms[conv].append(module)
                 self.inside = args[0]
         else:
-            self.inputs[module] = args[0]
+            self.inputs[module] = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
 
     def _passed(self, module, args, output):
         """A module that returns its input in eval, as dropout does, may not do so in training."""
-        harmless = type(module) in (nn.Identity, nn.Sequential)
-        if args and output is args[0] and id(output) in self.made and not harmless:
-            self.others[self.made[id(output)][0]].add(type(module).__name__)
+        if args and output is args[0] and type(module) not in (nn.Identity, nn.Sequential):
+            self.note(output, type(module).__name__)
 
     def _leave(self, module, args, output):
         self.working = self.inside = None
@@ -97,7 +99,7 @@ class Flow(TorchDispatchMode):
     def run(self, model: nn.Module, inputs: Inputs):
         """One forward pass in eval, without gradients; the model is as before but for its mode."""
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), self, Dropouts(self.note):
                 model.eval()  # a network's own may return nothing
                 result = call(model, inputs)
         except Exception as error:  # whatever a network raises
@@ -117,16 +119,35 @@ class Flow(TorchDispatchMode):
         return self
 
 
+class Dropouts(TorchFunctionMode):
+    """Calls `note(tensor, name)` for dropout as a function, which runs no operator in eval."""
+
+    def __init__(self, note: Callable[[Any, str], None]):
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if "dropout" in func.__name__:
+            self.note((args, kwargs), func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def held_besides(model: nn.Module) -> set[nn.Module]:
-    """Modules that something besides their parents holds: a list, an object, a method; it would keep them."""
+    """Modules that, or whose parameters, something besides their parents holds; it would keep the old ones.
+
+    That is a list, an object, a method, or an optimizer that the network has.
+    """
     def references(root):
-        parents = Counter(child for module in root.modules() for child in module._modules.values())
-        return {child: sys.getrefcount(child) - count for child, count in parents.items()}
+        parts = [[*m._modules.values(), *m._parameters.values()] for m in root.modules()]
+        places = Counter(chain.from_iterable(parts))
+        del parts
+        return {part: sys.getrefcount(part) - count for part, count in places.items() if part is not None}
 
     [unheld] = references(nn.Sequential(nn.Identity())).values()
     if any(count > unheld for count in references(model).values()):
         gc.collect()  # of what nothing reaches
-    return {module for module, count in references(model).items() if module is not None and count > unheld}
+    held = {part for part, count in references(model).items() if count > unheld}
+    return {m for m in model.modules() if not held.isdisjoint((m, *m._parameters.values()))}
 
 
 def _held(pair: tuple[Any, Tensor]) -> bool:

@@ -110,7 +110,8 @@ class Rest(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self._parameters, self._buffers, self._modules = conv._parameters, conv._buffers, conv._modules
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            setattr(self, name, getattr(conv, name))
 
 
 def lend_weight(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> None:

@@ -16,11 +16,11 @@ from dbb.block import BLOCKS, ReparamConv2d, copied
 from dbb.flow import Flow, Inputs, after_norm, partner
 from dbb.private import AnyConv
 from dbb.subclass import Rest, Stays, inner_convolution, with_weight
-from dbb.transforms import fill
 
 INITS = ("mean", "ones", "third", "single")  # see replace_convs
 # How names of methods begin that merge branches, see merges_itself.
-FUSE_STEPS = ("fuse", "reparam", "switch_to_deploy", "convert_to_deploy", "merge_kernel")
+FUSE_STEPS = ("fuse", "reparam", "switch_to_deploy", "convert_to_deploy", "merge_kernel", "repvgg_convert",
+              "local_inject", "locality_injection")
 Maker = Callable[..., ReparamConv2d]
 Block = str | Sequence[str] | Maker | None
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -226,16 +226,16 @@ def _make(name: str, make: Maker, conv: nn.Conv2d, arguments: Mapping[str, Any],
     if init == "single" and "kxk" not in block.branches:
         raise ValueError(f"{name}: init=single, a warm start, needs a kxk branch; the block has "
                          f"{', '.join(block.branches)}")
+    block.train(conv.training).requires_grad_(like.requires_grad)  # a frozen layer stays frozen
     if type(conv) is not nn.Conv2d:
         outer = with_weight(conv, None, None)
         # It is kept out of the module tree, where code would take it for a convolution of its own: to
         # initialise it, prune it, or give its weight to an optimiser. What it holds besides is in the tree.
         vars(block)["outer"] = outer
-        if [*outer.children(), *outer.parameters(), *outer.buffers()]:
+        if outer._modules or outer._parameters or outer._buffers:
             block._modules["outer"] = Rest(outer)
-    block.train(conv.training).requires_grad_(like.requires_grad)  # a frozen layer stays frozen
-    _start_norms(name, block, norm, init)
-    _hand_over_values(name, block, conv, norm)
+    _start_norms(block, norm, init)
+    _hand_over_values(block, conv, norm)
     if isinstance(norm, nn.SyncBatchNorm):
         nn.SyncBatchNorm.convert_sync_batchnorm(block, norm.process_group)
     if not like.is_contiguous():
@@ -244,17 +244,19 @@ def _make(name: str, make: Maker, conv: nn.Conv2d, arguments: Mapping[str, Any],
 
 
 @torch.no_grad()
-def _start_norms(name: str, block: ReparamConv2d, norm: Norm, init: str) -> None:
+def _start_norms(block: ReparamConv2d, norm: Norm, init: str) -> None:
     """Give every norm of a block the old one's settings, and every branch its gamma; see `replace_convs`."""
     for outer in block.norms():
+        outer.to(norm.weight.dtype)  # perhaps float32, while the convolution is in half
         for key in ("eps", "momentum", "track_running_stats", "training"):
             setattr(outer, key, getattr(norm, key))
         outer.weight.requires_grad_(norm.weight.requires_grad)
         outer.bias.requires_grad_(norm.bias.requires_grad)
         nn.init.zeros_(outer.bias)
-        fill(outer.weight, norm.weight, f"{name}: the norm's weight")
+        outer.weight.copy_(norm.weight)
     for branch in block.branches.values():
         if branch.scale is not None:
+            branch.scale.to(norm.weight.dtype)
             branch.scale.eps = norm.eps
     in_sum = 1 if block.bn is not None else len(block.branches)  # a norm behind the sum makes up for any size
     factor = {"mean": 1 / in_sum, "ones": 1.0, "third": 1 / 3, "single": 0.0}[init]
@@ -266,7 +268,7 @@ def _start_norms(name: str, block: ReparamConv2d, norm: Norm, init: str) -> None
 
 
 @torch.no_grad()
-def _hand_over_values(name: str, block: ReparamConv2d, conv: nn.Conv2d, norm: Norm) -> None:
+def _hand_over_values(block: ReparamConv2d, conv: nn.Conv2d, norm: Norm) -> None:
     """The convolution's weight for the `kxk` branch, and the norm's values for its norm, or the block's."""
     heir = block.bn
     if "kxk" in block.branches:
@@ -277,6 +279,6 @@ def _hand_over_values(name: str, block: ReparamConv2d, conv: nn.Conv2d, norm: No
     bias = 0 if conv.bias is None else conv.bias  # which the norm subtracts again
     values = {"bias": norm.bias, "running_mean": norm.running_mean - bias, "running_var": norm.running_var}
     for key, value in values.items():
-        fill(getattr(heir, key), value, f"{name}: the norm's {key}")
+        getattr(heir, key).copy_(value)
     if norm.num_batches_tracked is not None:
         heir.num_batches_tracked.copy_(norm.num_batches_tracked)

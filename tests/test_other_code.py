@@ -4,6 +4,7 @@ import copy
 import pickle
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
 import pytest
@@ -277,6 +278,8 @@ HOLDERS = {
     "methods": lambda conv, bn: SimpleNamespace(steps=[conv.__call__, bn.__call__]),
     "a module in a list": lambda conv, bn: SimpleNamespace(steps=[nn.Sequential(conv, bn)]),
     "a partial": lambda conv, bn: SimpleNamespace(steps=[partial(conv), bn]),
+    "an optimizer": lambda conv, bn: SimpleNamespace(
+        steps=[], optimizer=torch.optim.SGD([*conv.parameters(), *bn.parameters()], 0.1)),
     "a key": lambda conv, bn: SimpleNamespace(steps={conv: 0, bn: 1}),
 }
 
@@ -290,7 +293,7 @@ def test_modules_that_something_else_holds_stay(holder):
             self.held = holder(self.conv, self.bn)
 
         def forward(self, x):
-            for step in self.held.steps:
+            for step in self.held.steps or [self.conv, self.bn]:
                 x = step(x)
             return x
 
@@ -379,3 +382,51 @@ def test_a_subclass_with_a_buffer_is_no_convolution_to_others_either():
     with FakeTensorMode(allow_non_fake_inputs=True):
         net(torch.randn(2, 4, 6, 6))
     pickle.loads(pickle.dumps(net))
+
+
+def test_dropout_as_a_function_is_seen():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(nn.functional.dropout2d(self.conv(x), 0.2, self.training))
+
+    with pytest.raises(NothingSwappedError, match="also goes to dropout2d"):
+        replace_convs(Net(), "dbb", example_input=torch.randn(2, 4, 6, 6))
+
+
+def test_modules_of_torchscript_beside_convolutions():
+    x = torch.randn(2, 4, 6, 6)
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU()))
+    assert replace_convs(net, "dbb", example_input=x)[0](x).min() == 0
+
+
+def test_half_kernels_and_float32_norms_stay_so():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)).bfloat16()
+    net[1].float()
+    x = torch.randn(2, 4, 6, 6).bfloat16()
+    block = replace_convs(net, "dbb", example_input=x)[0][0]
+    types = {name.split(".")[-1]: value.dtype for name, value in block.state_dict().items()}
+    assert types["running_var"] == torch.float32
+    assert block.branches["kxk"].weight.dtype == torch.bfloat16
+    assert block(x).dtype == torch.bfloat16
+
+
+def test_blocks_that_keep_a_subclass_run_in_threads():
+    pairs = [module for _ in range(4) for module in (Same(4, 4, 3), nn.BatchNorm2d(4))]
+    net, x = nn.Sequential(*pairs).eval(), torch.randn(2, 4, 6, 6)
+    net, _ = replace_convs(net, "dbb", example_input=x)
+    with ThreadPool(4) as pool, torch.no_grad():
+        found = pool.map(lambda _: net.eval()(x), range(60))
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_a_frozen_part_of_a_subclass_stays_frozen():
+    conv = Centres(4, 4, 3)
+    conv.shift = nn.Module()
+    conv.shift.value = nn.Parameter(torch.zeros(1), requires_grad=False)
+    plain = nn.Sequential(conv, nn.BatchNorm2d(4))
+    net, _ = replace_convs(plain, "dbb", example_input=torch.randn(2, 4, 6, 6))
+    assert not net[0]._modules["outer"].shift.value.requires_grad
