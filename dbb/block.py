@@ -18,7 +18,7 @@ from dbb.geometry import Geometry
 from dbb.modes import MODES
 from dbb.moments import process_group
 from dbb.norms import running, uses_batch_statistics
-from dbb.private import pair
+from dbb.private import DisableTorchFunctionSubclass, pair
 from dbb.rows import beside, stacked, weighted
 from dbb.subclass import Intercept, lend_weight, with_weight
 from dbb.transforms import fill, fuse_conv_norm
@@ -127,7 +127,8 @@ class ReparamConv2d(nn.Module):
         if self.outer is None:
             return self.nonlinear(self._sum(x))
         self.outer.training = self.training
-        lend_weight(self.outer, x.device, next(self.parameters(), x).dtype)  # a replica has no parameters
+        like = next((p for p in self.parameters() if p.ndim == 4), x)  # a replica has no parameters
+        lend_weight(self.outer, x.device, like.dtype)
         with Intercept(self._inside):
             y = self.outer(x)
         if type(self.outer.weight) is not Tensor:  # a stand-in of torch.export, which nothing may keep
@@ -153,6 +154,10 @@ class ReparamConv2d(nn.Module):
             return F.conv2d(x, *self.get_equivalent_kernel_bias(), g.stride, padding, g.dilation, g.groups)
         if x.ndim != 4:
             raise ValueError(f"expected 4D input [N, C, H, W] (got {x.ndim}D input)")  # as BatchNorm2d does
+        kind = type(x)
+        if kind not in (Tensor, nn.Parameter) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+            with DisableTorchFunctionSubclass():  # inside functions of ours, its operators would return views
+                return self._sum(x.as_subclass(Tensor)).as_subclass(kind)
         self._run_hooks()
         if by_batch and (x.numel() or any(process_group(norm) is not None for norm in self.norms())):
             return MODES[self.mode](self, x)

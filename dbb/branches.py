@@ -87,7 +87,9 @@ class Branch(nn.Module):
         if first is not None:
             return first
         first = self.inner()
-        return first if self.scale is None else first * self.scale.factors()[:, None, None, None]
+        if self.scale is None:
+            return first
+        return (first * self.scale.factors()[:, None, None, None]).to(first.dtype)  # norms may be wider
 
     def kernel(self, first: Tensor | None = None) -> Tensor:
         """Compute the kernel `[O, I/G, h, w]`, differentiable, with its centre tap on the block's.
@@ -277,7 +279,7 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
     def drawn(self, x):
         u = F.conv2d(x, self.inner(), groups=self.geometry.groups)
         if self.scale is not None:
-            u = u * self.scale.factors()[:, None, None]
+            u = (u * self.scale.factors()[:, None, None]).to(u.dtype)
         return self.geometry.conv(u, self.second)
 
 

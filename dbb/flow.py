@@ -38,14 +38,13 @@ class Flow(TorchDispatchMode):
         self.norms = defaultdict(list)  # convolution -> the norm fed by each of its calls
         self.feeders = defaultdict(list)  # norm -> what feeds each of its calls: a convolution or None
         self.others = defaultdict(set)  # convolution -> the operators, besides its norm, that take its output
-        self.odd = set()  # convolutions and norms that are used besides in ways that a block is not
+        self.odd = held_besides(model)  # convolutions and norms that are used besides as a block is not
         self.taken = set()  # ids of outputs that a norm has taken
         self.made = {}  # id of an output -> (its convolution, the output, kept so that the id stays its own)
         self.inputs = {}  # convolution -> one input, without values
         self.inside = None  # the tensor that a norm is working on
         self.working = None  # the convolution or norm whose forward runs
         self.owner, self.handles = {}, []  # id of a parameter or buffer -> its module; those of the hooks
-        self.odd |= held_besides(model)
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 self.handles.append(module.register_forward_hook(self._passed))
@@ -127,15 +126,16 @@ class Dropouts(TorchFunctionMode):
         self.note = note
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if "dropout" in func.__name__:
-            self.note((args, kwargs), func.__name__)
+        name = getattr(func, "__name__", "")
+        if "dropout" in name:
+            self.note((args, kwargs), name)
         return func(*args, **(kwargs or {}))
 
 
 def held_besides(model: nn.Module) -> set[nn.Module]:
     """Modules that, or whose parameters, something besides their parents holds; it would keep the old ones.
 
-    That is a list, an object, a method, or an optimizer that the network has.
+    That is a list, an object, a method, an optimizer that the network has; or another module, of a parameter.
     """
     def references(root):
         parts = [[*m._modules.values(), *m._parameters.values()] for m in root.modules()]
@@ -147,6 +147,8 @@ def held_besides(model: nn.Module) -> set[nn.Module]:
     if any(count > unheld for count in references(model).values()):
         gc.collect()  # of what nothing reaches
     held = {part for part, count in references(model).items() if count > unheld}
+    own = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
+    held |= {parameter for parameter, places in own.items() if places > 1}
     return {m for m in model.modules() if not held.isdisjoint((m, *m._parameters.values()))}
 
 
@@ -177,7 +179,8 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
         raise Stays(f"{names[norm]} has no gamma, no bias or no running statistics")
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     if any(getattr(m, kind) for m in (conv, norm) for kind in hooks) \
-            or any(callable(getattr(type(m), name, None)) for m in (conv, norm) for name in vars(m)):
+            or any(callable(value) and hasattr(type(m), name) for m in (conv, norm)
+                   for name, value in vars(m).items()):
         raise Stays("it or its norm has hooks, or methods of its own, which a block would not run")
     return norm
 

@@ -60,6 +60,8 @@ def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any]:
     for training, factor in ((False, 1), (True, 1), (False, 2)):
         asked = copy.deepcopy(conv)
         asked.train(training)
+        if asked.bias is None:  # which a converted one has: is it read?
+            asked.bias = nn.Parameter(asked.weight.new_zeros(asked.out_channels))
         for parameter in asked.parameters(recurse=False):
             parameter.mul_(factor).add_(factor - 1)
         found.append(_ask(asked, x))

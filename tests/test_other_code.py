@@ -16,6 +16,7 @@ from dbb import (
     AsymmetricConvBlock,
     DiverseBranchBlock,
     NothingSwappedError,
+    branchwise,
     compare,
     reparameterize,
     replace_convs,
@@ -212,7 +213,8 @@ class Casts(nn.Conv2d):
     """Casts its weight to the type of its input."""
 
     def forward(self, x):
-        return nn.functional.conv2d(x, self.weight.to(x.dtype), None, 1, 1)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.conv2d(x, self.weight.to(x.dtype), bias, 1, 1)
 
 
 def test_types_that_come_later():
@@ -221,6 +223,7 @@ def test_types_that_come_later():
     net, _ = replace_convs(plain, "dbb", example_input=x, init="single")
     assert net(x.bfloat16()).dtype == plain(x.bfloat16()).dtype == torch.bfloat16
     assert relative_error(net(x.bfloat16()), plain(x)) < 0.05
+    assert relative_error(reparameterize(net)(x.bfloat16()), plain(x)) < 0.05
 
     block, half = DiverseBranchBlock(4, 4, 3, padding=1, groups=4), DiverseBranchBlock(4, 4, 3, groups=4)
     block.load_state_dict(half.bfloat16().state_dict(), assign=True)
@@ -245,6 +248,13 @@ class InPlace(nn.Conv2d):
         return nn.functional.relu(super().forward(x), inplace=True)
 
 
+class NoBias(nn.Conv2d):
+    """Never reads its bias, where a converted one has its norm's."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight, None)
+
+
 def changed(conv, **attributes):
     vars(conv).update(attributes)
     return conv
@@ -264,9 +274,10 @@ def tiled(conv):
 @pytest.mark.parametrize(("conv", "reason"), [
     (InPlace(4, 4, 3, padding=1), "changes what its convolution returns"),
     (tiled(nn.Conv2d(4, 4, 3, padding=1)), "methods of its own"),
+    (NoBias(4, 4, 3, padding=1, bias=False), "computes its kernel from its weight"),
     (grey(nn.Conv2d(4, 4, 3, padding=1)), "not what its settings say"),
     (changed(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), padding=(2, 2)), "not what its settings"),
-], ids=["in place", "patched", "grey stem", "padding changed"])
+], ids=["in place", "patched", "no bias", "grey stem", "padding changed"])
 def test_convolutions_that_are_not_what_they_seem_stay(conv, reason):
     x = torch.randn(2, conv.weight.shape[1], 9, 9)
     with pytest.raises(NothingSwappedError, match=reason):
@@ -407,11 +418,17 @@ def test_half_kernels_and_float32_norms_stay_so():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)).bfloat16()
     net[1].float()
     x = torch.randn(2, 4, 6, 6).bfloat16()
-    block = replace_convs(net, "dbb", example_input=x)[0][0]
+    net, _ = replace_convs(net, "dbb", example_input=x)
+    block = net[0]
     types = {name.split(".")[-1]: value.dtype for name, value in block.state_dict().items()}
     assert types["running_var"] == torch.float32
     assert block.branches["kxk"].weight.dtype == torch.bfloat16
     assert block(x).dtype == torch.bfloat16
+    merged = reparameterize(net.eval())
+    with branchwise(net):
+        by_branch = net(x)
+    assert merged(x).dtype == by_branch.dtype == torch.bfloat16
+    assert relative_error(merged(x), by_branch) < 0.05
 
 
 def test_blocks_that_keep_a_subclass_run_in_threads():
@@ -430,3 +447,39 @@ def test_a_frozen_part_of_a_subclass_stays_frozen():
     plain = nn.Sequential(conv, nn.BatchNorm2d(4))
     net, _ = replace_convs(plain, "dbb", example_input=torch.randn(2, 4, 6, 6))
     assert not net[0]._modules["outer"].shift.value.requires_grad
+
+
+def test_a_parameter_of_two_modules_is_not_swapped():
+    """As in `self.weight = self.conv.weight`, or a list of parameters for a penalty."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.penalised = nn.ParameterList([self.conv.weight])
+
+        def forward(self, x):
+            return self.bn(self.conv(x))
+
+    with pytest.raises(NothingSwappedError, match="used elsewhere too"):
+        replace_convs(Net(), "dbb", example_input=torch.randn(2, 4, 6, 6))
+
+
+class Tagged(torch.Tensor):
+    """As MONAI's MetaTensor and fastai's TensorImage."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(cls) if type(result) is torch.Tensor else result
+
+
+@pytest.mark.parametrize("mode", ["exact", "online", "linear"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_subclasses_of_tensors_keep_their_class(mode, groups):
+    block = DiverseBranchBlock(4, 4, 3, groups=groups, mode=mode, positions=16)
+    net, x = nn.Sequential(block, nn.ReLU(inplace=True)), torch.randn(8, 4, 9, 9)
+    y = net(x.as_subclass(Tagged))
+    y.sum().backward()
+    assert type(y) is Tagged
+    assert torch.equal(y.as_subclass(torch.Tensor), net(x))
+    assert type(net.eval()(x.as_subclass(Tagged))) is Tagged
