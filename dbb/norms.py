@@ -15,8 +15,8 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
     What libraries freeze norms into (`FrozenBatchNorm2d` of several) is no BatchNorm, and never would. One
     that normalises in a way of its own (by image, or by parts of the batch) or has no gamma is a ValueError.
     """
-    forwards = nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward
-    if isinstance(norm, AnyNorm) and (type(norm).forward not in forwards or norm.weight is None):
+    known = isinstance(norm, nn.SyncBatchNorm) or type(norm).forward is nn.BatchNorm2d.forward
+    if isinstance(norm, AnyNorm) and not (known and norm.weight is not None):
         raise ValueError(f"a block's norm was replaced by {norm}: a block takes BatchNorm2d or SyncBatchNorm "
                          "with affine=True, or frozen norms; replace norms before the blocks are put in")
     return isinstance(norm, AnyBatchNorm) and (norm.training or norm.running_mean is None)
