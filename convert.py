@@ -219,7 +219,7 @@ def main(cfg: DictConfig) -> None:
         ckpt = Path(settings.ckpt or "").absolute()
         published = settings.source is not None  # such a file has no run
         run_dir = Path("outputs", ckpt.stem) if published else ckpt.parent.parent
-        out = Path(settings.out).expanduser() if settings.out else run_dir / "convert"
+        out = Path(settings.out) if settings.out else run_dir / "convert"
         report = convert(settings, out)
         if settings.logger.name == "wandb":
             log(report, settings, out, run_dir)

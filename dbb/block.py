@@ -148,12 +148,13 @@ class ReparamConv2d(nn.Module):
         return self._sum(input)
 
     def _sum(self, x: Tensor) -> Tensor:
-        g, by_batch = self.geometry, any(map(uses_batch_statistics, self.norms()))
-        if self.reparam is not None or not (by_batch or self.branchwise):
-            x, padding = g.aligned(g.pad(x), g.kernel_size)
-            return F.conv2d(x, *self.get_equivalent_kernel_bias(), g.stride, padding, g.dilation, g.groups)
         if x.ndim != 4:
             raise ValueError(f"expected 4D input [N, C, H, W] (got {x.ndim}D input)")  # as BatchNorm2d does
+        g, by_batch = self.geometry, any(map(uses_batch_statistics, self.norms()))
+        if self.reparam is not None or not (by_batch or self.branchwise):
+            # Not `g.conv`, which asks for memory formats: vmap does not know them.
+            x, padding = g.aligned(g.pad(x), g.kernel_size)
+            return F.conv2d(x, *self.get_equivalent_kernel_bias(), g.stride, padding, g.dilation, g.groups)
         kind = type(x)
         if kind not in (Tensor, nn.Parameter) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
             with DisableTorchFunctionSubclass():  # inside functions of ours, its operators would return views

@@ -50,8 +50,6 @@ class Flow(TorchDispatchMode):
                 self.handles.append(module.register_forward_hook(self._passed))
         for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, *NORMS))]:
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                if id(tensor) in self.owner:  # a tied weight
-                    self.odd |= {module, self.owner[id(tensor)]}
                 self.owner[id(tensor)] = module
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave))
@@ -135,21 +133,21 @@ class Dropouts(TorchFunctionMode):
 def held_besides(model: nn.Module) -> set[nn.Module]:
     """Modules that, or whose parameters, something besides their parents holds; it would keep the old ones.
 
-    That is a list, an object, a method, an optimizer that the network has; or another module, of a parameter.
+    That is a list, an object, a method, an optimizer that the network has; or another module, of a tensor.
     """
     def references(root):
-        parts = [[*m._modules.values(), *m._parameters.values()] for m in root.modules()]
-        places = Counter(chain.from_iterable(parts))
-        del parts
+        places = Counter(chain.from_iterable(
+            (*m._modules.values(), *m._parameters.values()) for m in root.modules()))
         return {part: sys.getrefcount(part) - count for part, count in places.items() if part is not None}
 
     [unheld] = references(nn.Sequential(nn.Identity())).values()
     if any(count > unheld for count in references(model).values()):
         gc.collect()  # of what nothing reaches
     held = {part for part, count in references(model).items() if count > unheld}
-    own = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
-    held |= {parameter for parameter, places in own.items() if places > 1}
-    return {m for m in model.modules() if not held.isdisjoint((m, *m._parameters.values()))}
+    tensors = {m: (*m._parameters.values(), *m._buffers.values()) for m in model.modules()}
+    places = Counter(chain.from_iterable(tensors.values()))
+    held |= {tensor for tensor, count in places.items() if count > 1}
+    return {m for m, own in tensors.items() if not held.isdisjoint({m, *own} - {None})}
 
 
 def _held(pair: tuple[Any, Tensor]) -> bool:

@@ -1,7 +1,7 @@
 """Put blocks into a network; dbb.deploy takes them out again."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
@@ -9,7 +9,7 @@ from inspect import getmembers, isfunction, signature
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dbb.block import BLOCKS, ReparamConv2d, copied
@@ -101,13 +101,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             the network is lazy or cannot run on `example_input`, or nothing can become a block
             (`NothingSwappedError`).
     """
-    if not isinstance(kernel_sizes, Container):
-        raise ValueError(f"kernel_sizes={kernel_sizes} is one size: give all of them, [{kernel_sizes}]")
-    if init not in INITS:
-        raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
-    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
-        raise ValueError("the network has lazy modules, which have no shapes yet: "
-                         "run it once on an image first")
+    _check_arguments(model, kernel_sizes, init)
     choices = block if isinstance(block, Mapping) else {"*": block}
     makers = {pattern: _maker(choice) for pattern, choice in choices.items()}
     result, traced = copied(model), copied(model)  # what a forward pass may change stays in `traced`
@@ -116,10 +110,7 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
     held = {part for m in names if isinstance(m, ReparamConv2d) for part in (m.outer, m.reparam)}
     convs = {name: m for m, name in names.items() if isinstance(m, AnyConv) and m not in held}
     _check_patterns(convs, include=include, exclude=exclude, block=[p for p in makers if p != "*"])
-    if example_input is None:
-        first = next((m for m in names if isinstance(m, nn.Conv2d | ReparamConv2d)), nn.Conv2d(3, 1, 1))
-        example_input = first.weight.new_zeros(1, first.in_channels, 224, 224)
-    flow.run(traced, example_input)
+    flow.run(traced, _black_image(names) if example_input is None else example_input)
 
     report, replacements = Report(), {}
     for name, conv in convs.items():
@@ -148,6 +139,22 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
         if module in replacements:
             result.set_submodule(alias, replacements[module])
     return result, report
+
+
+def _check_arguments(model: nn.Module, kernel_sizes: Container[int], init: str) -> None:
+    if not isinstance(kernel_sizes, Container):
+        raise ValueError(f"kernel_sizes={kernel_sizes} is one size: give all of them, [{kernel_sizes}]")
+    if init not in INITS:
+        raise ValueError(f"init={init!r} is unknown; known are {', '.join(INITS)}")
+    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        raise ValueError("the network has lazy modules, which have no shapes yet: "
+                         "run it once on an image first")
+
+
+def _black_image(modules: Iterable[nn.Module]) -> Tensor:
+    """`[1, C, 224, 224]`, with the channels, type and device of the first convolution."""
+    first = next((m for m in modules if isinstance(m, nn.Conv2d | ReparamConv2d)), nn.Conv2d(3, 1, 1))
+    return first.weight.new_zeros(1, first.in_channels, 224, 224)
 
 
 def _check_patterns(names: Collection[str], **knobs: Sequence[str] | None) -> None:

@@ -112,8 +112,9 @@ def test_one_value_has_no_variance(mode, channels):
 def test_unknown_mode():
     with pytest.raises(ValueError, match=r"mode='onlin'.*exact, online, linear"):
         ReparamConv2d(4, 4, 3, mode="onlin")
-    with pytest.raises(ValueError, match="expected 4D input"):
-        ReparamConv2d(4, 4, 3)(torch.zeros(4, 8, 8))
+    for training in (True, False):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            ReparamConv2d(4, 4, 3).train(training)(torch.zeros(4, 8, 8))
     with pytest.raises(ValueError, match="positions=3"):
         ReparamConv2d(4, 4, 3, mode="online", positions=3)
 

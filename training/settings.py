@@ -293,8 +293,9 @@ def resolve(cfg: DictConfig, overrides: list[str]) -> Settings:
             cfg.block.name = "custom"
         if "block=none" in overrides:  # the plain network of a sweep, whatever else is said about blocks
             cfg.block = OmegaConf.structured(BlockConf)
-        if cfg.ckpt is not None:
-            cfg.ckpt = str(Path(cfg.ckpt).expanduser())
+        for knob in ("ckpt", "out"):
+            if cfg.get(knob) is not None:
+                cfg[knob] = os.path.expanduser(cfg[knob])
         if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, overrides)
         cfg = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(cfg, resolve=True))
