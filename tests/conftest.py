@@ -1,4 +1,4 @@
-"""Shared by all tests: settings from the real configs, random norm statistics, relative errors."""
+"""Shared by all tests: settings from the real configs, a pair, random norm statistics, relative errors."""
 
 import os
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from training import settings as settings_module
 
+EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "identity", "avg", "1xk", "kx1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -25,6 +26,11 @@ def make_settings(tmp_path):
             cfg = compose(config_name, list(overrides))
         return settings_module.resolve(cfg, list(overrides))
     return make
+
+
+def pair(channels: int = 8) -> nn.Sequential:
+    """A convolution and its norm, which a block replaces."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

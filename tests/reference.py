@@ -141,10 +141,10 @@ def check_training(block, x, sample=None):
     for name, value in stats.items():
         # Halves that cancel leave zero but for rounding; a mean is measured against what varies about it.
         zero = max(float(value.abs().max()), float(state[name].abs().max())) < 1e-14
-        scale = float(value.abs().max())
+        size = value.norm()
         if name.endswith("running_mean"):
-            scale = max(scale, float(stats[name.replace("_mean", "_var")].max()) ** 0.5)
-        assert float((state[name] - value).abs().max()) < 1e-12 * scale or zero, name
+            size = torch.maximum(size, stats[name.replace("_mean", "_var")].sqrt().norm())
+        assert (state[name] - value).norm() < 1e-12 * size or zero, name
     # Against the norm of all gradients together: norms make single ones exactly zero.
     flat, expected_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, expected_grads))
     assert relative_error(flat, expected_flat) < 1e-10

@@ -4,15 +4,11 @@ import copy
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
-import torchvision
-from timm.layers import BatchNormAct2d, ConvNormAct
-from timm.models.byobnet import RepVggBlock
+from timm.layers import BatchNormAct2d
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +16,6 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
-from torchvision.ops import FrozenBatchNorm2d
 
 from dbb import (
     MODES,
@@ -35,10 +30,7 @@ from dbb import (
     replace_convs,
     restore_norms,
 )
-from dbb.norms import running
-from tests.conftest import randomize, relative_error
-
-EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "identity", "avg", "1xk", "kx1")
+from tests.conftest import EVERY_BRANCH, pair, randomize, relative_error
 
 
 class Same(nn.Conv2d):
@@ -62,10 +54,6 @@ class Odd(nn.BatchNorm2d):
 
     def forward(self, x):
         return super().forward(x) + 1
-
-
-def pair(channels: int = 8) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
 
 def with_same() -> nn.Module:
@@ -99,93 +87,6 @@ def test_ddp_of_a_subclass_of_conv2d(tmp_path):
         assert DistributedDataParallel(with_same())(torch.randn(2, 3, 8, 8)).shape == (2, 8, 8, 8)
     finally:
         distributed.destroy_process_group()
-
-
-def _eval_and_freeze(net):
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval().requires_grad_(False)
-    return net
-
-
-def _torchvisions(net):
-    """As a user puts in torchvision's own frozen norm, which knows nothing of timm's."""
-    for name, module in list(net.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.weight.dtype)
-            frozen.load_state_dict({key: module.state_dict()[key] for key in frozen.state_dict()})
-            net.set_submodule(name, frozen)
-    return net
-
-
-class Detrs(nn.Module):
-    """DETR's frozen norm, which has its epsilon in its code."""
-
-    def __init__(self, norm, hidden=1e-5):
-        super().__init__()
-        self.hidden = hidden
-        for key in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(key, getattr(norm, key).detach().clone())
-
-    def forward(self, x):
-        w, b, mean, var = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
-        scale = w * (var + self.hidden).rsqrt()
-        return x * scale + (b - mean * scale)
-
-
-def _detrs(net):
-    for name, module in list(net.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            net.set_submodule(name, Detrs(module))
-    return net
-
-
-def _timms(net):
-    timm.utils.freeze(net, [name for name, _ in net.named_children()])
-    return net
-
-
-@pytest.mark.parametrize("block", ["dbb", "acb", "orepa", "online"])
-@pytest.mark.parametrize("freeze", [
-    timm.layers.freeze_batch_norm_2d, _timms, _torchvisions, _detrs, _eval_and_freeze])
-def test_frozen_norms_of_any_class_mean_running_statistics(block, freeze):
-    """In training, a block whose norms are frozen computes what it does in eval, and moves no statistic."""
-    torch.manual_seed(0)
-    kind = {"dbb": DiverseBranchBlock, "acb": AsymmetricConvBlock, "orepa": OnlineReparamBlock,
-            "online": partial(DiverseBranchBlock, mode="online", positions=4)}[block]
-    for groups in (1, 8):
-        net = nn.Sequential(nn.Sequential(kind(8, 8, 3, padding=1, groups=groups)))
-        randomize(net.double())
-        x = torch.randn(4, 8, 9, 9, dtype=torch.float64)
-        expected = net.eval()(x)
-        frozen = freeze(net.train()) if freeze is _eval_and_freeze else freeze(net).train()
-        before = copy.deepcopy(frozen.state_dict())
-        assert relative_error(frozen(x), expected) < 1e-12
-        assert all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
-        assert relative_error(reparameterize(frozen.eval())(x), expected) < 1e-12
-        kernels = [p for p in frozen.parameters() if p.ndim == 4]
-        if freeze is not _timms:  # which freezes the kernels too
-            frozen.train()(x).square().sum().backward()
-            assert all(p.grad is not None for p in kernels)
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-3])
-def test_an_epsilon_in_the_code_is_found(eps):
-    norm = Detrs(randomize(nn.BatchNorm2d(8)), eps).to(torch.float16)
-    before = copy.deepcopy(norm.state_dict())
-    assert running(norm)[-1] == pytest.approx(eps, rel=1e-12, abs=0)
-    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
-
-
-@pytest.mark.parametrize("block", ["dbb", "orepa"])
-def test_what_is_no_norm_is_named(block):
-    net, _ = replace_convs(pair(), block, example_input=torch.zeros(1, 8, 9, 9))
-    for outer in net[0].norms():
-        name = next(name for name, module in net.named_modules() if module is outer)
-        net.set_submodule(name, nn.GroupNorm(2, 8))
-    message = "a block's norm was replaced by a GroupNorm, .* no attribute 'running_mean'"
-    with pytest.raises(ValueError, match=message):
-        net(torch.zeros(2, 8, 9, 9))
 
 
 def test_a_network_on_meta_is_swapped_as_one_with_values():
@@ -234,105 +135,6 @@ def test_what_no_file_holds_is_made_anew(kind, assign):
     assert torch.equal(empty.eval()(x), full(x))
     half = copy.deepcopy(full).half().float()
     assert relative_error(half(x), full(x)) < 1e-2
-
-
-def _ultralytics_fuse(net: nn.Module) -> nn.Module:
-    """What Ultralytics' `fuse` does with its units: a convolution's bias counts, the norm is folded in."""
-    for unit in net.modules():
-        if isinstance(unit, ConvNormAct):
-            conv, norm = unit.conv, unit.bn
-            fused = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                              conv.padding, conv.dilation, conv.groups, bias=True).to(conv.weight)
-            scale = norm.weight.div(torch.sqrt(norm.eps + norm.running_var))
-            kernel = torch.mm(torch.diag(scale), conv.weight.view(conv.out_channels, -1))
-            bias = torch.zeros(len(scale)).to(scale) if conv.bias is None else conv.bias
-            bias = torch.mm(torch.diag(scale), bias.reshape(-1, 1)).reshape(-1)
-            bias = bias + norm.bias - scale * norm.running_mean
-            fused.weight.data.copy_(kernel.view(fused.weight.shape))
-            fused.bias.data.copy_(bias)
-            unit.conv = fused
-            unit.bn = copy.deepcopy(norm) if isinstance(norm, nn.Sequential) else nn.Identity()
-    return net
-
-
-@pytest.mark.parametrize("before", [False, True])
-def test_a_host_that_folds_norms_itself(before):
-    torch.manual_seed(0)
-    net = nn.Sequential(ConvNormAct(3, 8, 3), ConvNormAct(8, 8, 3, stride=2))
-    new, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 12, 12))
-    assert all(row.block for row in report)
-    randomize(new.double()).eval()
-    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    expected = new(x)
-    with torch.no_grad():
-        fused = _ultralytics_fuse(copy.deepcopy(new) if before else reparameterize(new))
-    assert relative_error(fused(x), expected) < 1e-12
-    assert not any(isinstance(module, ReparamConv2d) for module in fused.modules())
-
-
-@pytest.mark.parametrize("name", [
-    "repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "repghostnet_050"])
-def test_families_that_merge_their_own_branches(name):
-    """What another library's unit merges itself stays, with the reason; its own conversion then works."""
-    net, x = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
-    try:
-        net, report = replace_convs(net, "acb", example_input=x)
-    except NothingSwappedError as error:
-        report = error.report
-    assert any("which merges its branches itself" in row.reason for row in report if row.block is None)
-    with torch.no_grad():
-        assert relative_error(timm.utils.reparameterize_model(net)(x), net(x)) < 1e-4
-
-
-def test_what_merges_itself_can_be_included():
-    net, x = timm.create_model("repghostnet_050", num_classes=3).eval(), torch.randn(1, 3, 64, 64)
-    _, report = replace_convs(net, "acb", example_input=x)
-    included, all_of_it = replace_convs(net, "acb", include=["*"], example_input=x)
-    assert sum(row.block is not None for row in report) == 10
-    assert sum(row.block is not None for row in all_of_it) == 42
-    with torch.no_grad():
-        assert relative_error(reparameterize(included)(x), included(x)) < 1e-4
-        folded = fold_norms(included, x)
-        assert relative_error(folded(x), included(x)) < 1e-4
-    left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    without_a_convolution = [".fusion_bn." in name for name in left]
-    assert all(without_a_convolution), "all others are folded, inside such modules too"
-
-
-def test_a_network_that_torch_fuses():
-    """Torch's `fuse_modules` takes BatchNorm2d alone: such a network stays, or gets its norms back."""
-    plain = torchvision.models.quantization.shufflenet_v2_x0_5(num_classes=3).eval()
-    x = torch.randn(4, 3, 64, 64)
-    with pytest.raises(NothingSwappedError, match=r"part of a QuantizableShuffleNetV2, .* \(fuse_model\)"):
-        replace_convs(plain, "acb", example_input=x)
-    net, report = replace_convs(plain, "acb", include=["*"], example_input=x)
-    with torch.no_grad():
-        restored = restore_norms(net, report, plain, [x])
-        restored.fuse_model(is_qat=False)
-        assert relative_error(restored(x), net(x)) < 1e-4
-
-
-def test_a_network_with_a_fuse_of_its_own_is_swapped():
-    class Root(nn.Sequential):
-        def fuse(self):
-            raise AssertionError
-
-    class Neck(nn.Sequential):
-        def fuse(self, x, y):
-            """Joins two maps: no step of a conversion."""
-
-    _, report = replace_convs(Root(Neck(*pair())), "dbb", example_input=torch.zeros(1, 8, 9, 9))
-    assert report[0].block
-
-
-@pytest.mark.parametrize("step", ["repvgg_convert", "local_inject", "switch_to_deploy"])
-def test_units_that_merge_themselves_by_any_name_stay(step):
-    """Their steps leave out a convolution's bias, which is where a block's norms end up."""
-    unit = type("Unit", (nn.Sequential,), {step: lambda self: None})
-    plain = nn.Sequential(unit(*pair()), *pair())
-    _, report = replace_convs(plain, "dbb", example_input=torch.zeros(1, 8, 9, 9))
-    assert [row.block is not None for row in report] == [False, True]
-    assert step in report[0].reason
 
 
 @pytest.mark.parametrize("mode", ["exact", "online", "linear"])
@@ -400,19 +202,6 @@ def test_a_pruned_norm(kind, groups):
     assert relative_error(block(x), before) > 0.5
 
 
-def test_a_swap_keeps_what_is_frozen():
-    """Per parameter, and for Lightning's way to freeze a norm, which is before the swap."""
-    net = pair()
-    net[1].track_running_stats = False
-    net[0].weight.requires_grad_(False)
-    net[1].weight.requires_grad_(False)
-    new, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 8, 9, 9))
-    assert {key.split(".")[-1] for key, p in new.named_parameters() if p.requires_grad} == {"bias"}
-    before = copy.deepcopy(new.state_dict())
-    new.train()(torch.randn(4, 8, 9, 9))
-    assert all(torch.equal(value, before[key]) for key, value in new.state_dict().items())
-
-
 @pytest.mark.parametrize("wrap", ["dataclass", "mapping", "object", "nested"])
 def test_an_output_in_a_container_that_torch_does_not_know(wrap):
     @dataclass
@@ -458,34 +247,6 @@ def test_every_module_resets_its_parameters(kind):
             assert torch.equal(value, fresh[key]), key
 
 
-@pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])
-def test_half_precision_with_norms_in_float32(kind):
-    block = kind(8, 8, 3, padding=1).bfloat16()
-    for norm in block.norms():
-        norm.float()
-    x = torch.randn(4, 8, 10, 10, dtype=torch.bfloat16)
-    block(x).float().square().mean().backward()
-    y = block.eval()(x)
-    assert y.dtype == torch.bfloat16
-    assert relative_error(reparameterize(block)(x), y) < 0.02
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("groups", [1, 8])
-def test_half_precision_with_norms_in_float32_and_branches_without_a_kernel(mode, groups):
-    block = ReparamConv2d(8, 8, 3, padding=1, groups=groups, branches=["kxk", "identity", "avg"],
-                          mode=mode, positions=8).bfloat16()
-    for norm in block.norms():
-        norm.float()
-    x = torch.randn(4, 8, 10, 10, dtype=torch.bfloat16)
-    block(x).float().square().mean().backward()
-    y = block.eval()(x)
-    with branchwise(block):
-        assert relative_error(block(x), y) < 0.02
-    assert relative_error(reparameterize(block)(x), y) < 0.02
-    assert y.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_block_without_a_kernel_of_its_own_is_converted(mode):
     block = ReparamConv2d(8, 8, 3, padding=1, branches=["avg", "identity"], mode=mode, dtype=torch.float64)
@@ -503,28 +264,6 @@ def test_what_a_block_computes_cannot_be_set(key, value):
         setattr(block, key, value)
     with pytest.raises(AttributeError, match="the weight of a block is computed from its branches"):
         fuse_conv_bn_eval(block, nn.BatchNorm2d(8).eval())
-
-
-def test_an_included_host_fails_loudly():
-    """Its step would leave out the merged bias."""
-    net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), RepVggBlock(8, 8, 3))).eval()
-    new, _ = replace_convs(net, "acb", include=["1.*"], example_input=torch.zeros(1, 3, 9, 9))
-    for network in (new, reparameterize(new)):
-        with pytest.raises(AttributeError, match="running_mean"):
-            network[1].reparameterize()
-
-
-def test_a_network_in_a_wrapper_is_no_unit():
-    class Detector(nn.Sequential):
-        def fuse(self):
-            raise AssertionError
-
-        def is_fused(self):
-            return False
-
-    net = nn.Sequential(Detector(*pair(), *pair()))
-    _, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 8, 9, 9))
-    assert all(row.block for row in report)
 
 
 def test_inputs_by_name_and_their_errors():
@@ -552,26 +291,6 @@ def test_inputs_by_name_and_their_errors():
         replace_convs(ByName(), "dbb", example_input={"image": "a.jpg"})
 
 
-@pytest.mark.parametrize("key", ["weight", "bias", "running_mean", "running_var"])
-def test_a_value_that_half_precision_cannot_hold_stays_in_a_float32_norm(key):
-    net = pair()
-    with torch.no_grad():
-        net[1].state_dict(keep_vars=True)[key][3] = 1e5
-    net[0].half()
-    net, _ = replace_convs(net, "dbb", example_input=torch.zeros(1, 8, 9, 9).half(), init="ones")
-    assert net[0].branches["kxk"].bn.state_dict()[key][3] == 1e5
-
-
-def test_a_merged_value_that_half_precision_cannot_hold_is_named():
-    block = DiverseBranchBlock(8, 8, 3, padding=1).half().eval()
-    block.init_gamma(6e4)
-    with torch.no_grad():
-        block.branches["kxk"].weight.fill_(2)
-    message = "the merged kernel has the value .*, which torch.float16 cannot hold"
-    with pytest.raises(ValueError, match=message):
-        block.fuse()
-
-
 def test_a_norm_without_a_bias_stays():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, bias=False))
     with pytest.raises(NothingSwappedError, match="1 has no gamma, no bias or no running statistics"):
@@ -586,9 +305,3 @@ def test_a_lazy_network_is_run_first(layers):
         replace_convs(net, "dbb", example_input=x)
     net(x)
     assert replace_convs(net, "dbb", example_input=x)[1][0].block
-
-
-def test_torchvisions_frozen_backbones_say_why():
-    net = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
-    with pytest.raises(NothingSwappedError, match="no BatchNorm2d follows"):
-        replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 64, 64))
