@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,6 +72,7 @@ class ReparamConv2d(nn.Module):
         self.mode = mode
         self.positions = positions or (None if self.geometry.depthwise else POSITIONS)  # None: all
         self.branchwise = False  # see the context manager of that name
+        self.added = {}  # attributes that a network has set on the convolution, see keep_attributes
         self.bn = self.reparam = None
         if mode == "linear" and not deploy:
             self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
@@ -200,6 +202,11 @@ class ReparamConv2d(nn.Module):
         dtype = next(iter(self.branches.values())).kernel().dtype  # perhaps half, while norms are in float32
         return kernel.to(dtype), bias.to(dtype)
 
+    def keep_attributes(self, added: dict[str, Any]) -> None:
+        """Have attributes of the convolution's that the block lacks, and give them to the converted one."""
+        self.added = {key: value for key, value in added.items() if not hasattr(self, key)}
+        vars(self).update(self.added)
+
     def fuse(self) -> nn.Module:
         """Make the plain convolution that computes the same, in float64, cast back at the end.
 
@@ -214,6 +221,7 @@ class ReparamConv2d(nn.Module):
         if self.outer is not None:
             plain, conv = conv, with_weight(self.outer, conv.weight, conv.bias)
             conv.train(plain.training)
+        vars(conv).update({key: vars(self)[key] for key in self.added})
         return conv if isinstance(self.nonlinear, nn.Identity) else nn.Sequential(conv, self.nonlinear)
 
     @torch.no_grad()

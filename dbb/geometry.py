@@ -209,14 +209,16 @@ class _Sample(torch.autograd.Function):
     def backward(ctx, d_x, d_sample, d_centre):
         g, places = ctx.geometry, ctx.geometry.placed(ctx.lattice)
         d_sample = d_sample.unflatten(1, (-1, *g.kernel_size))
-        if torch.is_grad_enabled():  # gradients that are differentiated may not be added to in place
+        # Gradients that are differentiated may not be added to in place; nor may those that dynamo traces.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             d_x, d_sample = d_x.clone(), d_sample.clone()
         _centre(d_sample, g).add_(d_centre)
         lengths = [(count - 1) * step + span for (_, step, count), span in zip(places, g.spans, strict=True)]
         images = len(range(0, ctx.shape[0], ctx.lattice.images))
-        columns = d_sample.flatten(0, 3).unflatten(1, (images, math.prod(count for *_, count in places)))
+        (*_, rows), (*_, columns) = places
+        unfolded = d_sample.flatten(0, 3).unflatten(1, (images, rows * columns))
         steps = [step for _, step, _ in places]
-        folded = F.fold(columns.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, steps)
+        folded = F.fold(unfolded.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, steps)
         target, source = [slice(None, None, ctx.lattice.images), slice(None)], [slice(None), slice(None)]
         for (first, *_), length, size in zip(places, lengths, ctx.shape[2:], strict=True):  # on the map
             target.append(slice(max(first, 0), min(first + length, size)))

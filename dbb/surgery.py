@@ -17,7 +17,7 @@ from dbb.flow import Flow, Inputs, after_norm, partner
 from dbb.private import AnyConv
 from dbb.subclass import Rest, Stays, inner_convolution, with_weight
 
-INITS = ("mean", "ones", "third", "single")  # see replace_convs
+INITS = ("mixed", "mean", "ones", "third", "single")  # see replace_convs
 # How names of methods begin that merge branches, see merges_itself.
 FUSE_STEPS = ("fuse", "reparam", "switch_to_deploy", "convert_to_deploy", "merge_kernel", "repvgg_convert",
               "local_inject", "locality_injection")
@@ -66,7 +66,7 @@ class NothingSwappedError(ValueError):
 def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
                   include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
                   example_input: Inputs | None = None, kernel_sizes: Container[int] = range(2, 7),
-                  init: str = "mean") -> tuple[nn.Module, Report]:
+                  init: str = "mixed") -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
     Pairs are found by where tensors flow, in one forward pass in eval on `example_input`: what a network does
@@ -90,8 +90,9 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             than the norm's output; "ones", the norm's (DBB), with which n independent branches vary n times
             as much; "third", a third of it (ACNet on CIFAR); "single", the norm's in the first `kxk` branch
             and 0 elsewhere: the new network computes what `model` does, in eval and in training, the warm
-            start from trained weights. A block in mode "linear" has one norm behind the sum, and starts as
-            OREPA's with "mean".
+            start from trained weights; "mixed", "single" in depthwise blocks that have a `kxk` branch and
+            "mean" in all others, which measured best (benchmarks/README.md, "The first steps"). A block in
+            mode "linear" has one norm behind the sum, and starts as OREPA's with "mean" and "mixed".
 
     Returns:
         A new model, and a report with a row per convolution.
@@ -130,6 +131,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             rest = nn.Sequential(*rest)
         replacements[conv] = _make(name, make, ours, arguments, our_norm, init)
         replacements[norm] = rest.train(our_norm.training)
+        replacements[conv].keep_attributes(_added_attributes(ours, nn.Conv2d(1, 1, 1)))
+        vars(rest).update(_added_attributes(our_norm, nn.SyncBatchNorm(1)))
         branches = " + ".join(replacements[conv].branches)
         report.append(Row(name, conv.kernel_size, branches, norm=names[norm]))
     if not replacements:
@@ -139,6 +142,11 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
         if module in replacements:
             result.set_submodule(alias, replacements[module])
     return result, report
+
+
+def _added_attributes(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """What a network has set on a layer of its own, to read it later: `layer.from_ = -1`."""
+    return {key: value for key, value in vars(layer).items() if key not in vars(stock)}
 
 
 def _check_arguments(model: nn.Module, kernel_sizes: Container[int], init: str) -> None:
@@ -265,6 +273,8 @@ def _start_norms(block: ReparamConv2d, norm: Norm, init: str) -> None:
         if branch.scale is not None:
             branch.scale.to(norm.weight.dtype)
             branch.scale.eps = norm.eps
+    if init == "mixed":
+        init = "single" if block.geometry.depthwise and "kxk" in block.branches and block.bn is None else "mean"
     in_sum = 1 if block.bn is not None else len(block.branches)  # a norm behind the sum makes up for any size
     factor = {"mean": 1 / in_sum, "ones": 1.0, "third": 1 / 3, "single": 0.0}[init]
     for gamma in block.gammas().values():

@@ -87,7 +87,7 @@ def timms_name(name: str) -> tuple[str, dict]:
 
 def named_start(init: str | None, trained: bool) -> str:
     """The start of blocks that "auto" stands for, or None in old files, by its name in `dbb.INITS`."""
-    return "single" if trained else {"auto": "mean", None: "ones"}[init]
+    return "single" if trained else {"auto": "mixed", None: "ones"}[init]
 
 
 def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn.Module:
@@ -126,7 +126,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         image_size: side of the images in pixels; decides the stem (up to 64 pixels: that of CIFAR networks).
         pretrained: start from timm's weights, which are fetched.
         weights: start from these, of the plain network in timm's or torchvision's layout.
-        init: see `dbb.replace_convs`; "auto" is "mean", with trained weights "single": the blocks compute
+        init: see `dbb.replace_convs`; "auto" is "mixed", with trained weights "single": the blocks compute
             what the plain network did. None, in old files, is what "auto" was: "ones", with trained weights
             "single".
         weights_of: name of the network that `weights` are of, where it is known: a state dict does not

@@ -183,6 +183,8 @@ def test_channels_last(mode, channels):
 @EVERY
 def test_compiles_once_without_a_break(mode, channels):
     block, x = make(mode, channels, branches=("kxk", "1x1", "1x1_avg", "1x1_kxk"))
+    # Behind another layer: dynamo traces backward otherwise where the input needs a gradient.
+    block = nn.Sequential(nn.Conv2d(x.shape[1], x.shape[1], 1).double(), block)
     expected = copy.deepcopy(block)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from dbb import (
     replace_convs,
     restore_norms,
 )
-from tests.conftest import randomize, relative_error
+from tests.conftest import pair, randomize, relative_error
 
 
 def test_a_norm_that_was_taken_in_is_still_true():
@@ -216,3 +216,28 @@ def test_subclasses_of_tensors_keep_their_class(mode, groups):
     assert type(y) is Tagged
     assert torch.equal(y.as_subclass(torch.Tensor), net(x))
     assert type(net.eval()(x.as_subclass(Tagged))) is Tagged
+
+
+class Routed(nn.Module):
+    """Reads what a network has set on its own layers, as detection models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(pair(4))
+        for layer, source in zip(self.layers, (-1, 0), strict=True):
+            layer.source = source
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x if layer.source == -1 else outputs[layer.source])
+            outputs.append(x)
+        return x
+
+
+def test_attributes_that_a_network_set_stay():
+    plain, x = randomize(Routed()).eval(), torch.randn(2, 4, 8, 8)
+    net, _ = replace_convs(plain, "dbb", example_input=x, init="single")
+    for changed in (net, reparameterize(net)):
+        assert [layer.source for layer in changed.layers] == [-1, 0]
+        assert relative_error(changed(x), plain(x)) < 1e-5

@@ -301,12 +301,17 @@ def test_synchronised_norms_stay_synchronised():
 def test_gammas():
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     third = [1 / 3] * 3
-    for init, factors in (("mean", third), ("third", third), ("ones", [1, 1, 1]), ("single", [1, 0, 0])):
+    for init, factors in (("mixed", third), ("mean", third), ("third", third), ("ones", [1, 1, 1]), ("single", [1, 0, 0])):
         new, _ = replace_convs(net, "acb", init=init)
         for factor, branch in zip(factors, new[0].branches.values(), strict=True):
             assert torch.allclose(branch.bn.weight, factor * net[1].weight)
     published = [0.25, 0.25, 0, 0.5, 1, 0.5]
-    for init, factors in (("mean", published), ("ones", published), ("single", [1, 0, 0, 0, 0, 0])):
+    depthwise = randomize(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)))
+    for branches, factors in ((["kxk", "avg"], [1, 0]), (["1xk", "kx1", "avg"], third)):
+        new, _ = replace_convs(depthwise, branches, example_input=torch.zeros(1, 4, 8, 8), init="mixed")
+        for factor, branch in zip(factors, new[0].branches.values(), strict=True):
+            assert torch.allclose(branch.bn.weight, factor * depthwise[1].weight)
+    for init, factors in (("mixed", published), ("mean", published), ("ones", published), ("single", [1, 0, 0, 0, 0, 0])):
         new, _ = replace_convs(net, "orepa", init=init)
         assert [float(gamma[0]) for gamma in new[0].gammas().values()] == factors
         assert torch.equal(new[0].bn.weight, net[1].weight)  # one norm, the old one
