@@ -157,9 +157,14 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
     """
     options = asdict(settings.trainer)
     options |= {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(settings)}
-    trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
-                         plugins=[WholeCheckpointIO()], logger=False, enable_model_summary=False,
-                         use_distributed_sampler=False, num_sanity_val_steps=0)
+    try:
+        trainer = pl.Trainer(**options, default_root_dir=run_dir, callbacks=make_callbacks(settings, run_dir),
+                             plugins=[WholeCheckpointIO()], logger=False, enable_model_summary=False,
+                             use_distributed_sampler=False, num_sanity_val_steps=0)
+    except ImportError as error:
+        asked = (f"trainer.{name}={options[name]}" for name in ("accelerator", "strategy", "precision"))
+        raise ValueError(f"{', '.join(asked)}: one of them needs a package that is not installed "
+                         f"({error})") from error
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):
         raise ValueError(f"trainer.strategy={settings.trainer.strategy}: it trains in processes made by "

@@ -230,7 +230,8 @@ class ReparamConv2d(nn.Module):
             raise ValueError("a block in training mode cannot be converted: call model.eval() first")
         like = self.weight
         conv = self._plain_conv(like.device, like.dtype)
-        kernel, bias = copied(self).to("cpu", torch.float64).get_equivalent_kernel_bias()
+        merging = copied(self).to("meta" if like.is_meta else "cpu", torch.float64)
+        kernel, bias = merging.get_equivalent_kernel_bias()
         fill(conv.weight, kernel, "the merged kernel")
         fill(conv.bias, bias, "the merged bias")
         if any(p.ndim == 4 and not p.is_contiguous() for p in self.parameters()):

@@ -117,19 +117,20 @@ class Geometry:
             x: what `pad` returned, `[N, C, H, W]`.
             lattice: the positions.
         """
-        pads, places = [], []
-        for dim, (first, step, count) in enumerate(self.placed(lattice)):
-            last = first + (count - 1) * step + self.spans[dim]
-            pads.append((max(0, -first), max(0, last - x.shape[2 + dim])))
-            places.append((first + pads[-1][0], step, last - first))
+        pads, places = [], self.placed(lattice)
+        for (first, step, count), span, size in zip(places, self.spans, x.shape[2:], strict=True):
+            pads.append((max(0, -first), max(0, first + (count - 1) * step + span - size)))
         (top, bottom), (left, right) = pads
         if any((top, bottom, left, right)):
             x = F.pad(x, (left, right, top, bottom))
-        x = x[::lattice.images]
-        for dim, (first, step, length) in enumerate(places):
-            x = x.narrow(2 + dim, first, length).unfold(2 + dim, self.spans[dim], step)
-            x = x[..., ::self.dilation[dim]]
-        return x
+        (row, down, rows), (column, across, columns) = places
+        x = x[::lattice.images, :, row + top:, column + left:]
+        per_image, per_channel, per_row, per_column = x.stride()
+        # Not `unfold`, whose step torch.compile takes for a constant: one graph for each size of images.
+        steps = (per_row * down, per_column * across, per_row * self.dilation[0],
+                 per_column * self.dilation[1])
+        lengths = *x.shape[:2], rows, columns, *self.kernel_size
+        return x.as_strided(lengths, (per_image, per_channel, *steps))
 
     def placed(self, lattice: "Lattice") -> list[tuple[int, int, int]]:
         """First pixel, step and number of a lattice's windows, by rows and columns; padding is below 0."""
@@ -179,12 +180,13 @@ class Lattice(NamedTuple):
     @classmethod
     def within(cls, images: int, height: int, width: int, budget: int) -> "Lattice":
         """About `budget` of the positions (no fewer, if there are as many), 2 x 2 or more of each image."""
-        images, height, width = [len(range(size)) for size in (images, height, width)]  # no symbols
         every = max(1, images * min(4, height * width) // budget)
         each = budget / max(1, -(-images // every))  # a process may have none, beside others
         columns = min(width, math.ceil(math.sqrt(each * width / height)))
         rows = min(height, math.ceil(each / columns))
         columns = min(width, math.ceil(each / rows))
+        # For torch.compile: these are numbers, the same for many sizes of images; the rest may be symbols.
+        every, rows, columns = [len(range(number)) for number in (every, rows, columns)]
         return cls(every, tuple(((size - 1 - (count - 1) * (size // count)) // 2, size // count, count)
                                 for size, count in ((height, rows), (width, columns))))
 
@@ -207,24 +209,39 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_x, d_sample, d_centre):
-        g, places = ctx.geometry, ctx.geometry.placed(ctx.lattice)
+        g, lattice, (images, _, *sizes) = ctx.geometry, ctx.lattice, ctx.shape
         d_sample = d_sample.unflatten(1, (-1, *g.kernel_size))
         # Gradients that are differentiated may not be added to in place; nor may those that dynamo traces.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if functional:
             d_x, d_sample = d_x.clone(), d_sample.clone()
         _centre(d_sample, g).add_(d_centre)
+        (first_row, down, rows), (first_column, across, columns) = places = g.placed(lattice)
         lengths = [(count - 1) * step + span for (_, step, count), span in zip(places, g.spans, strict=True)]
-        images = len(range(0, ctx.shape[0], ctx.lattice.images))
-        (*_, rows), (*_, columns) = places
-        unfolded = d_sample.flatten(0, 3).unflatten(1, (images, rows * columns))
-        steps = [step for _, step, _ in places]
-        folded = F.fold(unfolded.transpose(0, 1), lengths, g.kernel_size, g.dilation, 0, steps)
-        target, source = [slice(None, None, ctx.lattice.images), slice(None)], [slice(None), slice(None)]
-        for (first, *_), length, size in zip(places, lengths, ctx.shape[2:], strict=True):  # on the map
+        d_sample = d_sample.unflatten(4, (-(-images // lattice.images), rows, columns))
+        if _disjoint(places, g.spans, sizes):
+            windows = g.windows(d_x, lattice)
+            d_windows = d_sample.permute(4, 0, 1, 5, 6, 2, 3).flatten(1, 2)
+            if not functional:
+                windows.add_(d_windows)
+                return d_x, None, None
+            start = first_row * d_x.stride(2) + first_column * d_x.stride(3)
+            total = (windows + d_windows).to(d_x.dtype)
+            return d_x.as_strided_scatter(total, windows.shape, windows.stride(), start), None, None
+        unfolded = d_sample.flatten(5).flatten(0, 3).transpose(0, 1)
+        folded = F.fold(unfolded, lengths, g.kernel_size, g.dilation, 0, (down, across))
+        target, source = [slice(None, None, lattice.images), slice(None)], [slice(None), slice(None)]
+        for first, length, size in zip((first_row, first_column), lengths, sizes, strict=True):  # on the map
             target.append(slice(max(first, 0), min(first + length, size)))
             source.append(slice(max(-first, 0), min(size - first, length)))
         d_x[tuple(target)].add_(folded[tuple(source)])
         return d_x, None, None
+
+
+def _disjoint(places: Sequence[tuple[int, int, int]], spans: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether windows (see `Geometry.placed`) lie on a map, and no two share a pixel."""
+    return all(first >= 0 and first + (count - 1) * step + span <= size and (step >= span or count == 1)
+               for (first, step, count), span, size in zip(places, spans, sizes, strict=True))
 
 
 def _centre(sample: Tensor, geometry: Geometry) -> Tensor:

@@ -18,7 +18,8 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
     known = isinstance(norm, nn.SyncBatchNorm) or type(norm).forward is nn.BatchNorm2d.forward
     if isinstance(norm, AnyNorm) and not (known and norm.weight is not None):
         raise ValueError(f"a block's norm was replaced by {norm}: a block takes BatchNorm2d or SyncBatchNorm "
-                         "with affine=True, or frozen norms; replace norms before the blocks are put in")
+                         "with affine=True, or frozen norms; replace norms before the blocks are put in, and "
+                         "quantize after reparameterize")
     return isinstance(norm, AnyBatchNorm) and (norm.training or norm.running_mean is None)
 
 

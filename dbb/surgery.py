@@ -274,7 +274,8 @@ def _start_norms(block: ReparamConv2d, norm: Norm, init: str) -> None:
             branch.scale.to(norm.weight.dtype)
             branch.scale.eps = norm.eps
     if init == "mixed":
-        init = "single" if block.geometry.depthwise and "kxk" in block.branches and block.bn is None else "mean"
+        as_before = block.geometry.depthwise and block.bn is None and "kxk" in block.branches
+        init = "single" if as_before else "mean"
     in_sum = 1 if block.bn is not None else len(block.branches)  # a norm behind the sum makes up for any size
     factor = {"mean": 1 / in_sum, "ones": 1.0, "third": 1 / 3, "single": 0.0}[init]
     for gamma in block.gammas().values():

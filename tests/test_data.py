@@ -1,7 +1,9 @@
 """Data on small trees made here: order, augmentation, shares of processes, and every kind of broken input."""
 
+import errno
 import hashlib
 import itertools
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -223,6 +225,30 @@ def test_every_ending_of_the_list_is_read(tmp_path):
         prepare(str(tmp_path / "image.heic"), about)
 
 
+def test_a_damaged_image_is_named(tmp_path):
+    """Pillow's AVIF reader raises a RuntimeError."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.avif")
+    data = bytearray((tmp_path / "a.avif").read_bytes())
+    for position in range(90, 150):
+        data[position] ^= 255
+    (tmp_path / "a.avif").write_bytes(data)
+    with pytest.raises(ValueError, match=r"unreadable image: .*a\.avif"):
+        read_pixels(str(tmp_path / "a.avif"))
+
+
+def test_an_unreadable_folder_is_an_error(make_settings, files, monkeypatch):
+    """As root, who runs tests in containers, may read all: so the system is made to refuse."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("val/n02"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"the folder .*val/n02 cannot be read \(Permission denied\)"):
+        load(make_settings, "data=folder", f"data.root={files}", "data.image_size=16")
+
+
 def test_what_is_read_and_what_is_left_out_is_printed(make_settings, files, capsys):
     settings = ("data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4")
     (files / "train" / "n01" / "0.png").rename(files / "train" / "n01" / "0.PNG")
@@ -236,9 +262,16 @@ def test_what_is_read_and_what_is_left_out_is_printed(make_settings, files, caps
     assert f"{files}/train: 19 images of 3 classes; skipped 3 files: .txt 2, .heic 1\n" in printed
     assert (f"{files}/val: 18 images of 3 classes; skipped 2 files: images in no class's folder 1, "
             "without an ending 1\n") in printed
+    kept = files / "train" / "n01" / ".ipynb_checkpoints"
+    kept.mkdir()
+    for hidden in (kept / "0-checkpoint.png", files / "train" / "n01" / "._0.png"):
+        hidden.write_bytes(b"")
+    load(make_settings, *settings)
+    printed = capsys.readouterr().out
+    assert "train: 19 images of 3 classes; skipped 5 files: hidden 2, .txt 2, .heic 1" in printed
     for path in (files / "train" / "n02").glob("*.[pj]*"):
         path.rename(path.with_suffix(".heic"))
-    with pytest.raises(ValueError, match=r"for the classes n02.*; skipped 10 files: \.heic 8, \.txt 2"):
+    with pytest.raises(ValueError, match=r"for the classes n02.*; skipped 12 files: \.heic 8, "):
         load(make_settings, *settings)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -79,3 +80,17 @@ def test_compile_for_sizes_that_are_not_known():
     for size in (8, 12):
         x = torch.randn(2, 8, size, size)
         assert torch.allclose(compiled(x), net(x), atol=1e-6)
+
+
+def test_many_image_sizes_make_few_graphs():
+    """A sample's windows are disjoint on large maps, where their gradients are added in another way."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), DiverseBranchBlock(4, 4, 3, padding=1, mode="online")).double()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    for size in (16, 28, 36, 44):
+        x = torch.randn(4, 4, size, size).double()
+        cotangent = torch.randn_like(x)
+        grads, wanted = (torch.autograd.grad(run(x), list(net.parameters()), cotangent)
+                         for run in (compiled, net))
+        assert all(relative_error(*both) < 1e-10 for both in zip(grads, wanted, strict=True))
+    assert counter.frame_count <= 3

@@ -99,6 +99,10 @@ def test_a_network_on_meta_is_swapped_as_one_with_values():
                       for device in ("cpu", "meta"))
     assert there == on_meta
     assert [row.block is None for row in on_meta] == [False, True, True]
+    block, _ = replace_convs(pair().to("meta"), "dbb", example_input=torch.zeros(1, 8, 9, 9, device="meta"))
+    merged = reparameterize(block.eval())
+    assert merged[0].weight.is_meta
+    assert merged[0].bias.shape == (8,)
 
 
 @pytest.mark.parametrize("block", [EVERY_BRANCH, "orepa"])

@@ -256,7 +256,7 @@ def test_different_blocks_for_different_layers():
     (dict(exclude=["stem.*"]), "exclude: the pattern 'stem.*' matches no convolution"),
     (dict(block={"laier1.*": "acb"}),
      "block: the pattern 'laier1.*' matches no convolution; there are layer"),
-    (dict(init="half"), "init='half' is unknown; known are mean, ones, third, single"),
+    (dict(init="half"), "init='half' is unknown; known are mixed, mean, ones, third, single"),
     (dict(example_input=torch.zeros(1, 4, 64, 64)),
      r"cannot run on example_input of shape \[1, 4, 64, 64\]")])
 def test_bad_arguments(arguments, message):
@@ -301,7 +301,8 @@ def test_synchronised_norms_stay_synchronised():
 def test_gammas():
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     third = [1 / 3] * 3
-    for init, factors in (("mixed", third), ("mean", third), ("third", third), ("ones", [1, 1, 1]), ("single", [1, 0, 0])):
+    for init, factors in (("mixed", third), ("mean", third), ("third", third), ("ones", [1, 1, 1]),
+                          ("single", [1, 0, 0])):
         new, _ = replace_convs(net, "acb", init=init)
         for factor, branch in zip(factors, new[0].branches.values(), strict=True):
             assert torch.allclose(branch.bn.weight, factor * net[1].weight)
@@ -311,7 +312,8 @@ def test_gammas():
         new, _ = replace_convs(depthwise, branches, example_input=torch.zeros(1, 4, 8, 8), init="mixed")
         for factor, branch in zip(factors, new[0].branches.values(), strict=True):
             assert torch.allclose(branch.bn.weight, factor * depthwise[1].weight)
-    for init, factors in (("mixed", published), ("mean", published), ("ones", published), ("single", [1, 0, 0, 0, 0, 0])):
+    for init, factors in (("mixed", published), ("mean", published), ("ones", published),
+                          ("single", [1, 0, 0, 0, 0, 0])):
         new, _ = replace_convs(net, "orepa", init=init)
         assert [float(gamma[0]) for gamma in new[0].gammas().values()] == factors
         assert torch.equal(new[0].bn.weight, net[1].weight)  # one norm, the old one

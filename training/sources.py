@@ -1,5 +1,6 @@
 """Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
 
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -228,7 +229,9 @@ class Tree(datasets.ImageFolder):
     """
 
     def __init__(self, folder: Path, classes: list[str]):
-        self.known, self.skipped = classes, Counter()
+        self.folder, self.known, self.skipped = folder, classes, Counter()
+        for _ in os.walk(folder, onerror=_refuse_unreadable):  # ImageFolder would leave such a folder out
+            pass
         if loose := _loose_images(folder):
             self.skipped["images in no class's folder"] = len(loose)
         try:
@@ -241,6 +244,9 @@ class Tree(datasets.ImageFolder):
         rank_zero_only(print)(f"{folder}: {len(self.samples)} images of {count} classes{self._left_out()}")
 
     def _take(self, path: str) -> bool:
+        if any(part.startswith(".") for part in Path(path).relative_to(self.folder).parts):
+            self.skipped["hidden"] += 1
+            return False
         if is_image(path):
             return True
         self.skipped[Path(path).suffix.lower() or "without an ending"] += 1
@@ -257,6 +263,10 @@ class Tree(datasets.ImageFolder):
         if new := sorted(set(_classes(Path(directory))) - set(self.known)):
             raise ValueError(f"{directory} has classes that the training images lack: {', '.join(new[:5])}")
         return self.known, {name: index for index, name in enumerate(self.known)}
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror})") from error
 
 
 def is_image(path: str | Path) -> bool:
@@ -320,5 +330,6 @@ def read_image(path: str) -> Image.Image:
             if image.mode == "F":
                 raise ValueError("real numbers of an unknown range")
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except (OSError, RuntimeError, SyntaxError, UnidentifiedImageError, ValueError,
+            Image.DecompressionBombError) as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
