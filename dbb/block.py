@@ -124,8 +124,8 @@ class ReparamConv2d(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):  # torch.fx keeps a block as one node, as it does torch's own layers
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        if isinstance(x, fx.Proxy):
+            return self._as_node(x)
         if self.outer is None:
             return self.nonlinear(self._sum(x))
         self.outer.training = self.training
@@ -201,6 +201,19 @@ class ReparamConv2d(nn.Module):
             kernel, bias = fuse_conv_norm(kernel, bias, *running(self.bn))
         dtype = next(iter(self.branches.values())).kernel().dtype  # perhaps half, while norms are in float32
         return kernel.to(dtype), bias.to(dtype)
+
+    def _as_node(self, x: fx.Proxy) -> fx.Proxy:
+        """What torch.fx sees: one node, as of torch's own layers; of a block by itself, its convolution."""
+        if x.tracer.root is not self:
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        if self.training:
+            raise ValueError("torch.fx cannot trace a block by itself in training mode: trace a network "
+                             "around it, nn.Sequential(block), or call block.eval() first")
+        values = copied(self)  # the tracer takes this block's own parameters for symbols
+        kernel, bias = (tensor.detach() for tensor in values.get_equivalent_kernel_bias())
+        g = self.geometry
+        x, padding = g.aligned(g.pad(x), kernel.shape[2:])
+        return self.nonlinear(F.conv2d(x, kernel, bias, g.stride, padding, g.dilation, g.groups))
 
     def keep_attributes(self, added: dict[str, Any]) -> None:
         """Have attributes of the convolution's that the block lacks, and give them to the converted one."""

@@ -65,6 +65,15 @@ def test_fx_and_feature_extractors_keep_blocks(training):
         assert extractor(x)["blocks.0.conv1"].shape == (2, 16, 32, 32)
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_fx_of_a_block_by_itself(padding_mode):
+    block = randomize(DiverseBranchBlock(4, 4, 3, padding=1, padding_mode=padding_mode)).double().eval()
+    x = torch.randn(2, 4, 6, 6).double()
+    assert relative_error(fx.symbolic_trace(block)(x), block(x)) < 1e-12
+    with pytest.raises(ValueError, match="in training mode: trace a network around it"):
+        fx.symbolic_trace(block.train())
+
+
 @pytest.mark.parametrize(("kind", "groups"), BLOCKS)
 def test_a_traced_block_is_saved_and_loaded(kind, groups, tmp_path):
     net = nn.Sequential(make(kind, groups), nn.ReLU())
