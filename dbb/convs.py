@@ -1,11 +1,14 @@
 """Convolutions with a backward of their own: they keep less, or launch less, than torch's with a norm."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
 from dbb.moments import autocast_kind, over_processes, wide, without_autocast
+from dbb.rows import stacked, unstacked
 
 
 def in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
@@ -88,6 +91,35 @@ class NormedConv(Function):
             d_z.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups,
             [*ctx.needs_input_grad[:2], False])
         return d_x, d_kernel, d_weight, d_bias, *[None] * 5
+
+
+class StackedConv(Function):
+    """One convolution with the kernels of several branches, to `[N, G * B * O/G, H', W']`.
+
+    Arguments: `x` `[N, C, H, W]`; `conv` (stride, padding, dilation, groups); kernels `[O, C/G, KH, KW]`. It
+    keeps `x` and the kernels, not their stack: a kernel is a parameter mostly, which is there anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x, conv, *kernels):
+        ctx.save_for_backward(x, *kernels)
+        ctx.conv = conv
+        return F.conv2d(x, _stack(x, kernels, conv[3]), None, *conv)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, *kernels = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        d_x, d_stack, _ = torch.ops.aten.convolution_backward(
+            d_y.to(x.dtype), x, _stack(x, kernels, groups), None, stride, padding, dilation, False, [0, 0],
+            groups, [ctx.needs_input_grad[0], True, False])
+        rows = d_stack.reshape(groups, len(kernels), -1, d_stack[0].numel())
+        return d_x, None, *unstacked(rows, kernels, kernels[0].shape[2:])
+
+
+def _stack(x: Tensor, kernels: Sequence[Tensor], groups: int) -> Tensor:
+    rows = stacked(kernels, groups, kernels[0].shape[2:])
+    return in_format_of(x, rows.reshape(-1, *kernels[0].shape[1:]))
 
 
 class FixedConv(Function):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dbb.branches import Branch
-from dbb.convs import CentredConv, NormedConv, as_autocast, in_format_of
+from dbb.convs import CentredConv, NormedConv, StackedConv, as_autocast, in_format_of
 from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, mean_over_processes, process_group, without_autocast
 from dbb.norms import count_batch, follow, uses_batch_statistics
@@ -23,7 +24,8 @@ def exact(block, x: Tensor) -> Tensor:
     """Every branch with the statistics of its whole map: the published training function.
 
     What a norm behind a 1x1 kernel needs follows from the covariance of the block's input. So no map is made
-    for an inner norm, and branches that are a 1x1 kernel on every pixel are one convolution.
+    for an inner norm, and branches that are a 1x1 kernel on every pixel are one convolution. Those with a
+    kernel as large as the block's are one too, and their norms are one.
 
     Args:
         block: a `ReparamConv2d`.
@@ -34,7 +36,7 @@ def exact(block, x: Tensor) -> Tensor:
     """
     g, (live, inner) = block.geometry, _taking_part(block)
     points = [b for b in live if b.window == "centre" and g.keeps_size and not g.depthwise]
-    firsts, terms = {}, []
+    firsts, terms, variances, means = {}, [], [], []
     if inner or points:
         with without_autocast(x.device):
             mean, spread, count = covariance(x, g.groups, process_group(live[0].bn))
@@ -46,14 +48,22 @@ def exact(block, x: Tensor) -> Tensor:
             with torch.no_grad():
                 variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
                 means = apart((rows[:, 0] @ mean)[..., 0], kernels)[len(inner):] if points else []
-                _follow(inner, points, variances, means)
             scaled = _as_kernels(scaled, kernels)
         firsts = dict(zip(inner, scaled[:len(inner)], strict=True))
     if points:
         kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])
         terms.append(_centred(block.pixelwise, x, kernel, points, mean))
     padded = g.pad(x)
-    terms += [_normed(b, padded, firsts.get(b)) for b in block.branches.values() if b not in points]
+    others = [branch for branch in block.branches.values() if branch not in points]
+    alike = [branch for branch in others if _stacks(branch, padded, others[0].bn)]
+    if len(alike) > 1:
+        term, of_means, of_variances = _normed_together(alike, padded, firsts)
+        terms, means, variances = [*terms, term], [*means, *of_means], [*variances, *of_variances]
+        others = [branch for branch in others if branch not in alike]
+    else:
+        alike = []
+    _follow(inner, [*points, *alike], variances, means)  # before norms below count the batch
+    terms += [_normed(branch, padded, firsts.get(branch)) for branch in others]
     return sum(terms[1:], terms[0])
 
 
@@ -174,3 +184,27 @@ def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:
     conv = g.stride, padding, g.dilation, g.groups
     x, kernel = as_autocast(x, in_format_of(x, kernel))
     return NormedConv.apply(x, kernel, bn.weight, bn.bias, *running, bn.momentum, bn.eps, conv)
+
+
+def _stacks(branch: Branch, padded: Tensor, like: nn.Module) -> bool:
+    """Whether a branch has a kernel as large as the block's, and a norm that can be one with others'."""
+    g, bn = branch.geometry, branch.bn
+    pixels = len(padded) * padded.shape[2] * padded.shape[3]
+    return pixels > 0 and branch.window is None and not g.depthwise and branch.is_composed(pixels) \
+        and type(bn) is nn.BatchNorm2d and uses_batch_statistics(bn) and bn.eps == like.eps
+
+
+def _normed_together(branches: list[Branch], padded: Tensor,
+                     firsts: dict[Branch, Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The sum of several branches, one convolution and one norm; their means and variances, `[O]` each."""
+    g, norms = branches[0].geometry, [branch.bn for branch in branches]
+    x, padding = g.aligned(padded, g.kernel_size)
+    x, *kernels = as_autocast(x, *[branch.kernel(firsts.get(branch)) for branch in branches])
+    maps = StackedConv.apply(x, (g.stride, padding, g.dilation, g.groups), *kernels)
+    weight, bias = (beside([getattr(norm, key) for norm in norms], g.groups).flatten()
+                    for key in ("weight", "bias"))
+    running = weight.new_zeros(2, len(weight))  # with momentum 1 they become the batch's
+    maps = F.batch_norm(maps, *running, weight, bias, True, 1.0, norms[0].eps)
+    means, variances = running.view(2, g.groups, len(norms), -1).transpose(1, 2).flatten(2).unbind()
+    total = maps.unflatten(1, (g.groups, len(norms), -1)).sum(2).flatten(1, 2)
+    return total, list(means), list(variances)

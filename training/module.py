@@ -162,7 +162,7 @@ def rough_start(settings: Settings) -> list[str]:
         return []
     return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up is a rough "
             "start: expect a test accuracy near chance for the first epochs. optim.warmup_epochs=5 or "
-            "block.init=mean avoids it"]
+            "block.init=auto avoids it"]
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
