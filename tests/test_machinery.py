@@ -95,11 +95,11 @@ def test_many_image_sizes_make_few_graphs():
     """A sample's windows are disjoint on large maps, where their gradients are added in another way."""
     net = nn.Sequential(nn.Conv2d(4, 4, 1), DiverseBranchBlock(4, 4, 3, padding=1, mode="online")).double()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(net, fullgraph=True, backend=counter)
-    for size in (16, 28, 36, 44):
+    compiled = torch.compile(net, fullgraph=True, backend=counter, dynamic=True)
+    for size in (28, 36, 44, 52):
         x = torch.randn(4, 4, size, size).double()
         cotangent = torch.randn_like(x)
         grads, wanted = (torch.autograd.grad(run(x), list(net.parameters()), cotangent)
                          for run in (compiled, net))
         assert all(relative_error(*both) < 1e-10 for both in zip(grads, wanted, strict=True))
-    assert counter.frame_count <= 3
+    assert counter.frame_count <= 2
