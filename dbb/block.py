@@ -154,9 +154,7 @@ class ReparamConv2d(nn.Module):
             raise ValueError(f"expected 4D input [N, C, H, W] (got {x.ndim}D input)")  # as BatchNorm2d does
         g, by_batch = self.geometry, any(map(uses_batch_statistics, self.norms()))
         if self.reparam is not None or not (by_batch or self.branchwise):
-            # Not `g.conv`, which asks for memory formats: vmap does not know them.
-            x, padding = g.aligned(g.pad(x), g.kernel_size)
-            return F.conv2d(x, *self.get_equivalent_kernel_bias(), g.stride, padding, g.dilation, g.groups)
+            return self._merged(x, *self.get_equivalent_kernel_bias())
         kind = type(x)
         if kind not in (Tensor, nn.Parameter) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
             with DisableTorchFunctionSubclass():  # inside functions of ours, its operators would return views
@@ -211,9 +209,13 @@ class ReparamConv2d(nn.Module):
                              "around it, nn.Sequential(block), or call block.eval() first")
         values = copied(self)  # the tracer takes this block's own parameters for symbols
         kernel, bias = (tensor.detach() for tensor in values.get_equivalent_kernel_bias())
+        return self.nonlinear(self._merged(x, kernel, bias))
+
+    def _merged(self, x: Tensor | fx.Proxy, kernel: Tensor, bias: Tensor) -> Tensor | fx.Proxy:
+        """Run the merged convolution. Not `g.conv`, which asks for memory formats: vmap and fx have none."""
         g = self.geometry
-        x, padding = g.aligned(g.pad(x), kernel.shape[2:])
-        return self.nonlinear(F.conv2d(x, kernel, bias, g.stride, padding, g.dilation, g.groups))
+        x, padding = g.aligned(g.pad(x), g.kernel_size)
+        return F.conv2d(x, kernel, bias, g.stride, padding, g.dilation, g.groups)
 
     def keep_attributes(self, added: dict[str, Any]) -> None:
         """Have attributes of the convolution's that the block lacks, and give them to the converted one."""

@@ -103,8 +103,8 @@ class Branch(nn.Module):
         """The map that the norm sees, `[N, O, H', W']`, at the least cost: overridden if not `kernel`."""
         return self.geometry.conv(x, self.kernel(first))
 
-    def is_composed(self, pixels: int) -> bool:
-        """Whether `response` to so many pixels is that of `kernel`."""
+    def is_composed(self, x: Tensor) -> bool:
+        """Whether `response` to a map is that of `kernel`."""
         return type(self).response is Branch.response
 
     def drawn(self, x: Tensor) -> Tensor:
@@ -273,13 +273,13 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
     def kernel(self, first=None):
         return merge_1x1_kxk(self.scaled(first), self.second, self.geometry.groups)[0]
 
-    def is_composed(self, pixels):
+    def is_composed(self, x):
         # Composing takes the 1x1 layer's products once a tap and output channel, running it once a pixel.
-        g = self.geometry
+        g, pixels = self.geometry, len(x) * x.shape[2] * x.shape[3]
         return g.depthwise or g.out_channels // g.groups * math.prod(g.kernel_size) < pixels
 
     def response(self, x, first=None):
-        if self.is_composed(len(x) * x.shape[2] * x.shape[3]):
+        if self.is_composed(x):
             return super().response(x, first)
         g = self.geometry
         return g.conv(F.conv2d(x, self.scaled(first), groups=g.groups), self.second)

@@ -26,6 +26,14 @@ def as_autocast(*parts: Tensor) -> list[Tensor]:
     return [part.to(torch.get_autocast_dtype(kind)) for part in parts]
 
 
+def _gradients(d_y: Tensor, x: Tensor, kernel: Tensor, conv: tuple, needed: Sequence[bool]) -> list[Tensor]:
+    """Of a convolution's input and kernel, where needed; `conv` as in `CentredConv`."""
+    stride, padding, dilation, groups = conv
+    return torch.ops.aten.convolution_backward(
+        d_y.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups,
+        [*needed, False])[:2]
+
+
 class CentredConv(Function):
     """A convolution with the bias that gives its map the mean `beta.sum(0)`, as the norms of its branches do.
 
@@ -49,16 +57,13 @@ class CentredConv(Function):
     @staticmethod
     def backward(ctx, d_y):
         x, kernel = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.conv
         count = d_y.numel() // d_y.shape[1]
         d_beta = total = d_y.sum((0, 2, 3), dtype=wide(d_y.dtype))
         if ctx.group is not None:
             total, positions = over_processes(ctx.group, total, total.new_tensor([count]))
             total, count = total / positions, 1
         centred = torch.sub(d_y, total.to(d_y.dtype)[:, None, None], alpha=1 / count)
-        d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
-            centred.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups,
-            [*ctx.needs_input_grad[:2], False])
+        d_x, d_kernel = _gradients(centred, x, kernel, ctx.conv, ctx.needs_input_grad[:2])
         return d_x, d_kernel, d_beta.repeat(ctx.branches, 1), None, None, None
 
 
@@ -83,13 +88,10 @@ class NormedConv(Function):
     @staticmethod
     def backward(ctx, d_out):
         x, kernel, weight, mean, inverse = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.conv
         z = F.conv2d(x, kernel, None, *ctx.conv)
         d_z, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             d_out, z, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True])
-        d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
-            d_z.to(x.dtype), x, kernel, None, stride, padding, dilation, False, [0, 0], groups,
-            [*ctx.needs_input_grad[:2], False])
+        d_x, d_kernel = _gradients(d_z, x, kernel, ctx.conv, ctx.needs_input_grad[:2])
         return d_x, d_kernel, d_weight, d_bias, *[None] * 5
 
 
@@ -109,10 +111,9 @@ class StackedConv(Function):
     @staticmethod
     def backward(ctx, d_y):
         x, *kernels = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.conv
-        d_x, d_stack, _ = torch.ops.aten.convolution_backward(
-            d_y.to(x.dtype), x, _stack(x, kernels, groups), None, stride, padding, dilation, False, [0, 0],
-            groups, [ctx.needs_input_grad[0], True, False])
+        groups = ctx.conv[3]
+        d_x, d_stack = _gradients(d_y, x, _stack(x, kernels, groups), ctx.conv,
+                                  [ctx.needs_input_grad[0], True])
         rows = d_stack.reshape(groups, len(kernels), -1, d_stack[0].numel())
         return d_x, None, *unstacked(rows, kernels, kernels[0].shape[2:])
 

@@ -189,8 +189,7 @@ def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:
 def _stacks(branch: Branch, padded: Tensor, like: nn.Module) -> bool:
     """Whether a branch has a kernel as large as the block's, and a norm that can be one with others'."""
     g, bn = branch.geometry, branch.bn
-    pixels = len(padded) * padded.shape[2] * padded.shape[3]
-    return pixels > 0 and branch.window is None and not g.depthwise and branch.is_composed(pixels) \
+    return padded.numel() > 0 and branch.window is None and not g.depthwise and branch.is_composed(padded) \
         and type(bn) is nn.BatchNorm2d and uses_batch_statistics(bn) and bn.eps == like.eps
 
 

@@ -21,6 +21,8 @@ INITS = ("mixed", "mean", "ones", "third", "single")  # see replace_convs
 # How names of methods begin that merge branches, see merges_itself.
 FUSE_STEPS = ("fuse", "reparam", "switch_to_deploy", "convert_to_deploy", "merge_kernel", "repvgg_convert",
               "local_inject", "locality_injection")
+# What layers have of themselves; on meta, where nothing is drawn.
+STOCK_CONV, STOCK_NORM = nn.Conv2d(1, 1, 1, device="meta"), nn.SyncBatchNorm(1, device="meta")
 Maker = Callable[..., ReparamConv2d]
 Block = str | Sequence[str] | Maker | None
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -131,8 +133,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             rest = nn.Sequential(*rest)
         replacements[conv] = _make(name, make, ours, arguments, our_norm, init)
         replacements[norm] = rest.train(our_norm.training)
-        replacements[conv].keep_attributes(_added_attributes(ours, nn.Conv2d(1, 1, 1)))
-        vars(rest).update(_added_attributes(our_norm, nn.SyncBatchNorm(1)))
+        replacements[conv].keep_attributes(_added_attributes(ours, STOCK_CONV))
+        vars(rest).update(_added_attributes(our_norm, STOCK_NORM))
         branches = " + ".join(replacements[conv].branches)
         report.append(Row(name, conv.kernel_size, branches, norm=names[norm]))
     if not replacements:
