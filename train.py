@@ -30,20 +30,13 @@ from training.callbacks import (
 )
 from training.checkpoint import load_checkpoint, load_network, restore
 from training.cli import plain_errors, write_text
+from training.cost import expected_cost
 from training.data import ImageData
 from training.evaluate import activations_of_a_batch, pick_device, predict, scores, sentence
 from training.module import Classifier, rough_start, try_optimizer
 from training.runs import LOCK, FolderTakenError, alone_in, changes, read_result, take_up
 from training.safety import DivergedError, WholeCheckpointIO
 from training.settings import Settings, resolve
-
-# Time and activations of a training step, over the plain network's: the larger of two runs on 2026-11-25
-# (benchmarks/README.md).
-MEASURED = {"resnet18": {"exact": (2.57, 2.20), "online": (1.58, 1.08), "linear": (1.33, 1.62)},
-            "mobilenet_v1": {"exact": (2.06, 0.81), "online": (2.02, 0.78), "linear": (1.08, 1.00)},
-            "resnet20": {"exact": (3.29, 2.03), "online": (1.69, 0.64), "linear": (1.35, 1.05)},
-            "resnet56": {"exact": (3.58, 2.03), "online": (1.79, 0.65), "linear": (1.57, 1.05)}}
-MEASURED_BLOCKS = {"exact": ["dbb"], "online": ["dbb", "dbb_online"], "linear": ["orepa"]}
 
 
 def train(settings: Settings, run_dir: Path) -> dict[str, float]:
@@ -141,9 +134,9 @@ def begin(settings: Settings, model: Classifier, trainer: pl.Trainer, run_dir: P
     parameters = sum(p.numel() for p in net.parameters())
     reduced = f", images of {size} pixels reduced {net.total_stride} times" if net.total_stride else ""
     print(f"{settings.model.name} with block={settings.block.name}, on {trainer.strategy.root_device}: "
-          f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}",
-          *[mode_line(settings), net.report] * bool(net.report),
-          *rough_start(settings) * (settings.ckpt is None), f"run folder: {run_dir}", sep="\n")
+          f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}")
+    cost = expected_cost(settings, size, trainer.strategy.root_device)
+    print(*filter(None, [cost, net.report, rough_start(settings)]), f"run folder: {run_dir}", sep="\n")
     log_convolutions(trainer.loggers[-1], net.report, run_dir)
     return {"parameters": parameters, "activations_mib": activations}
 
@@ -176,16 +169,6 @@ def make_trainer(settings: Settings, run_dir: Path) -> pl.Trainer:
                          "start every job by itself, without -m")
     try_optimizer(settings, trainer.strategy.root_device)
     return trainer
-
-
-def mode_line(settings: Settings) -> str:
-    """How the blocks are trained, and what that costs, where this network was measured."""
-    mode, model = settings.block.mode, settings.model.name
-    if model not in MEASURED or settings.block.name not in MEASURED_BLOCKS[mode]:
-        return f"block.mode={mode}: benchmarks/README.md has what a training step costs"
-    time, activations = MEASURED[model][mode]
-    return (f"block.mode={mode}: expect a training step of {time:.1f} times the plain {model}'s time and "
-            f"{activations:.1f} times its memory for activations (measured on a CPU, 32x32 images)")
 
 
 def final_scores(settings: Settings, data: ImageData, trainer: pl.Trainer, run_dir: Path,

@@ -169,10 +169,10 @@ def memory(net: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> tuple[in
 
 
 class Bench:
-    """Measures rows of the table, prints them, and keeps every number for the CSV file."""
+    """Measures rows of the table, prints them, and writes them into a CSV file, beside those it has."""
 
-    def __init__(self, device: torch.device, rounds: int, rows: str):
-        self.device, self.rounds, self.rows, self.numbers = device, rounds, rows, []
+    def __init__(self, device: torch.device, rounds: int, rows: str, path: Path):
+        self.device, self.rounds, self.rows, self.path = device, rounds, rows, path
 
     def heading(self, title: str, variants: list[str]) -> None:
         others = [name for name in variants if name != "plain"]
@@ -194,38 +194,33 @@ class Bench:
             for key, net in nets.items():
                 times[key].append(step(net, x, cotangent))
         ms = {key: statistics.median(values) for key, values in times.items()}
-        kept = {}
+        kept, numbers = {}, []
         for key, net in nets.items():
             left, peak = memory(net, x, cotangent)
             kept[key] = left
-            self.numbers.append({"row": name, "variant": key, "ms": f"{ms[key]:.3f}",
-                                 "kept_mb": f"{left / 1e6:.3f}",
-                                 "peak_mb": f"{peak / 1e6:.3f}" if peak else ""})
+            numbers.append({"row": name, "variant": key, "ms": f"{ms[key]:.3f}",
+                            "kept_mb": f"{left / 1e6:.3f}", "peak_mb": f"{peak / 1e6:.3f}" if peak else ""})
         others = [key for key in nets if key != "plain"]
         cells = [f"{ms['plain']:.1f}", *(f"{ms[key] / ms['plain']:.2f}" for key in others),
                  f"{kept['plain'] / 1e6:.1f}", *(f"{kept[key] / kept['plain']:.2f}" for key in others)]
         print("|", " | ".join([name, *cells]), "|", flush=True)
-
-    def write(self, path: Path) -> None:
-        """Write the numbers, among those of other rows that are there already."""
-        if self.rows and path.exists():
-            measured = {number["row"] for number in self.numbers}
-            before = [number for number in csv.DictReader(path.open()) if number["row"] not in measured]
-            self.numbers = before + self.numbers
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.numbers[0]), lineterminator="\n")
+        before = csv.DictReader(self.path.open()) if self.path.exists() else []
+        numbers = [number for number in before if number["row"] != name] + numbers
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(numbers[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(self.numbers)
+            writer.writerows(numbers)
 
 
 def measure_networks(bench: Bench, batch: int) -> None:
     """Rows of whole networks: small images, ImageNet's, and the studies' network, compiled too."""
     bench.heading("networks, 32x32 images", list(layer(8, 8, 1, 1)))
+    images, rounds = torch.randn(batch, 3, 32, 32), max(3, bench.rounds // 2)
     for name in ("resnet18", "mobilenet_v1", "resnet20", "resnet56"):
-        bench.row(name, network(name, 32), torch.randn(batch, 3, 32, 32), max(3, bench.rounds // 2))
+        bench.row(f"{name}, eager", network(name, 32), images, rounds)
     bench.heading("networks, 224x224 images", list(layer(8, 8, 1, 1)))
-    for name, images in (("resnet18", 64), ("mobilenet_v1", 16)):
-        bench.row(f"{name}, 224x224, batch {images}", network(name, 224), torch.randn(images, 3, 224, 224), 3)
+    for name, count in (("resnet18", 64), ("mobilenet_v1", 16)):
+        bench.row(f"{name}, 224x224, batch {count}", network(name, 224), torch.randn(count, 3, 224, 224), 3)
     bench.heading("resnet8, 16x16 images, batch 128", ["plain", *OURS])
     for compiled in (False, True):
         nets = {key: build_model("resnet8", 10, block, 16) for key, block in {"plain": None, **OURS}.items()}
@@ -250,7 +245,9 @@ def main() -> None:
         machine, units = torch.cuda.get_device_name(), "gpu"
     print(f"torch {torch.__version__}, timm {timm.__version__}, {machine}, {units}, float32, batch {n}, "
           f"median of {options.rounds} rounds")
-    bench = Bench(device, options.rounds, options.rows)
+    version = torch.__version__.split("+")[0]
+    name = f"step_time_torch{version}_{device.type}_{units}.csv"
+    bench = Bench(device, options.rounds, options.rows, Path(__file__).parent / "results" / name)
 
     bench.heading("layers", list(layer(8, 8, 1, 1)))
     for c_in, c_out, groups, side, stride in LAYERS:
@@ -272,9 +269,6 @@ def main() -> None:
         nets = {"plain": layer(128, 128, 1, 1)["plain"],
                 **{mode: ReparamConv2d(128, 128, 3, padding=1, branches=taken, mode=mode) for mode in OURS}}
         bench.row(f"{count}: {', '.join(taken)}", nets, torch.randn(n, 128, 16, 16))
-
-    version = torch.__version__.split("+")[0]
-    bench.write(Path(__file__).parent / "results" / f"step_time_torch{version}_{device.type}_{units}.csv")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from dbb import AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock, reparameterize, replace_convs
@@ -103,3 +106,41 @@ def test_many_image_sizes_make_few_graphs():
                          for run in (compiled, net))
         assert all(relative_error(*both) < 1e-10 for both in zip(grads, wanted, strict=True))
     assert counter.frame_count <= 2
+
+
+class Captured(TorchDispatchMode):
+    """Fails where a CUDA graph, which replays the work of the GPU alone, could not be recorded."""
+
+    reads = {"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        masks = name.startswith("index") and any(t.dtype == torch.bool for t in tensors)
+        if name in self.reads or masks or len({t.device.type for t in tensors}) > 1:
+            raise AssertionError(f"{name} cannot be captured")
+        return out
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("exact", DiverseBranchBlock), ("online", DiverseBranchBlock),
+                                            ("exact", AsymmetricConvBlock), ("linear", OnlineReparamBlock)])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_step_can_be_captured(mode, kind, groups):
+    """A step on the CPU reads no number; a forward pass on a fake GPU copies nothing to or from it."""
+    block = kind(8, 8, 3, padding=1, groups=groups, mode=mode)
+    with Captured():
+        block(torch.randn(4, 8, 16, 16, requires_grad=True)).sum().backward()
+    with FakeTensorMode():
+        state = {key: torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                 for key, value in [*block.named_parameters(), *block.named_buffers()]}
+        image = torch.empty(4, 8, 16, 16, device="cuda")
+        with Captured():
+            assert functional_call(block, state, (image,)).device.type == "cuda"
+
+
+@pytest.mark.parametrize("step", [lambda x: x * x.max().item(), lambda x: x[x > 0],
+                                  lambda x: x + torch.ones(3).to(x.device)])
+def test_what_cannot_be_captured_is_seen(step):
+    with FakeTensorMode(), Captured(), pytest.raises(Exception, match="captured|local_scalar|nonzero"):
+        step(torch.empty(3, device="cuda"))

@@ -28,8 +28,7 @@ def test_a_mode_is_a_choice_of_training_alone(make_settings, convert, tmp_path, 
     short = (*TINY, "trainer.limit_train_batches=2")
     online = make_settings("model=resnet20_dbb", "block.mode=online", "block.positions=64", *short)
     trained = train_script.train(online, tmp_path / "online")
-    expected = "block.mode=online: expect a training step of 1.7 times the plain resnet20's time"
-    assert expected in capsys.readouterr().out
+    assert "block.mode=online: expect a training step of" in capsys.readouterr().out
     ckpt = f"ckpt={tmp_path}/online/checkpoints/last.ckpt"
     assert load_checkpoint(ckpt.removeprefix("ckpt="))["dbb"]["settings"]["block"]["mode"] == "online"
     for mode in ((), ("block.mode=exact",)):

@@ -150,19 +150,20 @@ def learning_rate(settings: Settings) -> float:
     return settings.optim.lr * images / (settings.optim.lr_batch_size or images)
 
 
-def rough_start(settings: Settings) -> list[str]:
-    """A sentence if the blocks are known to lose the first epochs.
+def rough_start(settings: Settings) -> str | None:
+    """A sentence if the blocks are known to lose the first epochs of a new run.
 
     See benchmarks/README.md, "The first steps".
     """
     block, rate = settings.block, learning_rate(settings)
     from_ones = block.init in ("ones", None)
     with_norms = (block.branches or block.layers) and block.mode != "linear"
-    if not with_norms or not from_ones or settings.optim.warmup_epochs or rate < ROUGH_RATE:
-        return []
-    return [f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up is a rough "
+    careful = settings.ckpt is not None or settings.optim.warmup_epochs or rate < ROUGH_RATE
+    if not with_norms or not from_ones or careful:
+        return None
+    return (f"block.init={block.init or 'ones'} with a learning rate of {rate:g} and no warm-up is a rough "
             "start: expect a test accuracy near chance for the first epochs. optim.warmup_epochs=5 or "
-            "block.init=auto avoids it"]
+            "block.init=auto avoids it")
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
