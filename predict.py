@@ -20,8 +20,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from export.files import load_network, sha256
 from export.graph import OnnxNetwork
-from training.cli import plain_errors
-from training.sources import IMAGE_ENDINGS, is_image, read_pixels
+from images.sources import IMAGE_ENDINGS, is_image, read_pixels
+from settings.cli import plain_errors
 
 BATCH_SIZE = 64
 

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from evaluation.evaluate import predict, scores
 from export.graph import OnnxNetwork
 from export.int8 import quantize
-from training.data import ImageData
-from training.evaluate import predict, scores
-from training.settings import DataConf
+from images.data import ImageData
+from settings.schema import DataConf
 
 VARIANTS = {"int8": {}, "int8, classifier too": {"classifier": True},
             "int8, signed weights": {"signed": True}}

@@ -25,11 +25,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dbb import branchwise, fold_norms, reparameterize
+from evaluation.networks import load_network
 from export.graph import OnnxNetwork, export_onnx
 from models import build_model
-from training.checkpoint import load_checkpoint, load_network
-from training.cli import plain_errors
-from training.settings import Settings, resolve
+from models.checkpoint import load_checkpoint
+from settings.cli import plain_errors
+from settings.command import resolve
+from settings.schema import Settings
 
 BATCHES, ROUNDS = (1, 8, 64), 15
 

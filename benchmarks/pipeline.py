@@ -31,11 +31,14 @@ from torchvision import transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.callbacks import make_callbacks, make_loggers
-from training.data import ImageData
+from images.data import ImageData
+from images.sources import TensorImages, load_files
+from runs.folder import RunFolder
+from settings.command import resolve
+from settings.schema import Settings
+from training.callbacks import make_callbacks
+from training.loggers import make_loggers
 from training.module import Classifier
-from training.settings import Settings, resolve
-from training.sources import TensorImages, load_files
 
 
 def settings_of(*overrides: str) -> Settings:
@@ -162,7 +165,7 @@ def lightning(rounds: int) -> dict[str, float]:
             callbacks = [steps, *make_callbacks(settings, Path(folder))]
             options = asdict(settings.trainer) | {"sync_batchnorm": False, "enable_progress_bar": False}
             trainer = pl.Trainer(**options, default_root_dir=folder, callbacks=callbacks,
-                                 logger=make_loggers(settings, Path(folder)),
+                                 logger=make_loggers(settings, RunFolder(folder)),
                                  enable_model_summary=False, use_distributed_sampler=False,
                                  num_sanity_val_steps=0)
             trainer.fit(model, data)

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dbb import INITS, replace_convs
+from evaluation.networks import blocks_of
 from models import build_model
-from training.checkpoint import blocks_of
-from training.settings import BlockConf
+from settings.schema import BlockConf
 
 NETWORKS = ("resnet20", "vgg16_narrow", "mobilenet_v1")
 BLOCKS = {  # as in configs/block/

@@ -23,8 +23,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dbb import DiverseBranchBlock, OnlineReparamBlock, ReparamConv2d
+from evaluation.cost import activation_bytes
 from models import build_model
-from training.evaluate import activation_bytes
 
 # channels in, out, groups, side of the map, stride
 LAYERS = [(64, 64, 1, 32, 1), (128, 128, 1, 16, 1), (128, 256, 1, 16, 2), (256, 256, 1, 8, 1),

@@ -96,7 +96,8 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
 def _output_moments(model: nn.Module, names: list[str],
                     batches: Iterable[Inputs]) -> list[tuple[Tensor, Tensor]]:
     """Mean and unbiased variance `[C]` of some convolutions' outputs, in float64."""
-    sums = [torch.zeros(3, 1, dtype=torch.float64) for _ in names]  # of ones, values and squares
+    # Of ones, values and squares.
+    sums = [torch.zeros(3, 1, dtype=torch.float64, device="cpu") for _ in names]
 
     def record(index, module, args, output):
         y = output.double().cpu().transpose(0, 1).flatten(1)

@@ -197,7 +197,7 @@ def after_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     asked = with_values(norm)
     asked.momentum = 0.5
     rest = PassedNorm(asked)
-    probe = torch.linspace(-3, 3, 6 * norm.num_features).to(asked.weight).reshape(1, -1, 2, 3)
+    probe = torch.linspace(-3, 3, 6 * norm.num_features, device="cpu").to(asked.weight).reshape(1, -1, 2, 3)
     # SyncBatchNorm cannot be asked in training mode on a CPU.
     for training in [False] if isinstance(norm, nn.SyncBatchNorm) else [False, True]:
         statistics = asked.running_mean.clone(), asked.running_var.clone()

@@ -111,26 +111,55 @@ class Geometry:
         return self.stride == (1, 1) and self.pads == [(b, t - b) for b, t in zip(before, total, strict=True)]
 
     def windows(self, x: Tensor, lattice: "Lattice") -> Tensor:
-        """What the kernel sees at some positions of the output: a view `[n, C, rows, columns, KH, KW]`.
+        """What the kernel sees at some positions of the output, `[n, C, rows, columns, KH, KW]`.
+
+        It is a view, but for torch.compile. Inductor may lay a map out otherwise than by the strides that it
+        was traced with; and of an `unfold` the step would be a constant, one graph for each size of images.
 
         Args:
             x: what `pad` returned, `[N, C, H, W]`.
             lattice: the positions.
         """
-        pads, places = [], self.placed(lattice)
-        for (first, step, count), span, size in zip(places, self.spans, x.shape[2:], strict=True):
-            pads.append((max(0, -first), max(0, first + (count - 1) * step + span - size)))
-        (top, bottom), (left, right) = pads
-        if any((top, bottom, left, right)):
-            x = F.pad(x, (left, right, top, bottom))
+        x, places = self._with_margin(x, lattice)
+        if torch.compiler.is_compiling():
+            return x[::lattice.images][:, :, *self._pixels(places, x.device)]
         (row, down, rows), (column, across, columns) = places
-        x = x[::lattice.images, :, row + top:, column + left:]
+        x = x[::lattice.images, :, row:, column:]
         per_image, per_channel, per_row, per_column = x.stride()
-        # Not `unfold`, whose step torch.compile takes for a constant: one graph for each size of images.
         steps = (per_row * down, per_column * across, per_row * self.dilation[0],
                  per_column * self.dilation[1])
         lengths = *x.shape[:2], rows, columns, *self.kernel_size
         return x.as_strided(lengths, (per_image, per_channel, *steps))
+
+    def add_to_windows(self, x: Tensor, lattice: "Lattice", values: Tensor) -> Tensor:
+        """For torch.compile: the map, with values added to what `windows` returns of it."""
+        padded, places = self._with_margin(x, lattice)
+        image = torch.arange(0, len(x), lattice.images, device=x.device).view(-1, 1, 1, 1, 1, 1)
+        channel = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1, 1, 1)
+        index = image, channel, *self._pixels(places, x.device)
+        padded = padded.index_put(index, values.to(x.dtype), accumulate=True)
+        (top, _, _), (left, _, _) = self.placed(lattice)
+        return padded[:, :, max(0, -top):, max(0, -left):][:, :, :x.shape[2], :x.shape[3]]
+
+    def _with_margin(self, x: Tensor, lattice: "Lattice") -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """The map with zeros where windows reach beyond it, and where on that they are placed."""
+        pads, places = [], []
+        placed = self.placed(lattice)
+        for (first, step, count), span, size in zip(placed, self.spans, x.shape[2:], strict=True):
+            before = max(0, -first)
+            pads.append((before, max(0, first + (count - 1) * step + span - size)))
+            places.append((first + before, step, count))
+        (top, bottom), (left, right) = pads
+        return F.pad(x, (left, right, top, bottom)) if any((top, bottom, left, right)) else x, places
+
+    def _pixels(self, places: list[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows `[rows, 1, KH, 1]` and columns `[columns, 1, KW]` of the pixels that windows see."""
+        seen = []
+        for (first, step, count), size, dilation in zip(places, self.kernel_size, self.dilation, strict=True):
+            windows, taps = torch.arange(count, device=device), torch.arange(size, device=device)
+            seen.append((first + step * windows)[:, None] + dilation * taps)
+        rows, columns = seen
+        return rows[:, None, :, None], columns[:, None]
 
     def placed(self, lattice: "Lattice") -> list[tuple[int, int, int]]:
         """First pixel, step and number of a lattice's windows, by rows and columns; padding is below 0."""
@@ -219,9 +248,11 @@ class _Sample(torch.autograd.Function):
         (first_row, down, rows), (first_column, across, columns) = places = g.placed(lattice)
         lengths = [(count - 1) * step + span for (_, step, count), span in zip(places, g.spans, strict=True)]
         d_sample = d_sample.unflatten(4, (-(-images // lattice.images), rows, columns))
+        d_windows = d_sample.permute(4, 0, 1, 5, 6, 2, 3).flatten(1, 2)
+        if torch.compiler.is_compiling():
+            return g.add_to_windows(d_x, lattice, d_windows), None, None
         if _disjoint(places, g.spans, sizes):
             windows = g.windows(d_x, lattice)
-            d_windows = d_sample.permute(4, 0, 1, 5, 6, 2, 3).flatten(1, 2)
             if not functional:
                 windows.add_(d_windows)
                 return d_x, None, None

@@ -34,7 +34,7 @@ def running(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
             asked, var = copy.deepcopy(norm).to("cpu", torch.float64), 2.0 ** -40
             for key, tensor in asked.state_dict().items():
                 tensor.fill_({"weight": 1, "running_var": var}.get(key, 0))
-            ones = torch.ones(1, len(norm.weight), 1, 1, dtype=torch.float64)
+            ones = torch.ones(1, len(norm.weight), 1, 1, dtype=torch.float64, device="cpu")
             norm.eps = float(asked(ones).mean()) ** -2 - var
         # A copy: a training forward moves the mean in place, perhaps before this one's backward.
         return norm.running_mean.clone(), norm.running_var, norm.weight, norm.bias, norm.eps
@@ -84,10 +84,19 @@ class PassedNorm(nn.Sequential):
         self.num_features = norm.num_features
         self.register_buffer("where", norm.weight.new_empty(0), persistent=False)  # keeps device and type
 
+    # No file holds it, so that it may be the only tensor that is left on meta.
     def _apply(self, fn, recurse=True):
-        if self.where.is_meta:  # no file holds it, so that it may be the only tensor that is left there
-            self.where = torch.empty(0, dtype=self.where.dtype, device="cpu")
+        self._leave_meta()
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers"):  # the file's tensors take the place of all others
+            self._leave_meta()
+
+    def _leave_meta(self) -> None:
+        if self.where.is_meta:
+            self.where = torch.empty(0, dtype=self.where.dtype, device="cpu")
 
     @property
     def weight(self) -> Tensor:

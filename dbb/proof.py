@@ -39,7 +39,7 @@ def compare_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
         relative = (difference / largest).max().clamp_min(relative).item()
         leading = before.topk(2).values if before.shape[1] > 1 else before.expand(-1, 2)
         gaps.append((leading[:, 0] - leading[:, 1])[before.argmax(1) != after.argmax(1)])
-    gaps = torch.cat(gaps) if gaps else torch.empty(0)
+    gaps = torch.cat(gaps) if gaps else torch.empty(0, device="cpu")
     ties = int((gaps < absolute).sum())
     return Comparison(images, absolute, relative, len(gaps) - ties, ties)
 

@@ -55,7 +55,7 @@ def inner_convolution(conv: nn.Conv2d, x: Tensor) -> dict[str, Any]:
         return vars(conv)
     conv = with_values(conv)
     # An example of zeros would hide factors.
-    x = torch.linspace(-1, 1, x.numel()).to(conv.weight.device, x.dtype).reshape(x.shape)
+    x = torch.linspace(-1, 1, x.numel(), device="cpu").to(conv.weight.device, x.dtype).reshape(x.shape)
     found = []
     for training, factor in ((False, 1), (True, 1), (False, 2)):
         asked = copy.deepcopy(conv)

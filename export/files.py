@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import timm
@@ -16,51 +15,28 @@ from torch import nn
 
 from models import build_model, load_weights
 
-KINDS = {  # of export=[...]: the file, and the packages it takes
-    "onnx": ("model.onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "training_onnx": ("model-training.onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "int8": ("model-int8.onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "pt2": ("model.pt2", ()),
-}
-WRITTEN = ("model.safetensors", *(file for file, _ in KINDS.values()), "report.md", "report.json",
-           "report.png", "graphs.png", "hub/model.safetensors", "hub/config.json")
 
-
-def require(kinds: Sequence[str]) -> None:
-    """Check, before any work, that the packages are there.
-
-    Raises:
-        ValueError: if one is not.
-    """
-    wanted = [*((f"export=[{kind}]", KINDS[kind][1]) for kind in kinds), ("report.png", ("matplotlib",))]
-    for knob, packages in wanted:
-        for package in packages:
-            if find_spec(package) is None:
-                raise ValueError(f"{knob} needs {package}, which is not installed: "
-                                 "pip install -e '.[train,export]'")
-
-
-def require_places(out: Path) -> None:
+def require_places(out: Path, names: Sequence[str]) -> None:
     """Check, before any work, that only files of an earlier conversion will be replaced.
 
     Raises:
         ValueError: if something else stands in a file's place.
     """
-    for name in WRITTEN:
+    for name in names:
         if (out / name).is_dir() or (out / name).parent.is_file():
             raise ValueError(f"{out / name} is to be written, but something else stands there: choose "
                              "another folder with out=DIR")
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder to write into, whose files replace an earlier conversion's in `out` when all are written."""
+def staged(out: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write `names` into, which replace an earlier conversion's in `out` when all are written."""
     umask = os.umask(0)
     os.umask(umask)
     converted_before = (out / "report.json").is_file()
     with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as part:
         yield Path(part)
-        for name in WRITTEN:
+        for name in names:
             if (Path(part) / name).exists():
                 (out / name).parent.mkdir(exist_ok=True)
                 (Path(part) / name).chmod(0o666 & ~umask)  # safetensors writes for its owner only

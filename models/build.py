@@ -85,6 +85,12 @@ def timms_name(name: str) -> tuple[str, dict]:
     return (OF_TIMM[name].args[0], OF_TIMM[name].keywords) if name in OF_TIMM else (name, {})
 
 
+def architecture(name: str) -> tuple[str, dict]:
+    """As `timms_name`, without the tag behind the dot, which names weights."""
+    theirs, arguments = timms_name(name)
+    return theirs.split(".")[0], arguments
+
+
 def named_start(init: str | None, trained: bool) -> str:
     """The start of blocks that "auto" stands for, or None in old files, by its name in `dbb.INITS`."""
     return "single" if trained else {"auto": "mixed", None: "ones"}[init]
@@ -156,7 +162,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         raise ValueError(f"model.name={name} has ReLU; these weights are of timm's network with ReLU6, or "
                          f"do not say of which: take model=timm model.name={theirs}, which has ReLU6, or by "
                          f"model.weights=FILE a checkpoint or model.safetensors of {name} from here")
-    if weights_of is not None and timms_name(weights_of) != timms_name(name):
+    if weights_of is not None and architecture(weights_of) != architecture(name):
         raise ValueError(f"model.weights: the file says that its weights are of {weights_of}, which is "
                          f"another network than {name}: take model=timm model.name={weights_of}, or "
                          f"model.name={weights_of} if it is one of ours")

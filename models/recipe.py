@@ -40,4 +40,6 @@ def recipe(name: str, num_classes: int, image_size: int) -> str:
     arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
     lines = ["import timm, torch" if small else "import timm",
              f'net = timm.create_model("{architecture}", num_classes={num_classes}{arguments})']
-    return "\n".join(lines + small * SMALL_STEM.get("resnet" if name.startswith("resnet") else "mobilenet"))
+    if small:
+        lines += SMALL_STEM["resnet" if name.startswith("resnet") else "mobilenet"]
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from training import settings as settings_module
+from settings.command import resolve
 
 EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "identity", "avg", "1xk", "kx1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -24,7 +24,7 @@ def make_settings(tmp_path):
     def make(*overrides: str, config_name: str = "train"):
         with initialize_config_dir(os.path.join(ROOT, "configs"), version_base="1.3"):
             cfg = compose(config_name, list(overrides))
-        return settings_module.resolve(cfg, list(overrides))
+        return resolve(cfg, list(overrides))
     return make
 
 

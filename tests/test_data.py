@@ -16,10 +16,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 import train as train_script
+from images.data import ImageData, KeySampler, crop_and_flip
+from images.sources import IMAGE_ENDINGS, is_image, lighting, read_image, read_pixels
 from predict import prepare
-from training.data import ImageData, KeySampler, crop_and_flip
 from training.module import Classifier
-from training.sources import IMAGE_ENDINGS, is_image, lighting, read_image, read_pixels
 
 
 def write_tree(root, splits, classes, count, size, seed=0):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 import convert as convert_script
 import predict as predict_script
 from dbb import DiverseBranchBlock
-from export import files, graph
+from export import files, formats, graph
 from tests.conftest import ROOT, relative_error
 from tests.scripts import TINY, call, run
 from tests.test_data import write_tree
@@ -136,11 +136,11 @@ def test_wrong_exports_write_nothing(trained, make_settings, tmp_path, monkeypat
                                    tmp_path / out)
         assert not (tmp_path / out).exists()
 
-    fails("export=onxx is unknown; known are onnx, training_onnx, int8, pt2; did you mean onnx",
+    fails("export=onxx is unknown; known are safetensors, onnx, training_onnx, pt2, int8; did you mean onnx",
           "export=[onxx]")
     fails("calibrate with", "export=[int8]", "data=none")
     fails("hub=true: timm does not build resnet8 for 8 pixels", "hub=true")
-    monkeypatch.setattr(files, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else name)
     fails(r"export=\[onnx\] needs onnxscript, which is not installed: pip install -e '.\[train,export\]'")
     nothing = make_settings(f"ckpt={trained}", "export=[]", config_name="convert")
     report = convert_script.convert(nothing, tmp_path / "none")

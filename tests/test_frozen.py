@@ -126,3 +126,10 @@ def test_torchvisions_frozen_backbones_say_why():
     net = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
     with pytest.raises(NothingSwappedError, match="no BatchNorm2d follows"):
         replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 64, 64))
+
+
+def test_a_hidden_epsilon_is_found_on_any_default_device():
+    norm = randomize(nn.BatchNorm2d(8))
+    with torch.device("meta"):
+        *_, eps = running(Detrs(norm, 1e-3))
+    assert eps == pytest.approx(1e-3, rel=1e-6)

@@ -17,10 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import convert as convert_script
 import dashboard
 import train as train_script
-from training import callbacks
-from training.callbacks import Speed, make_loggers, wandb_logger
-from training.checkpoint import load_checkpoint
-from training.data import ImageData
+from images.data import ImageData
+from models.checkpoint import load_checkpoint
+from runs.folder import RunFolder
+from training import loggers
+from training.callbacks import Speed
+from training.loggers import log_conversion, make_loggers, wandb_logger
 
 SMALL = ("model=resnet8_dbb", "data=digits", "data.max_images=64", "data.batch_size=32",
          "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=0.02", "seed=3")
@@ -57,7 +59,7 @@ def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkey
     wandb.finish()
     settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", config_name="convert")
     report = convert_script.convert(settings, tmp_path / "convert")
-    convert_script.log(report, settings, tmp_path / "convert", tmp_path)
+    log_conversion(report, settings, tmp_path / "convert", RunFolder(tmp_path))
     wandb.teardown()  # as at the end of the process: the service has then written everything
     ids = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert len(ids) == 1, "one run"
@@ -78,7 +80,7 @@ def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkey
 def test_tensorboard_that_is_not_installed_costs_no_run(make_settings, tmp_path, monkeypatch, capsys):
     for package in ("TENSORBOARD", "TENSORBOARDX"):
         monkeypatch.setattr(tensorboard, f"_{package}_AVAILABLE", False)
-    made = make_loggers(make_settings(*SMALL, "logger=tensorboard"), tmp_path)
+    made = make_loggers(make_settings(*SMALL, "logger=tensorboard"), RunFolder(tmp_path))
     assert len(made) == 1
     assert isinstance(made[0], CSVLogger)
     assert "logger=tensorboard: it is not installed" in capsys.readouterr().out
@@ -101,11 +103,11 @@ def test_tensorboard_shows_the_same_scalars(make_settings, tmp_path):
 
 
 def test_loggers(make_settings, tmp_path):
-    assert len(make_loggers(make_settings("data=digits", "logger=csv"), tmp_path)) == 1
-    assert len(make_loggers(make_settings("data=digits"), tmp_path)) == 2
+    assert len(make_loggers(make_settings("data=digits", "logger=csv"), RunFolder(tmp_path))) == 1
+    assert len(make_loggers(make_settings("data=digits"), RunFolder(tmp_path))) == 2
 
     def named(*options):
-        found = wandb_logger(make_settings("data=digits", *options), tmp_path)._wandb_init
+        found = wandb_logger(make_settings("data=digits", *options), RunFolder(tmp_path))._wandb_init
         return found["name"], found["group"], found["tags"]
     assert named("model=resnet8") == ("resnet8_none_s0", "resnet8_digits", ["resnet8", "digits", "none"])
     options = ("block.mode=online", "logger.group=ours", "logger.tags=[mine]", "seed=3")
@@ -128,10 +130,10 @@ def no_key(monkeypatch, tmp_path):
 
 def test_a_server_that_cannot_be_reached_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys):
     """A key, and nobody who answers: offline, after a wait that is known."""
-    assert callbacks.WANDB_WAIT <= 10
+    assert loggers.WANDB_WAIT <= 10
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(callbacks, "WANDB_WAIT", 2)
+    monkeypatch.setattr(loggers, "WANDB_WAIT", 2)
     start = time.monotonic()
     train_script.train(make_settings(*SMALL), tmp_path)
     assert time.monotonic() - start < 60, "W&B's own wait is 90 seconds"
@@ -143,7 +145,7 @@ def test_a_server_that_cannot_be_reached_costs_no_run(no_key, make_settings, tmp
 
 def test_online_without_a_key_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "online")
-    logger = wandb_logger(make_settings(*SMALL, "logger.id=abc"), tmp_path)
+    logger = wandb_logger(make_settings(*SMALL, "logger.id=abc"), RunFolder(tmp_path))
     assert logger.experiment.settings.mode == "offline"
     assert "did not start (No API key configured" in capsys.readouterr().out
 
@@ -155,7 +157,7 @@ def test_online_without_a_key_costs_no_run(no_key, make_settings, tmp_path, monk
 def test_whatever_wandb_raises_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys, variable,
                                             value, knob, left):
     monkeypatch.setenv(variable, value)
-    loggers = make_loggers(make_settings(*SMALL, knob, "logger.id=abc"), tmp_path)
+    loggers = make_loggers(make_settings(*SMALL, knob, "logger.id=abc"), RunFolder(tmp_path))
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if line.startswith("logger=wandb: W&B did not start")]
     assert len(loggers) == left
@@ -169,7 +171,7 @@ def test_a_run_that_wandb_leaves_alone_trains_and_converts(make_settings, tmp_pa
     result = train_script.train(make_settings(*SMALL), tmp_path)
     assert result["top1"] == json.loads((tmp_path / "result.json").read_text())["top1"]
     settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", config_name="convert")
-    convert_script.log({}, settings, tmp_path, tmp_path)
+    log_conversion({}, settings, tmp_path, RunFolder(tmp_path))
 
 
 def test_speed_leaves_out_the_first_step(make_settings, monkeypatch):

@@ -1,5 +1,7 @@
 """Blocks in eval under torch's other machinery: torch.func, torch.jit.trace, torch.fx."""
 
+import copy
+
 import pytest
 import torch
 from torch import fx, nn
@@ -92,6 +94,22 @@ def test_compile_for_sizes_that_are_not_known():
     for size in (8, 12):
         x = torch.randn(2, 8, size, size)
         assert torch.allclose(compiled(x), net(x), atol=1e-6)
+
+
+def test_what_inductor_makes_of_a_network_is_the_network():
+    """Inductor lays maps out in its own way; a block's input is a convolution's output."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), DiverseBranchBlock(8, 8, 3, padding=1, mode="online"))
+    net, x = randomize(net).double(), torch.randn(16, 3, 12, 12).double()
+    compiled = copy.deepcopy(net)
+    y, z = net(x), torch.compile(compiled, fullgraph=True)(x)
+    assert relative_error(z, y) < 1e-12
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+    z.backward(cotangent)
+    for (name, found), wanted in zip(compiled.named_parameters(), net.parameters(), strict=True):
+        assert relative_error(found.grad, wanted.grad) < 1e-9, name
+    for (name, found), wanted in zip(compiled.named_buffers(), net.buffers(), strict=True):
+        assert relative_error(found, wanted) < 1e-12, name
 
 
 def test_many_image_sizes_make_few_graphs():

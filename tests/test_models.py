@@ -222,6 +222,14 @@ def test_relu6_weights_do_not_become_a_relu_network():
             assert relative_error(net.eval()(x), theirs.eval()(x)) < 1e-5
 
 
+@pytest.mark.parametrize(("name", "weights_of"), [
+    ("resnet10t.c3_in1k", "resnet10t"), ("resnet10t", "resnet10t.c3_in1k")])
+def test_a_tag_of_timms_names_weights_not_a_network(name, weights_of):
+    theirs = timm.create_model("resnet10t", num_classes=10)
+    net = build_model(name, 10, image_size=64, weights=theirs.state_dict(), weights_of=weights_of)
+    assert torch.equal(net.fc.weight, theirs.fc.weight)
+
+
 def test_no_other_backbone_differs_from_what_timms_weights_are_of():
     """The same function with the same weights, or else timm's weights are refused."""
     x, different = torch.randn(2, 3, 96, 96), set()

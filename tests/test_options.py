@@ -8,9 +8,9 @@ from torch import nn
 import convert as convert_script
 import eval as eval_script
 import train as train_script
+from models.checkpoint import load_checkpoint
 from tests.conftest import randomize
 from tests.scripts import TINY
-from training.checkpoint import load_checkpoint
 from training.module import Classifier, warmup_cosine
 
 

@@ -19,15 +19,16 @@ import dbb
 import train as train_script
 from models import build_model
 from models.build import UNTRAINED
+from settings.schema import Settings, flat
 from tests.conftest import ROOT, randomize, relative_error
 from tests.scripts import call
-from training.settings import Settings, flat
 
 PAGES = [*sorted(Path(ROOT).glob("*.md")), *sorted(Path(ROOT, "docs").glob("*.md")),
          Path(ROOT, "results", "README.md"), Path(ROOT, "benchmarks", "README.md")]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 HYDRA_SCRIPTS = ("train.py", "eval.py", "convert.py")
-FLOORS = ("dbb", "models", "export", "training")  # each imports those before it
+FLOORS = ("dbb", "models", "export", "settings", "images", "runs", "evaluation", "reports", "training",
+          "conversion")  # each imports those before it
 
 
 def examples(page: str) -> list[str]:

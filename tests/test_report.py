@@ -10,6 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import report as report_script
+from reports.compare import compare_variants, name_variants
+from reports.runs import read_runs
+from reports.study import draw_curves, markdown
 from tests.conftest import ROOT
 
 PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
@@ -49,10 +52,10 @@ def study(folder, **kwargs):
 
 
 def compare(folder, baseline=None):
-    runs, epochs = report_script.read_runs([folder])
-    runs["variant"] = report_script.name_variants(runs)
-    variants = report_script.compare_variants(runs, baseline)
-    text = report_script.markdown(runs, variants, [folder], baseline)
+    runs, epochs = read_runs([folder])
+    runs["variant"] = name_variants(runs)
+    variants = compare_variants(runs, baseline)
+    text = markdown(runs, variants, [folder], baseline)
     return runs, epochs, variants.set_index("variant"), text
 
 
@@ -226,7 +229,7 @@ def test_what_a_run_may_lack(tmp_path):
     runs, epochs, variants, text = compare(tmp_path)
     assert "| none | 3 | 2 | 0.5000 ± 0.0000 | 71.00 ± 1.00 |  |  | 70.00 (6 changed) |  | 2.0 |" in text
     epochs = epochs.merge(runs[["folder", "variant", "seed", "state"]], on="folder")
-    report_script.draw_curves(epochs, tmp_path / "curves.png")
+    draw_curves(epochs, tmp_path / "curves.png")
     path.write_text(path.read_text() + "2,0,1.0" + path.read_text())  # one line torn, the next glued to it
     runs, _, variants, text = compare(tmp_path)
     assert variants.loc["none", "n"] == 2
@@ -283,5 +286,5 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
     folder = Path(ROOT, "results", name)
     runs, variants = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "variants.csv")
     folders = [Path(f"study_{name}"), *[Path("more")] * more]
-    text = report_script.markdown(runs, variants, folders, baseline)
+    text = markdown(runs, variants, folders, baseline)
     assert text == (folder / "report.md").read_text()

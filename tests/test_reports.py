@@ -4,6 +4,7 @@ import copy
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from dbb import (
     OnlineReparamBlock,
     ReparamConv2d,
     branchwise,
+    compare,
     fold_norms,
     reparameterize,
     replace_convs,
@@ -116,6 +118,38 @@ def test_a_network_filled_on_meta_can_be_moved(block):
     assert relative_error(empty.double()(x), expected) < 1e-12
     assert relative_error(reparameterize(empty)(x), expected) < 1e-12
     assert empty[1].weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("mode", ["exact", "online", "linear"])
+def test_a_default_device_that_is_not_the_networks(mode):
+    """Nothing of ours is made on the default device; "meta" stands for a GPU beside a network on the CPU."""
+    plain = nn.Sequential(Same(3, 8, 3, bias=False), BatchNormAct2d(8), *pair(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(4, 3, 12, 12)
+    block = "orepa" if mode == "linear" else partial(DiverseBranchBlock, mode=mode, positions=16)
+    with torch.device("meta"):
+        net, report = replace_convs(plain, block, example_input=x)
+        net(x).sum().backward()
+    randomize(net.eval())
+    with torch.device("meta"):
+        folded = fold_norms(net, x[:1])
+        restored = restore_norms(net, report, copy.deepcopy(plain), [x])
+        assert compare(net, reparameterize(net), [x]).predictions_changed == 0
+        assert compare(net, reparameterize(net), []).images == 0
+    with torch.no_grad():
+        assert relative_error(folded(x), net(x)) < 1e-5
+        assert relative_error(restored.eval()(x), net(x)) < 1e-5
+
+
+def test_a_passed_norm_is_where_a_file_puts_the_network():
+    """For a host that folds pairs by itself: it asks the norm that is left for its values."""
+    plain = randomize(pair())
+    full, _ = replace_convs(plain, "dbb", example_input=torch.zeros(1, 8, 9, 9))
+    with torch.device("meta"):
+        empty, _ = replace_convs(pair(), "dbb", example_input=torch.zeros(1, 8, 9, 9))
+    empty.load_state_dict(full.state_dict(), assign=True)
+    assert not any(tensor.is_meta for tensor in empty.buffers())
+    assert torch.equal(empty[1].running_var, torch.ones(8))
 
 
 @pytest.mark.parametrize("kind", [DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock])

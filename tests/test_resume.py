@@ -7,7 +7,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 import train as train_script
-from training.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint
+from training import steps as train_steps
 from training.module import warmup_cosine
 
 SHORT = ("model=resnet8_dbb", "data=digits", "logger=csv", "trainer.max_epochs=3",
@@ -33,9 +34,9 @@ def test_resumed_run_is_bitwise_the_same(make_settings, tmp_path, monkeypatch, e
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_script.train(make_settings(*SHORT, *extra), whole)
 
-    callbacks = train_script.make_callbacks
+    callbacks = train_steps.make_callbacks
     with monkeypatch.context() as patch:
-        patch.setattr(train_script, "make_callbacks", lambda *args: [*callbacks(*args), Crash()])
+        patch.setattr(train_steps, "make_callbacks", lambda *args: [*callbacks(*args), Crash()])
         with pytest.raises(RuntimeError, match="power failure"):
             train_script.train(make_settings(*SHORT, *extra), parts)
     assert load_checkpoint(parts / "checkpoints" / "last.ckpt")["epoch"] == 0

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import cloudpickle
@@ -19,12 +18,13 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import convert as convert_script
 import train as train_script
+from models.checkpoint import load_checkpoint
+from runs.folder import FolderTakenError, RunFolder
+from runs.same import as_begun, of_the_training
+from settings.cli import plain_errors
 from tests.conftest import ROOT, relative_error
 from tests.scripts import TINY, call, run
-from training.checkpoint import load_checkpoint
-from training.cli import plain_errors
 from training.module import Classifier, learning_rate
-from training.runs import FolderTakenError, alone_in, of_the_training, take_up, with_start
 
 SCRIPT = """
 import sys
@@ -146,15 +146,15 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(make_settings, tmp_path):
 
 def test_a_run_from_before_a_knob_of_the_data_is_the_same_run(make_settings, tmp_path):
     settings = make_settings("model=resnet8", *TINY)
-    old = OmegaConf.create(asdict(with_start(settings)) | {"logger": {"id": "abc"}})
+    old = OmegaConf.create(as_begun(settings, None).stored() | {"logger": {"id": "abc"}})
     for knob in ("interpolation", "crop_pct"):
         del old.data[knob]
     OmegaConf.save(old, tmp_path / "config.yaml")
     (tmp_path / "result.json").write_text("{}")
-    assert take_up(settings, tmp_path).logger.id == "abc"
+    assert RunFolder(tmp_path).take_up(settings).logger.id == "abc"
     settings.data.interpolation = "bicubic"
     with pytest.raises(ValueError, match="already holds a run with another data.interpolation"):
-        take_up(settings, tmp_path)
+        RunFolder(tmp_path).take_up(settings)
 
 
 def test_a_checkpoint_gone_on_with_elsewhere_is_another_run(make_settings, tmp_path):
@@ -194,7 +194,7 @@ def test_processes_that_lose_what_they_measure_are_refused(make_settings, tmp_pa
 
 def test_the_place_of_known_images_is_not_of_the_training(make_settings):
     def of(data, root):
-        return of_the_training(asdict(make_settings(f"data={data}", f"data.root={root}")))
+        return of_the_training(make_settings(f"data={data}", f"data.root={root}").stored())
     assert of("cifar10", "/a") == of("cifar10", "/b")
     assert of("folder", "/a") != of("folder", "/b")
 
@@ -211,10 +211,11 @@ def test_what_a_sweeper_gets_is_of_the_checkpoint(make_settings, tmp_path):
 
 
 def test_one_process_trains_in_a_folder(tmp_path):
+    folder = RunFolder(tmp_path)
     taken = pytest.raises(FolderTakenError, match="another process is training in")
-    with alone_in(tmp_path), taken, alone_in(tmp_path):
+    with folder.alone(), taken, RunFolder(tmp_path).alone():
         pass
-    with alone_in(tmp_path):
+    with folder.alone():
         pass
 
 

@@ -2,17 +2,20 @@
 
 import errno
 import random
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import runs.folder
 import train as train_script
+from models.checkpoint import damage, load_checkpoint
+from runs.folder import RunFolder
+from runs.safety import WholeCheckpointIO, newest, previous
 from tests.conftest import relative_error
 from tests.scripts import TINY, call
-from training.checkpoint import load_checkpoint
-from training.runs import alone_in
-from training.safety import WholeCheckpointIO, damage, newest, previous
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
@@ -105,17 +108,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not list(tmp_path.glob("runs/two/checkpoints/*"))
 
 
-def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path):
+def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path, monkeypatch):
     """Two that start in the same second get the same folder, which holds nothing yet but a lock."""
-    folder = tmp_path / "now"
-    folder.mkdir()
-    command = ["model=resnet8", *TINY, f"hydra.run.dir={folder}"]
-    with alone_in(folder):
+    monkeypatch.setattr(runs.folder, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2)))
+    folder = tmp_path / "outputs" / "resnet8_digits" / "2026-01-02_00-00-00"
+    folder.mkdir(parents=True)
+    command = ["model=resnet8", *TINY]
+    with RunFolder(folder).alone():
         done = call("train.py", *command, cwd=tmp_path)
         assert done.returncode == 1
         assert "another process is training in" in done.stderr
         assert folder.is_dir()
-    done = call("train.py", *command, "optim.name=nothing", cwd=tmp_path)
+    done = call("train.py", *command, "optim.name=adahessian", cwd=tmp_path)
     assert done.returncode == 1
     assert not folder.exists()
 

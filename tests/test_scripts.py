@@ -12,8 +12,9 @@ import eval as eval_script
 import train as train_script
 from dbb import branches
 from models import build_model
+from models.checkpoint import load_checkpoint
+from reports.conversion import print_tables
 from tests.scripts import TINY, call, run
-from training.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_a_list_of_branches_from_the_command_line(make_settings, convert, tmp_pa
     ckpt = folder / "checkpoints" / "last.ckpt"
     report = convert(ckpt, folder / "convert", "data=none")
     assert (report["predictions_changed"], report["images"]) == (0, 64)
-    convert_script.print_tables(report)
+    print_tables(report)
     printed = capsys.readouterr().out
     assert "no accuracy was measured" in printed
     assert "top1" not in printed

@@ -10,11 +10,13 @@ import torch
 from hydra.errors import HydraException
 
 from dbb import ReparamConv2d
+from evaluation.networks import build_network
 from models import BACKBONES, build_model
+from runs.folder import RunFolder
+from settings import folders
 from tests.conftest import ROOT
+from tests.scripts import TINY
 from train import train
-from training import settings as settings_module
-from training.checkpoint import build_network
 from training.module import try_optimizer
 
 MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
@@ -136,7 +138,7 @@ def test_seed_zero_is_a_seed(make_settings):
 
 
 def test_normalisation_of_the_digits_is_theirs(make_settings):
-    from training.data import ImageData
+    from images.data import ImageData
     settings = make_settings("data=digits")
     data = ImageData(settings.data, 0)
     data.load(train=True)
@@ -148,20 +150,20 @@ def test_normalisation_of_the_digits_is_theirs(make_settings):
 def test_slurm_is_asked_for_in_its_jobs_only(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(SystemExit, match="error: trainer=slurm: SLURM_JOB_ID"):
-        settings_module._slurm_job()
+        folders.slurm_job()
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    assert settings_module._slurm_job() == "42"
+    assert folders.slurm_job() == "42"
 
 
 def test_a_job_of_a_sweep_has_its_settings_as_its_folder():
-    name = partial(settings_module._job_name, "cifar10")
+    name = partial(folders.job_name, "cifar10")
     plain, dbb = ["block=none", "seed=0"], ["block=dbb", "seed=0"]
     assert name(dbb) == name([*reversed(dbb), "data.root=a/b", "logger=csv", "out=c"]) == "block-dbb+seed-0"
     assert name(plain) == name([*plain, "block.init=third"]) == "block-none+seed-0", "one plain twin"
     assert name(["logger=csv"]) == "defaults"
     odd = [["block.branches=[avg,kxk]"], ["block.branches=[avg_kxk]"], ["block.branches=[avg+kxk]"],
-           ["optim.lr=1" + "0" * 200], ["optim.lr=1" + "0" * 201], ["model.weights=" + "\u00e9" * 140]]
-    roots = [settings_module._job_name("folder", ["data=folder", f"data.root={root}"]) for root in ("A", "B")]
+           ["optim.lr=1" + "0" * 200], ["optim.lr=1" + "0" * 201], ["model.weights='" + "\u00e9" * 140 + "'"]]
+    roots = [folders.job_name("folder", ["data=folder", f"data.root={root}"]) for root in ("A", "B")]
     assert roots == ["data.root-A+data-folder", "data.root-B+data-folder"], "other images, another job"
     names = {name(overrides) for overrides in odd}
     assert len(names) == len(odd)
@@ -192,12 +194,11 @@ def test_an_optimiser_is_tried_before_the_data_is_read(make_settings, tmp_path):
         train(settings, tmp_path)
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    """A shell leaves `out=~/runs` as it is."""
+def test_a_tilde_is_the_home_folder(make_settings, tmp_path, monkeypatch):
+    """A shell leaves `out="~/runs"` as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    names = "resnet20", "dbb", "cifar10", []
-    assert settings_module._run_dir(None, "~/runs", *names) == str(tmp_path / "runs")
-    (tmp_path / "runs/checkpoints").mkdir()
-    last = tmp_path / "runs/checkpoints/last.ckpt"
-    last.touch()
-    assert settings_module._run_dir("~/runs/checkpoints/last.ckpt", None, *names) == str(tmp_path / "runs")
+    folder = RunFolder.of(make_settings('out="~/runs"'))
+    assert folder.path == tmp_path / "runs"
+    train(make_settings("model=resnet8", *TINY, "data.max_images=64", "data.batch_size=32"), folder.path)
+    again = make_settings('ckpt="~/runs/checkpoints/last.ckpt"')
+    assert RunFolder.of(again).path == tmp_path / "runs"

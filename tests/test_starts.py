@@ -14,13 +14,14 @@ import convert as convert_script
 import eval as eval_script
 import train as train_script
 from dbb import replace_convs
+from evaluation.networks import blocks_of
 from models import build_model
+from models.checkpoint import load_checkpoint
+from settings.schema import BlockConf
 from tests.conftest import ROOT, randomize, relative_error
 from tests.published_networks import image, published_model
 from tests.scripts import TINY, call
-from training.checkpoint import blocks_of, load_checkpoint
 from training.module import Classifier, rough_start
-from training.settings import BlockConf
 
 BLOCKS = sorted({path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} - {"none"})
 

@@ -15,17 +15,18 @@ from torch.optim.lr_scheduler import LinearLR, MultiStepLR, SequentialLR
 import convert as convert_script
 import eval as eval_script
 import train as train_script
+from evaluation.networks import load_published, start_network
 from export.files import load_network, save_network
+from images.data import ImageData
 from models import build_model
+from models.checkpoint import load_checkpoint
+from models.published import read_weights
 from predict import prepare
 from tests.conftest import randomize, relative_error
 from tests.published_networks import image, published_model
 from tests.scripts import TINY
 from tests.test_data import write_tree
 from tests.test_published import Stranger
-from training.checkpoint import load_checkpoint, load_published, start_network
-from training.data import ImageData
-from training.published import read_weights
 
 
 def of_timms_script(folder, net, average):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from training.settings import Settings
+from settings.schema import Settings
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 BLOCKS = {"exact": ["dbb"], "online": ["dbb", "dbb_online"], "linear": ["orepa"]}  # run there in each mode

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,9 +16,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from training.checkpoint import build_network, start_network
-from training.random import seed_of
-from training.settings import Settings
+from evaluation.networks import build_network, start_network
+from images.random import seed_of
+from settings.command import Command
 
 SPLITS = ("test", "val")  # in the order of `ImageData.val_dataloader`
 ROUGH_RATE = 0.05  # see rough_start
@@ -35,7 +34,7 @@ class Classifier(pl.LightningModule):
         changed: settings that changed after the first epoch, a sentence each; kept in the checkpoint.
     """
 
-    def __init__(self, settings: Settings, classes: list[str], image_size: int, changed: Sequence[str] = ()):
+    def __init__(self, settings: Command, classes: list[str], image_size: int, changed: Sequence[str] = ()):
         super().__init__()
         self.settings, self.classes, self.image_size = settings, classes, image_size
         self.changed = list(changed)
@@ -112,18 +111,18 @@ class Classifier(pl.LightningModule):
             group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * factor})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dbb"] = {"settings": asdict(self.settings), "classes": self.classes,
+        checkpoint["dbb"] = {"settings": self.settings.stored(), "classes": self.classes,
                              "image_size": self.image_size, "changed": self.changed}
 
 
-def make_optimizer(settings: Settings, net: nn.Module) -> Optimizer:
+def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:
     """The optimiser, one of timm's, of a network, by the settings."""
     conf = settings.optim
     return timm.optim.create_optimizer_v2(net, conf.name, learning_rate(settings), conf.weight_decay,
                                           conf.momentum, filter_bias_and_bn=not conf.decay_norm_and_bias)
 
 
-def try_optimizer(settings: Settings, device: torch.device) -> None:
+def try_optimizer(settings: Command, device: torch.device) -> None:
     """Take one step with the optimiser, on two numbers.
 
     Raises:
@@ -141,7 +140,7 @@ def try_optimizer(settings: Settings, device: torch.device) -> None:
                          "as adamw, or fix what it names") from error
 
 
-def learning_rate(settings: Settings) -> float:
+def learning_rate(settings: Command) -> float:
     """`optim.lr`, scaled linearly from `optim.lr_batch_size` to the images of an optimiser step.
 
     See Goyal et al. 2017, section 2.1.
@@ -150,7 +149,7 @@ def learning_rate(settings: Settings) -> float:
     return settings.optim.lr * images / (settings.optim.lr_batch_size or images)
 
 
-def rough_start(settings: Settings) -> str | None:
+def rough_start(settings: Command) -> str | None:
     """A sentence if the blocks are known to lose the first epochs of a new run.
 
     See benchmarks/README.md, "The first steps".

@@ -1,8 +1,7 @@
-"""Read a checkpoint: an untrusted file of plain values and tensors."""
+"""Networks by a run's settings: fresh, warm from a file of weights, or those of a checkpoint."""
 
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,32 +9,7 @@ from torch import Tensor, nn
 
 from dbb import ReparamConv2d
 from models import build_model, load_weights
-from training.published import read_weights, translate
-from training.safety import damage
-
-
-def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
-    """Load a checkpoint of train.py onto the CPU.
-
-    Raises:
-        ValueError: if it is missing, damaged, not of plain values and tensors only, or not one of ours.
-    """
-    if path is None:
-        raise ValueError("ckpt=PATH is needed: the checkpoint of a run, outputs/.../checkpoints/last.ckpt")
-    if not Path(path).is_file():
-        raise ValueError(f"ckpt={path}: there is no such file; a run keeps its own under "
-                         "outputs/.../checkpoints/last.ckpt")
-    if wrong := damage(Path(path)):
-        raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain tensors "
-                         f"({wrong})")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, depending on what is pickled
-        raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain "
-                         "tensors") from error
-    if not isinstance(checkpoint, dict) or "settings" not in checkpoint.get("dbb", ()):
-        raise ValueError(f"ckpt={path} was not written by train.py: it holds no settings of ours")
-    return checkpoint
+from models.published import read_weights, translate
 
 
 def build_network(settings, num_classes: int, image_size: int, pretrained: bool = False,

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,27 @@ logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARN
 warnings.filterwarnings("ignore", ".*LeafSpec")
 
 
+# What a user, a file or a disk can cause.
+EXPECTED = (ValueError, OSError, MisconfigurationException)
+
+
+def as_sentence(error: Exception) -> str:
+    """An error in one sentence; its kind is named where it is none that a user can cause."""
+    if not isinstance(error, EXPECTED):
+        return f"error: {type(error).__name__}: {error}"
+    text = str(error).strip()
+    if "Original Traceback" in text:  # raised in a loader's worker: the sentence comes last
+        text = text.splitlines()[-1].removeprefix("ValueError: ")
+    return f"error: {text}"
+
+
+def print_failure(name: str, error: Exception) -> None:
+    """Say why a job failed, with a traceback where that may be a fault of ours."""
+    if not isinstance(error, EXPECTED):
+        traceback.print_exception(error)
+    print(f"{name}: {as_sentence(error)}", file=sys.stderr)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn a user's error into one sentence and exit status 1.
@@ -32,13 +54,10 @@ def plain_errors() -> Iterator[None]:
         sys.exit(130)
     except SIGTERMException:  # which alone would exit with status 0
         sys.exit(143)
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except EXPECTED as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        text = str(error).strip()
-        if "Original Traceback" in text:  # raised in a loader's worker: the sentence comes last
-            text = text.splitlines()[-1].removeprefix("ValueError: ")
-        sys.exit(f"error: {text}")
+        sys.exit(as_sentence(error))
 
 
 def output_folder(path: str | Path) -> Path:
@@ -55,10 +74,3 @@ def output_folder(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"out: cannot write into {path} ({error.strerror}): choose another "
                          "folder") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a process that is killed leaves no half of one."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(text)
-    part.replace(path)

@@ -18,15 +18,15 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-from training.random import generator, seed_of
-from training.settings import DataConf
+from images.random import generator, seed_of
+from settings.schema import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif",
                  ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
                  ".tga")
 SORT_IMAGENET = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
-Key = tuple[int, int, bool]  # see training.data
+Key = tuple[int, int, bool]  # see images.data
 
 
 class TensorImages(Dataset):

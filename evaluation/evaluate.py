@@ -1,8 +1,7 @@
 """The one evaluation that train.py, eval.py and convert.py share: float32, deterministic, on one device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -10,24 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
+from evaluation.networks import load_network, load_published
 from export.files import sha256
-from training.checkpoint import load_checkpoint, load_network, load_published
-from training.data import ImageData
-from training.settings import FILE_SETS, DataConf, Settings
-from training.sources import resized_side
+from images.data import ImageData
+from images.sources import resized_side
+from models.checkpoint import load_checkpoint
+from settings.command import Command
+from settings.schema import FILE_SETS, DataConf
 
 
-def load_run(settings: Settings, train: bool = False) -> tuple[nn.Module, ImageData, dict[str, Any]]:
+def load_run(settings: Command, train: bool = False) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     """What eval.py and convert.py work on.
 
     Args:
@@ -128,65 +124,3 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
 def sentence(result: dict[str, float], ckpt: object) -> str:
     """One line of what `scores` returned for a checkpoint."""
     return f"test top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}  ({ckpt})"
-
-
-@torch.no_grad()
-def cost(net: nn.Module, image_size: int) -> dict[str, Any]:
-    """Parameters, multiply-accumulates and milliseconds of one image (median, on the network's device)."""
-    image = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
-    with FlopCounterMode(display=False) as counter:
-        net(image)
-    return {"parameters": sum(p.numel() for p in net.parameters()),
-            "macs": counter.get_total_flops() // 2,  # the counter takes a multiply-accumulate for two
-            "latency_ms": latency_ms(net, image)}
-
-
-@torch.no_grad()
-def latency_ms(net: nn.Module, images: Tensor) -> float:
-    """Milliseconds of a forward pass, a median."""
-    timer = Timer("net(images)", globals={"net": net, "images": images}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.3).median * 1e3
-
-
-class Allocations(TorchDispatchMode):
-    """Remember the memory that operators return, without keeping it alive; `left` counts what is there."""
-
-    def __init__(self, known: Iterable[Tensor]):
-        super().__init__()
-        self.known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
-        self.made = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.made[StorageWeakRef(storage)] = storage.nbytes()
-        return result
-
-    def left(self) -> int:
-        """Bytes of the storages made inside this context that are still alive, the `known` ones left out."""
-        made_here = {storage: size for storage, size in self.made.items() if storage not in self.known}
-        return sum(size for storage, size in made_here.items() if not storage.expired())
-
-
-def activation_bytes(net: nn.Module, images: Tensor) -> int:
-    """Bytes that a forward pass in training mode leaves for backward, the images included.
-
-    On the CPU, in float32. Measured, not counted from saved-tensor hooks, from which a custom autograd
-    function can hide what it keeps.
-
-    Args:
-        net: left as it is.
-        images: `[N, C, H, W]`.
-    """
-    net = deepcopy(net).train()
-    with Allocations([*net.parameters(), *net.buffers(), images]) as memory:
-        logits = net(images)
-    return memory.left() + images.nbytes - logits.nbytes
-
-
-def activations_of_a_batch(net: nn.Module, batch_size: int, image_size: int) -> float:
-    """Bytes that a batch of training leaves for backward: `activation_bytes`, of large images with fewer."""
-    images = torch.zeros(min(batch_size, 2**21 // image_size**2), 3, image_size, image_size)
-    return batch_size / len(images) * activation_bytes(net, images)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from export.graph import Node
+from reports.markdown import table
 
 FORMATS = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}",
            "latency_ms": "{:.2f}"}
@@ -28,6 +29,20 @@ def file_rows(report: dict) -> list[list[str]]:
         result.append([name, f"{entry['bytes']:,}", top1, str(changed), str(ties),
                        f"{entry['relative_error']:.1e}"])
     return result
+
+
+def print_tables(report: dict) -> None:
+    """Print what was measured: a line a file, then the table before / after."""
+    for name, size, top1, changed, ties, error in file_rows(report):
+        score = f"top1 {top1}  " if top1 else ""
+        print(f"{name:20s}{size:>12s} bytes  {score}{changed} changed, {ties} ties, relative error {error}")
+    print(f"\n{'':12s}{'before':>16s}{'after':>16s}")
+    for name, before, after in rows(report):
+        print(f"{name:12s}{before:>16s}{after:>16s}")
+    print(f"{report['predictions_changed']} of {report['images']} predictions changed, "
+          f"{report['ties']} ties, largest relative logit error {report['relative_error']:.1e}")
+    if "top1" not in report["before"]:
+        print("data=none: compared on seeded noise images; no accuracy was measured")
 
 
 def markdown(report: dict, recipe: str) -> str:
@@ -66,12 +81,6 @@ def markdown(report: dict, recipe: str) -> str:
               f"over {about['std']}. The norms hold their convolutions' statistics over "
               f"{about['norm_statistics']}."]
     return "\n\n".join(parts) + "\n"
-
-
-def table(head: list[str], body: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, ["---"] * len(head), *body]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw_report(report: dict, path: Path) -> None:

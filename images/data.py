@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from training.random import generator
-from training.settings import TENSOR_SETS, DataConf
-from training.sources import load_files, load_noise, load_tensors
+from images.random import generator
+from images.sources import load_files, load_noise, load_tensors
+from settings.schema import TENSOR_SETS, DataConf
 
 
 class KeySampler(Sampler):

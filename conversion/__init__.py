@@ -1,0 +1,1 @@
+"""What convert.py does, step by step."""

@@ -1,0 +1,1 @@
+"""Trained networks: rebuilt, run on test images, measured."""

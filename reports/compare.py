@@ -1,0 +1,108 @@
+"""Compare the variants of a study, seed by seed."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+SAME_TIME = (0.8, 1.25)  # ratios of training times that count as about equal
+
+
+def name_variants(runs: pd.DataFrame) -> pd.Series:
+    """By run, its variant: the settings in which the finished ones differ.
+
+    Of the block it has only what tells two apart. A run with settings of no finished run has no variant.
+    """
+    finished = runs[runs["state"] == "finished"]["settings"]
+    variants = [dict(settings) for settings in {tuple(sorted(s.items())) for s in finished}]
+    keys = {key for variant in variants for key in variant}
+    differ = sorted(key for key in keys if len({str(variant.get(key)) for variant in variants}) > 1)
+
+    def apart(keys):
+        return len({tuple(str(variant.get(key)) for key in keys) for variant in variants})
+    names = [key for key in differ if not key.startswith("block.") or key == "block.name"]
+    for key in differ:
+        if apart([*names, key]) > apart(names):
+            names.append(key)
+
+    def label(settings):
+        of_block = settings.get("block.name") != "none"  # without a block, its knobs mean nothing
+        return ", ".join(str(settings.get(key)) if key == "block.name" else f"{key}={settings.get(key)}"
+                         for key in names if key == "block.name" or of_block or not key.startswith("block."))
+    return runs["settings"].map(lambda settings: (label(settings) or "all runs") if settings in variants
+                                else "")
+
+
+def paired(runs: pd.DataFrame, variant: str, base: str) -> dict[str, Any]:
+    """Difference in top-1 (points) of the seeds that two variants share, with its 95% confidence interval."""
+    top1 = {name: runs[runs["variant"] == name].set_index("seed")["top1"] for name in (variant, base)}
+    both = 100 * pd.DataFrame({"ours": top1[variant], "theirs": top1[base]}).dropna()
+    if both.empty:
+        return {"pairs": 0}
+    differences = both["ours"] - both["theirs"]
+    found = {"pairs": len(both), "difference": differences.mean()}
+    # One pair, or the same difference in all (few test images), gives no spread.
+    if len(both) > 1 and differences.std() > 1e-9:
+        interval = stats.ttest_rel(both["ours"], both["theirs"]).confidence_interval(0.95)
+        found |= {"low": interval.low, "high": interval.high}
+    return found
+
+
+def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
+    """A variant a row: accuracy, cost, and the differences to its baseline.
+
+    They are taken after the same epochs, and after about equal training time.
+
+    Raises:
+        ValueError: if there is no variant of the baseline's name, or a seed ran twice in a variant.
+    """
+    done = runs[runs["state"] == "finished"]
+    twice = done[done.duplicated(["variant", "seed"])]
+    if len(twice):
+        again = twice.iloc[0]
+        raise ValueError(f"seed {again['seed']:.0f} of {again['variant']} is there twice, in "
+                         f"{again['folder']} and elsewhere: name the folder of one study")
+    if baseline is not None and baseline not in set(done["variant"]):
+        names = "; ".join(sorted(set(done["variant"])))
+        raise ValueError(f"--baseline {baseline}: there is no such variant; the variants are {names}")
+    first = done.drop_duplicates("variant").set_index("variant")["settings"]
+    lengths = {variant: sorted(set(group["epochs"].astype(int)))
+               for variant, group in done.groupby("variant")}
+
+    def family(variant: str) -> dict:
+        return {key: value for key, value in first[variant].items()
+                if not key.startswith("block.") and key != "trainer.max_epochs"}
+
+    def is_base(variant: str) -> bool:
+        if baseline is None:
+            return first[variant]["block.name"] == "none"
+        return first[variant] | {"trainer.max_epochs": 0} == first[baseline] | {"trainer.max_epochs": 0}
+
+    rows = []
+    for variant, group in done.groupby("variant", sort=False):
+        ends = lengths[variant][:1] + lengths[variant][1:][-1:]  # the shortest and the longest
+        row = {"variant": variant, "n": len(group), "epochs": "-".join(map(str, ends)),
+               "train_loss": group["train_loss"].mean(skipna=False),
+               "train_loss_std": group["train_loss"].std(skipna=False),
+               "top1": 100 * group["top1"].mean(), "top1_std": 100 * group["top1"].std(),
+               "converted_top1": 100 * group["converted_top1"].mean(),
+               "predictions_changed": int(group["predictions_changed"].sum()),
+               "milliseconds_per_step": 1e3 * group["seconds_per_step"].median(),
+               "activations_mib": group["activations_mib"].iloc[0], "seconds": group["seconds"].median()}
+        bases = [a for a in first.index
+                 if a != variant and is_base(a) and (baseline is not None or family(a) == family(variant))]
+        base = next((a for a in bases if lengths[a] == lengths[variant]), None)
+        if base is not None:
+            row |= {"baseline": base} | paired(done, variant, base)
+        times = {a: row["seconds"] / done[done["variant"] == a]["seconds"].median() for a in bases}
+        times = {a: ratio for a, ratio in times.items() if np.isfinite(ratio)}
+        if times and not is_base(variant):
+            nearest = min(times, key=lambda a: abs(np.log(times[a])))
+            row |= {"equal_time": nearest, "time_ratio": times[nearest],
+                    "wanted_epochs": round(times[nearest] * lengths[nearest][-1])}
+            if SAME_TIME[0] <= times[nearest] <= SAME_TIME[1]:
+                row |= {f"{key}_equal_time": value
+                        for key, value in paired(done, variant, nearest).items()}
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,166 @@
+"""A run's folder: every path in it, what it says of the run, and who works in it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from runs.safety import newest, write_text
+from runs.same import as_begun, differences
+from settings.cli import output_folder
+from settings.command import Command
+
+# Where the first process of a job tells those that it starts which folder is the run's.
+FOLDER_VARIABLE = "DBB_RUN_FOLDER"
+
+
+class FolderTakenError(ValueError):
+    """The folder is another run's, or another process is at work in it."""
+
+
+class RunFolder:
+    """The folder of a run, at `path`; it need not exist yet."""
+
+    signs = (".lock", "config.yaml", "error.txt")  # files by which a folder shows that it is a run's
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.lock, self.config, self.error = (self.path / name for name in self.signs)
+        self.result = self.path / "result.json"
+        self.metrics = self.path / "metrics.csv"
+        self.convolutions = self.path / "convolutions.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.conversion = self.path / "convert"
+
+    @classmethod
+    def of(cls, command: Command) -> "RunFolder":
+        """The folder that a command works in: `out`, its checkpoint's, or a new one.
+
+        Raises:
+            ValueError: if it cannot be written into.
+        """
+        if os.environ.get("LOCAL_RANK", "0") != "0" and FOLDER_VARIABLE in os.environ:
+            return cls(os.environ[FOLDER_VARIABLE])
+        path = command.out
+        if path is None and command.ckpt is not None:
+            return cls(Path(command.ckpt).absolute().parent.parent)
+        if rank_zero_only.rank:
+            return cls(path or ".")
+        if path is None:
+            block = command.block.name
+            name = command.model.name if block == "none" else f"{command.model.name}_{block}"
+            path = f"outputs/{name}_{command.data.name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        return cls(output_folder(path))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training here; processes of the same run do not wait.
+
+        Raises:
+            FolderTakenError: if one does.
+        """
+        if rank_zero_only.rank:
+            yield
+            return
+        os.environ[FOLDER_VARIABLE] = str(self.path.absolute())
+        lock = FileLock(self.lock, blocking=False)
+        try:
+            lock.acquire()
+        except NotImplementedError:
+            pass  # a file system without locks cannot keep others out
+        except Timeout as error:
+            raise FolderTakenError(f"another process is training in {self.path}: let it finish, or choose "
+                                   "another folder with out=DIR") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder, if a run of ours was to begin in it and did not."""
+        if {path.name for path in self.path.iterdir()} <= {self.lock.name}:
+            shutil.rmtree(self.path)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The settings in config.yaml, as plain values; None where there is none.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return _read(self.config, lambda text: OmegaConf.to_container(OmegaConf.create(text)))
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What a finished run's result.json holds; None if it is not finished.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return _read(self.result, json.loads)
+
+    def begin(self, command: Command) -> None:
+        """Write the settings, and clear what an earlier session left of its end."""
+        # Lightning's own checkpoints for SLURM are made in the middle of an epoch, from which the order of
+        # the data cannot continue.
+        for path in (self.result, self.error, *self.path.glob("hpc_ckpt_*.ckpt")):
+            path.unlink(missing_ok=True)
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(command.stored())))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, which says that the run is finished."""
+        write_text(self.result, json.dumps(result, indent=2) + "\n")
+
+    def fail(self, sentence: str) -> None:
+        """Write error.txt, which says why the run stopped."""
+        write_text(self.error, f"{sentence}\n")
+
+    def take_up(self, command: Command) -> Command:
+        """Go on where the folder's run stopped, if it is the run that a command describes.
+
+        A sweep or a job may thus be started again.
+
+        Returns:
+            The command, with the checkpoint and the W&B id of that run, where there are any.
+
+        Raises:
+            FolderTakenError: if the folder holds another run.
+        """
+        if command.ckpt is not None:
+            if self.last.exists() and Path(command.ckpt).resolve() != self.last.resolve():
+                raise FolderTakenError(f"{self.path} already holds another run than ckpt={command.ckpt}: "
+                                       "choose another folder with out=DIR")
+            return command
+        stored = self.read_config()
+        command = as_begun(command, stored)
+        different = differences(stored, command)
+        if stored is not None and not different:
+            identity = replace(command.logger, id=stored["logger"]["id"])
+            going_on = newest(self.last)
+            return replace(command, ckpt=None if going_on is None else str(going_on), logger=identity)
+        if self.last.exists() or self.result.exists():
+            knobs = ", ".join(different[:4])
+            text = (f"{self.path} already holds a run with another {knobs}: choose another folder with "
+                    "out=DIR")
+            if self.last.exists():
+                text += f", or go on with that run by ckpt={self.last}"
+            raise FolderTakenError(text)
+        return command
+
+
+def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return dict(parse(path.read_text()))
+    except Exception as error:  # of many kinds, depending on the text
+        raise ValueError(f"{path} is damaged: remove it, and go on with the run by "
+                         f"ckpt={path.parent}/checkpoints/last.ckpt") from error

@@ -1,0 +1,52 @@
+"""Whether two settings are those of one run, and what has changed between them."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from models.build import named_start
+from settings.command import OF_THE_COMMAND, Command
+from settings.schema import TENSOR_SETS, DataConf, flat
+
+SAME_RUN = (*OF_THE_COMMAND, "logger", "data.num_workers", "data.download")  # with whatever values of these
+LATER_KNOBS = flat({"data": asdict(DataConf())})  # what a file that does not have one of these means
+
+
+def as_begun(command: Command, stored: dict[str, Any] | None) -> Command:
+    """The command as a run of these settings began: it keeps its start and its positions.
+
+    A new one has its start by name, where the command says `auto`.
+    """
+    if stored is not None:
+        defaults = {"init": "auto", "positions": None}
+        kept = {key: stored.get("block", {}).get(key) for key, value in defaults.items()
+                if getattr(command.block, key) == value}
+        command = replace(command, block=replace(command.block, **kept))
+    if command.block.init != "auto":
+        return command
+    warm = command.model.pretrained or command.model.weights is not None
+    return replace(command, block=replace(command.block, init=named_start("auto", warm)))
+
+
+def differences(stored: dict[str, Any] | None, command: Command) -> list[str]:
+    """The knobs in which a command's training is not that of stored settings."""
+    old, new = of_the_training(stored or {}), of_the_training(command.stored())
+    return [key for key, value in new.items() if old.get(key, LATER_KNOBS.get(key)) != value]
+
+
+def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, flat, that make a run what it is.
+
+    The command's own are left out, and where it is logged, and how its images are fetched.
+    """
+    known = flat(settings)
+    ignored = set(SAME_RUN)
+    if known.get("data.name") in TENSOR_SETS:  # the same images in every place
+        ignored.add("data.root")
+    return {key: value for key, value in known.items() if not {key, key.split(".")[0]} & ignored}
+
+
+def changes(stored: dict[str, Any], command: Command, done: int) -> list[str]:
+    """Settings of the training that differ from a checkpoint's, of `done` epochs, a sentence each."""
+    old, new = of_the_training(stored), of_the_training(command.stored())
+    return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items()
+            if key in old and old[key] != value]

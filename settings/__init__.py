@@ -1,0 +1,1 @@
+"""What a run is, what a command was asked, and where both come from: the command line, or a checkpoint."""

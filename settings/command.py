@@ -1,0 +1,128 @@
+"""What a command was asked: a run's settings, from the command line or a checkpoint, and what to do."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import timm
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities import rank_zero_only
+
+import settings.folders  # noqa: F401  the configs name its functions
+from export.formats import FORMATS
+from models import timms_name
+from models.build import UNTRAINED
+from models.checkpoint import load_checkpoint
+from models.published import SOURCES
+from settings.overrides import changes_branches, named, parsed, wants_no_block
+from settings.schema import FILE_SETS, BlockConf, Settings, check_name
+
+
+@dataclass
+class Command(Settings):
+    """A run's settings, and what is not of the run.
+
+    `ckpt` is the checkpoint or published file to work on, `source` says whose file it is, and `out` is where
+    to write. The last three are convert.py's.
+    """
+
+    ckpt: str | None = None
+    out: str | None = None
+    source: str | None = None
+    tolerance: float = 1e-4
+    export: list[str] = field(default_factory=lambda: ["onnx"])
+    hub: bool = False
+
+    def __post_init__(self):
+        """Check as `Settings` does, and what convert.py was asked for."""
+        super().__post_init__()
+        if self.source is not None:
+            check_name("source", self.source, list(SOURCES))
+        for kind in self.export:
+            check_name("export", kind, list(FORMATS))
+        if "int8" in self.export and self.data.name == "none":
+            raise ValueError("export=[int8] needs training images to calibrate with, and data=none has none")
+
+
+OF_THE_COMMAND = tuple(part.name for part in fields(Command)[len(fields(Settings)):])
+ConfigStore.instance().store(name="schema", node=Command)
+
+
+def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
+    """What a command was asked, checked.
+
+    With `ckpt`, every setting is the checkpoint's unless the command line gives it; changes are printed.
+
+    Args:
+        cfg: what Hydra composed.
+        overrides: the command line, `key=value` each.
+
+    Raises:
+        ValueError: if a setting is wrong, or cannot be changed on a checkpoint.
+    """
+    try:
+        if changes_branches(overrides):
+            cfg.block.name = "custom"
+        if wants_no_block(overrides):  # the plain network of a sweep, whatever else is said about blocks
+            cfg.block = OmegaConf.structured(BlockConf)
+        for knob in ("ckpt", "out"):
+            if cfg.get(knob) is not None:
+                cfg[knob] = os.path.expanduser(cfg[knob])
+        if cfg.ckpt is not None and cfg.source is None:
+            cfg = _on_checkpoint(cfg, overrides)
+        cfg = OmegaConf.merge(OmegaConf.structured(Command), OmegaConf.to_container(cfg, resolve=True))
+        command = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+    for conf, knob in ((command.data, "root"), (command.model, "weights")):
+        if getattr(conf, knob) is not None:
+            setattr(conf, knob, str(Path(getattr(conf, knob)).expanduser().resolve()))
+    if command.model.pretrained and command.ckpt is None:
+        _prepare_as_trained(command, overrides)
+    return command
+
+
+def _prepare_as_trained(settings: Settings, overrides: Sequence[str]) -> None:
+    """Prepare images as they were for timm's weights, except for what the command line gives."""
+    trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
+    if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
+        return
+    taken = {"mean": list(trained.mean), "std": list(trained.std), "interpolation": trained.interpolation}
+    if settings.data.name in FILE_SETS:
+        taken["crop_pct"] = trained.crop_pct
+    taken = {knob: value for knob, value in taken.items() if f"data.{knob}" not in named(overrides)}
+    for knob, value in taken.items():
+        setattr(settings.data, knob, value)
+    told = " ".join(f"data.{knob}={value}" for knob, value in taken.items())
+    weights = f"{trained.architecture}.{trained.tag}"
+    rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({weights}): "
+                          f"{told or 'none; the command line sets them all'}")
+    if settings.data.name in FILE_SETS and trained.crop_mode != "center":
+        rank_zero_only(print)(f"timm's own crop_mode is {trained.crop_mode} for these weights: it is not "
+                              "followed, test images keep their proportions, and their centre is taken")
+
+
+def _on_checkpoint(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
+    own = {key: cfg[key] for key in OF_THE_COMMAND if key in cfg}
+    result = OmegaConf.merge(OmegaConf.structured(Command), stored, own)
+    for override in parsed(overrides):
+        key, text = override.key_or_group, override.input_line
+        if key in ("experiment", "debug") or override.is_add() or override.is_delete():
+            raise ValueError(f"{text} cannot be used with ckpt=, which takes every setting from the "
+                             "checkpoint: name the settings to change themselves")
+        if key in ("model.weights", "model.pretrained"):
+            raise ValueError(f"{text} cannot be used with ckpt=: the checkpoint's own weights are "
+                             "loaded; leave out one of them")
+        for changed in (["model", "block"] if key == "model" else [key]):
+            before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
+            if before != after:
+                print(f"changed from the checkpoint: {changed}: {before} -> {after}")
+            OmegaConf.update(result, changed, after, merge=False)
+    if result.block.init == "auto":  # another mode of the same blocks, which are trained already
+        result.block.init = stored.get("block", {}).get("init")
+    return result

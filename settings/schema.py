@@ -1,0 +1,273 @@
+"""The schema behind `configs/`: what a run is. Its values are stored in the run's checkpoint.
+
+Every knob is a typed field, so that a misspelt name and a value of the wrong type fail at once; its limit
+stands beside it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from importlib.util import find_spec
+from typing import Any
+
+import timm.optim
+from omegaconf import MISSING
+
+from dbb import BRANCHES, INITS, MODES
+
+TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
+FILE_SETS = ("imagenet", "folder")  # read image by image
+
+
+def at_least(least: float, default: Any = MISSING) -> Any:
+    """A field whose number, if there is one, must not be smaller."""
+    return field(default=default, metadata={"least": least})
+
+
+def check_name(knob: str, value: str, known: list[str]) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        ValueError: with the knob, and names that are like it.
+    """
+    if value not in known:
+        nearest = get_close_matches(value, known, n=3)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        names = ", ".join(known) if len(known) <= 12 else f"{len(known)} names"
+        raise ValueError(f"{knob}={value} is unknown; known are {names}{hint}")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under their names on the command line, e.g. `optim.lr`."""
+    result = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+@dataclass
+class ModelConf:
+    """The backbone. A warm start: `pretrained` fetches timm's weights, `weights` reads a file."""
+
+    name: str = MISSING
+    pretrained: bool = False
+    weights: str | None = None
+    channels_last: bool = False
+    compile: bool | str = False
+
+    def check(self) -> None:
+        """Check what a type cannot say; this and the like below raise a ValueError."""
+        if self.compile not in (True, False, "reduce-overhead"):
+            raise ValueError(f"model.compile={self.compile} is unknown: true, false or reduce-overhead "
+                             "(CUDA graphs)")
+        if self.pretrained and self.weights is not None:
+            raise ValueError(f"model.pretrained=true and model.weights={self.weights}: a network "
+                             "starts from one of them")
+
+
+@dataclass
+class LayersConf:
+    """Other branches for the layers whose module name matches a glob pattern; none leaves them plain."""
+
+    modules: str = MISSING
+    branches: list[str] = MISSING
+
+
+@dataclass
+class BlockConf:
+    """What K x K convolutions become; see configs/block/dbb.yaml."""
+
+    name: str = "none"
+    branches: list[str] = field(default_factory=list)
+    depthwise: list[str] | None = None
+    copies: int = at_least(1, 1)
+    mode: str = "exact"
+    positions: int | None = at_least(4, None)
+    # Stored by name. None, in old files, is what "auto" was: "ones", with trained weights "single".
+    init: str | None = "auto"
+    kernel_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    layers: list[LayersConf] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Check names, sizes, and that there are branches to which the rest belongs."""
+        for knob, names in (("branches", self.branches), ("depthwise", self.depthwise or []),
+                            *(("layers", layers.branches) for layers in self.layers)):
+            for name in names:
+                check_name(f"block.{knob}", name, list(BRANCHES))
+        check_name("block.mode", self.mode, list(MODES))
+        if self.init is not None:
+            check_name("block.init", self.init, ["auto", *INITS])
+        if not self.kernel_sizes:
+            raise ValueError("block.kernel_sizes=[] would make no blocks: name one size or more, or choose "
+                             "block=none")
+        if min(self.kernel_sizes) < 1:
+            raise ValueError(f"block.kernel_sizes={min(self.kernel_sizes)} must be at least 1")
+        if not (self.branches or self.layers) and replace(self, init="auto") != BlockConf():
+            raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: "
+                             "block=dbb takes the list of configs/block/dbb.yaml, block.branches=[kxk,1x1] "
+                             "one of your own, block=none leaves plain convolutions")
+
+
+@dataclass
+class DataConf:
+    """A data set. Paths as typed are resolved against the current folder."""
+
+    name: str = MISSING
+    root: str | None = None
+    download: bool = True
+    image_size: int | None = at_least(1, None)
+    batch_size: int = at_least(1, 128)
+    num_workers: int = at_least(0, 0)
+    val_size: int = at_least(0, 0)
+    max_images: int | None = at_least(1, None)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    interpolation: str = "bilinear"
+    crop_pct: float = at_least(0.1, 0.875)
+    crop_padding: int = at_least(0, 0)
+    flip: bool = True
+    color_jitter: bool = False
+    lighting: bool = False
+    trivial_augment: bool = False
+    mixup: float = at_least(0, 0.0)
+    cutmix: float = at_least(0, 0.0)
+    on_device: bool = False
+
+    def check(self) -> None:
+        """Check names, and which knobs a data set has."""
+        check_name("data.name", self.name, [*TENSOR_SETS, *FILE_SETS, "none"])
+        check_name("data.interpolation", self.interpolation, ["bilinear", "bicubic"])
+        if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
+            raise ValueError("data.mean and data.std need three numbers each, one a channel, and no "
+                             "deviation of zero")
+        unused = ["crop_padding", "on_device"]
+        if self.name in TENSOR_SETS:
+            unused = ["color_jitter", "lighting", "trivial_augment"]
+        for knob in unused:
+            if value := getattr(self, knob):
+                raise ValueError(f"data.{knob}={value}: data={self.name} has no such option")
+        if self.name in TENSOR_SETS and self.crop_pct != DataConf.crop_pct:
+            raise ValueError(f"data.crop_pct={self.crop_pct}: data={self.name} crops no test image: leave it "
+                             "out")
+        if self.image_size is None and self.name in FILE_SETS:
+            raise ValueError(f"data.image_size: data={self.name} needs one (224 is usual)")
+        if self.on_device and self.num_workers:
+            raise ValueError(f"data.num_workers={self.num_workers} must be 0 with data.on_device=true: "
+                             "nothing is left to load")
+
+
+@dataclass
+class OptimConf:
+    """Optimiser and schedule."""
+
+    name: str = MISSING
+    lr: float = at_least(0)
+    lr_batch_size: int | None = at_least(1, None)
+    momentum: float = 0.9
+    weight_decay: float = at_least(0, 0.0)
+    decay_norm_and_bias: bool = True
+    warmup_epochs: int = at_least(0, 0)
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+
+    def check(self) -> None:
+        """Check the name, and fractions."""
+        check_name("optim.name", self.name, timm.optim.list_optimizers())
+        for knob in ("label_smoothing", "momentum"):
+            if not 0 <= getattr(self, knob) < 1:
+                raise ValueError(f"optim.{knob}={getattr(self, knob)} must be at least 0 and less than 1")
+
+
+@dataclass
+class TrainerConf:
+    """Arguments of Lightning's Trainer, under its own names."""
+
+    max_epochs: int = at_least(1)
+    max_time: str | None = None
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    sync_batchnorm: bool = False
+    gradient_clip_val: float | None = None
+    accumulate_grad_batches: int = at_least(1, 1)
+    check_val_every_n_epoch: int = 1
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    log_every_n_steps: int = 50
+    deterministic: bool = False
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+    profiler: str | None = None
+    enable_progress_bar: bool | None = None
+
+    def check(self) -> None:
+        """Check that something is trained on."""
+        if self.limit_train_batches <= 0:
+            raise ValueError(f"trainer.limit_train_batches={self.limit_train_batches} leaves nothing "
+                             "to train on")
+
+
+@dataclass
+class LoggerConf:
+    """`csv` writes metrics.csv; `wandb` and `tensorboard` do that and more."""
+
+    name: str = "wandb"
+    project: str = "dbb"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    offline: bool = False
+    id: str | None = None
+
+    def check(self) -> None:
+        """Check the name, and that its package is there."""
+        check_name("logger.name", self.name, ["csv", "wandb", "tensorboard"])
+        if self.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise ValueError("logger=tensorboard needs tensorboard, which is not installed: "
+                             "pip install tensorboard")
+
+
+@dataclass
+class Settings:
+    """All settings of a run, which its checkpoint holds."""
+
+    model: ModelConf = field(default_factory=ModelConf)
+    block: BlockConf = field(default_factory=BlockConf)
+    data: DataConf = field(default_factory=DataConf)
+    optim: OptimConf = field(default_factory=OptimConf)
+    trainer: TrainerConf = field(default_factory=TrainerConf)
+    logger: LoggerConf = field(default_factory=LoggerConf)
+    seed: int = at_least(0, 0)
+
+    def __post_init__(self):
+        """Check what a type cannot say.
+
+        Raises:
+            ValueError: with the knob, its value, and what to do.
+        """
+        for knob, value, least in numbers(self):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{knob}={value} must be a finite number")
+            if least is not None and value is not None and value < least:
+                raise ValueError(f"{knob}={value} must be at least {least}")
+        for part in (self.model, self.block, self.data, self.optim, self.trainer, self.logger):
+            part.check()
+
+    def stored(self) -> dict[str, Any]:
+        """As plain values, what a checkpoint and config.yaml hold."""
+        return {part.name: asdict(self)[part.name] for part in fields(Settings)}
+
+
+def numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float | None]]:
+    """Name, value and least value (None: any) of every field that is a plain value."""
+    for part in fields(settings):
+        value = getattr(settings, part.name)
+        if is_dataclass(value):
+            yield from numbers(value, f"{prefix}{part.name}.")
+        else:
+            yield prefix + part.name, value, part.metadata.get("least")

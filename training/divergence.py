@@ -1,0 +1,41 @@
+"""The end of a training that diverged."""
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+
+class DivergedError(ValueError):
+    """The training loss is not finite any more."""
+
+
+class StopAtNaN(Callback):
+    """Stop when the loss is not finite, before any checkpoint holds what came of it.
+
+    The first such step is kept on the device. It is read every `log_every_n_steps`, and at the end of an
+    epoch, so that no step waits for the GPU.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.first = torch.full((), float("inf"), device=module.device)
+
+    def on_train_batch_end(self, trainer, module, outputs: dict[str, Tensor], batch, batch_idx: int) -> None:
+        step = trainer.global_step
+        bad = ~outputs["loss"].isfinite()
+        self.first = torch.where(bad, self.first.clamp(max=step), self.first)
+        if step % trainer.log_every_n_steps == 0:
+            self.check(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.check(trainer)  # before ModelCheckpoint, which Lightning calls last
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Raise in all processes at once: one that went on would wait for the others."""
+        first = trainer.strategy.reduce(self.first, reduce_op="min")
+        if first.isfinite():
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            raise DivergedError(
+                f"the training loss is not finite from step {int(first)} on (learning rate now {rate:g}): "
+                "nothing was saved after it. Lower optim.lr, or set optim.warmup_epochs or "
+                "trainer.gradient_clip_val")

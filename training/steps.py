@@ -1,0 +1,186 @@
+"""The steps of train.py: what a run starts from, its Trainer, its beginning and its end."""
+
+import secrets
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from pytorch_lightning.strategies import ParallelStrategy
+
+from dbb import branchwise, compare_logits, reparameterize
+from evaluation.cost import activations_of_a_batch
+from evaluation.evaluate import pick_device, predict, scores, sentence
+from evaluation.networks import load_network, restore
+from images.data import ImageData
+from models.checkpoint import load_checkpoint
+from runs.folder import RunFolder
+from runs.safety import WholeCheckpointIO
+from runs.same import changes
+from settings.command import Command
+from training.callbacks import make_callbacks, shows_progress_bar
+from training.cost import expected_cost
+from training.loggers import log_convolutions, log_predictions
+from training.module import Classifier, rough_start, try_optimizer
+
+FORKS = ("spawn", "fork", "notebook")  # in the names of strategies that train in processes of multiprocessing
+
+
+class Start(NamedTuple):
+    """What training goes on from: a checkpoint, its epochs, and the settings that have changed since."""
+
+    checkpoint: dict[str, Any] | None = None
+    epochs: int = 0
+    changed: list[str] = []
+
+
+def with_identity(command: Command, folder: RunFolder, fresh: bool) -> Command:
+    """The command with an id for W&B; `fresh` where `ckpt` is another folder's, to which its id belongs."""
+    if command.logger.id is not None and not (fresh and not folder.last.exists()):
+        return command
+    return replace(command, logger=replace(command.logger, id=secrets.token_hex(4)))
+
+
+def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None) -> Start:
+    """What training starts from.
+
+    Raises:
+        ValueError: if the checkpoint is no start for these settings.
+    """
+    if command.ckpt is None:
+        return Start()
+    checkpoint = load_checkpoint(command.ckpt)
+    stored, done = checkpoint["dbb"]["settings"], checkpoint["epoch"] + 1
+    evaluated = result is not None or not folder.last.exists()  # else it stopped in its last evaluation
+    if done >= command.trainer.max_epochs and evaluated:
+        raise ValueError(f"trainer.max_epochs={command.trainer.max_epochs}: the checkpoint already has "
+                         f"{done} epochs; set more to continue")
+    if stored["optim"]["name"] != command.optim.name:
+        raise ValueError(f"optim.name={command.optim.name} cannot continue with the state of "
+                         f"{stored['optim']['name']} in the checkpoint")
+    changed = [*checkpoint["dbb"].get("changed", []), *changes(stored, command, done)]
+    return Start(checkpoint, done, changed)
+
+
+def load_data(command: Command, start: Start) -> ImageData:
+    """The images, loaded.
+
+    Raises:
+        ValueError: if there are none, or they are not of the checkpoint's classes.
+    """
+    data = ImageData(command.data, command.seed, first_epoch=start.epochs)
+    print(f"loading the images of data={command.data.name}", flush=True)
+    data.load(train=True)
+    if start.checkpoint is not None:
+        data.check_classes(start.checkpoint["dbb"]["classes"])
+    return data
+
+
+def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
+    """The network in its Lightning module.
+
+    Raises:
+        ValueError: if it cannot be built, or is not the checkpoint's.
+    """
+    model = Classifier(command, data.classes, data.image_size, start.changed)
+    if start.checkpoint is not None:
+        restore(model.net, start.checkpoint)  # says what does not fit, before Lightning would
+    elif command.model.weights is None and hasattr(model.net, "whiten"):
+        model.net.whiten(next(data.calibration_images()))
+    return model
+
+
+def make_trainer(command: Command, folder: RunFolder) -> pl.Trainer:
+    """Lightning's Trainer of a run; what could not train with it is refused before any data is read.
+
+    Raises:
+        ValueError: if the processes would lose what they measure, a job of a sweep would start processes, or
+            the optimiser cannot take a step.
+    """
+    conf = command.trainer
+    options = command.stored()["trainer"]
+    options |= {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(command)}
+    if any(kind in conf.strategy for kind in FORKS):
+        raise ValueError(f"trainer.strategy={conf.strategy}: it trains in processes made by "
+                         "multiprocessing, whose metrics and logs end with them: take trainer.strategy=ddp")
+    try:
+        trainer = pl.Trainer(**options, default_root_dir=folder.path, logger=False,
+                             callbacks=make_callbacks(command, folder), plugins=[WholeCheckpointIO()],
+                             enable_model_summary=False, use_distributed_sampler=False,
+                             num_sanity_val_steps=0)
+    except ImportError as error:
+        asked = (f"trainer.{name}={options[name]}" for name in ("accelerator", "strategy", "precision"))
+        raise ValueError(f"{', '.join(asked)}: one of them needs a package that is not installed "
+                         f"({error})") from error
+    if in_a_sweep() and starts_processes(trainer):
+        raise ValueError(f"trainer.devices={conf.devices}: each of the {trainer.world_size} "
+                         "processes of this job would start the whole sweep again: set trainer.devices=1, or "
+                         "start every job by itself, without -m")
+    try_optimizer(command, trainer.strategy.root_device)
+    return trainer
+
+
+def in_a_sweep() -> bool:
+    """Whether this is a job of a sweep (`-m`)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def starts_processes(trainer: pl.Trainer) -> bool:
+    """Whether Lightning starts this script once more for every further device."""
+    strategy = trainer.strategy
+    return isinstance(strategy, ParallelStrategy) and trainer.world_size > 1 \
+        and not strategy.cluster_environment.creates_processes_externally
+
+
+def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunFolder) -> dict[str, float]:
+    """What the first process does before the training: clear the folder, write and print what is trained.
+
+    Returns:
+        `parameters`, and `activations_mib` of a batch.
+    """
+    folder.begin(command)
+    for logger in trainer.loggers[1:]:  # the first writes metrics.csv beside the settings
+        logger.log_hyperparams(command.stored())
+    net, size, device = model.net, model.image_size, trainer.strategy.root_device
+    activations = activations_of_a_batch(net, command.data.batch_size, size) / 2**20
+    parameters = sum(p.numel() for p in net.parameters())
+    reduced = f", images of {size} pixels reduced {net.total_stride} times" if net.total_stride else ""
+    print(f"{command.model.name} with block={command.block.name}, on {device}: "
+          f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}")
+    said = [expected_cost(command, size, device), net.report, rough_start(command)]
+    print(*filter(None, said), f"run folder: {folder.path}", sep="\n")
+    log_convolutions(trainer.loggers[-1], net.report, folder)
+    return {"parameters": parameters, "activations_mib": activations}
+
+
+def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder: RunFolder,
+                 cost: dict[str, float]) -> dict[str, float]:
+    """Evaluate the checkpoint kept, branch by branch and converted; print, log and write result.json.
+
+    Returns:
+        What result.json holds.
+    """
+    net = load_network(load_checkpoint(folder.last), command)
+    device = pick_device(command.trainer.accelerator)
+    with branchwise(net):
+        logits, targets = predict(net, data, device, "test")
+        result = scores(logits, targets)
+        if command.data.val_size:
+            of_val = scores(*predict(net, data, device, "val", data.held_out_dataloader()))
+            result["val_top1"] = of_val["top1"]
+    converted, _ = predict(reparameterize(net), data, device, "converted")
+    result["converted_top1"] = scores(converted, targets)["top1"]
+    result["predictions_changed"] = compare_logits([(logits, converted)]).predictions_changed
+    result |= cost
+    changed = trainer.lightning_module.changed
+    folder.finish(result | ({"changed": changed} if changed else {}))
+    for logger in trainer.loggers:
+        logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
+        logger.save()
+    log_predictions(trainer.loggers[-1], data, logits, targets)
+    print(sentence(result, folder.last),
+          f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "
+          f"{len(targets)} predictions changed (python convert.py ckpt={folder.last} writes the files)",
+          sep="\n")
+    return result
