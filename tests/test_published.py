@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models import build_model, load_weights
+from models import build_model, load_weights, published
 from models.published import read_weights, translate
 from tests.conftest import randomize, relative_error
 from tests.published_networks import CLASSES, Orepa, OrepaStem, image, published_model
-from models import published
 
 
 def logits_of_ours(weights, source, name, dtype=torch.float64):

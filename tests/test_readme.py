@@ -65,7 +65,7 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_and_knobs_are_there(name):
     knobs, text = flat(OmegaConf.to_container(OmegaConf.structured(Settings))), Path(ROOT, name).read_text()
-    folders = "configs|dbb|models|training|export|tests|tools|benchmarks|results|docs"
+    folders = "|".join(["configs", *FLOORS, "tests", "tools", "benchmarks", "results", "docs"])
     for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", text):
         places = Path(ROOT, path), Path(ROOT, name).parent / path
         assert "tiny" in path or any(place.exists() for place in places), path

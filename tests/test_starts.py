@@ -21,6 +21,7 @@ from settings.schema import BlockConf
 from tests.conftest import ROOT, randomize, relative_error
 from tests.published_networks import image, published_model
 from tests.scripts import TINY, call
+from training import steps as train_steps
 from training.module import Classifier, rough_start
 
 BLOCKS = sorted({path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} - {"none"})
@@ -77,7 +78,7 @@ def test_a_run_keeps_its_start(make_settings, tmp_path):
             super().on_train_start()
             started.append([float(gamma.mean()) for gamma in self.net.conv1.gammas().values()])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_script, "Classifier", Watched)
+        patch.setattr(train_steps, "Classifier", Watched)
         train_script.train(make_settings(*command), tmp_path / "old")
     assert started == [[1, 1, 1, 1]]
     stored = load_checkpoint(tmp_path / "old" / "checkpoints" / "last.ckpt")["dbb"]["settings"]
