@@ -17,18 +17,9 @@ from evaluation.evaluate import sentence
 from runs.folder import FolderTakenError, RunFolder
 from settings.cli import as_sentence, plain_errors, print_failure
 from settings.command import Command, resolve
+from training import steps
 from training.divergence import DivergedError
 from training.loggers import make_loggers
-from training.steps import (
-    begin,
-    final_scores,
-    in_a_sweep,
-    load_data,
-    make_model,
-    make_trainer,
-    start_of,
-    with_identity,
-)
 
 
 def train(command: Command, run_dir: Path) -> dict[str, float]:
@@ -36,9 +27,8 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
 
     Args:
         command: the run; with `ckpt` set, training goes on from there.
-        run_dir: gets config.yaml, convolutions.csv, metrics.csv, checkpoints/last.ckpt, result.json and W&B's
-            files. If it holds this very run, training goes on where that stopped; if that is finished, its
-            result is returned.
+        run_dir: gets what `RunFolder` names, and W&B's files. If it holds this very run, training goes on
+            where that stopped; if that is finished, its result is returned.
 
     Returns:
         `top1`, `top5` (fractions) and `loss` of the checkpoint kept, branch by branch; `val_top1`, where
@@ -46,30 +36,26 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
         but the first.
 
     Raises:
-        ValueError: if a setting or the data is wrong, or `run_dir` already holds another run; see also
-            `make_trainer`.
+        ValueError: if a setting or the data is wrong, or `run_dir` already holds another run.
     """
     folder, asked = RunFolder(run_dir), command.ckpt
     command, result = folder.take_up(command), folder.read_result()
     if asked is None and result is not None:
         print(f"{run_dir} is finished: {sentence(result, folder.last)}")
         return result
-    if command.source is not None:
-        raise ValueError(f"source={command.source}: train.py continues its own checkpoints only; "
-                         "model.weights=FILE starts from a plain network's weights, convert.py reads "
-                         "published files")
-    command = with_identity(command, folder, fresh=asked is not None)
-    trainer = make_trainer(command, folder)
+    steps.refuse_published(command)
+    command = steps.with_identity(command, folder, fresh=asked is not None)
+    trainer = steps.make_trainer(command, folder)
     pl.seed_everything(command.seed, workers=True, verbose=False)
-    start = start_of(command, folder, result)
-    data = load_data(command, start)
-    model = make_model(command, data, start)
+    start = steps.start_of(command, folder, result)
+    data = steps.load_data(command, start)
+    model = steps.make_model(command, data, start)
     trainer.loggers = make_loggers(command, folder)
-    cost = begin(command, model, trainer, folder) if trainer.is_global_zero else {}
+    cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     trainer.fit(model, data, ckpt_path=command.ckpt, weights_only=True)
     if not trainer.is_global_zero:
         return {}
-    return final_scores(command, data, trainer, folder, cost)
+    return steps.final_scores(command, data, trainer, folder, cost)
 
 
 FAILED = []  # jobs of a sweep
@@ -95,21 +81,24 @@ def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
                 folder.remove_if_unused()
 
 
+def job_of_a_sweep(cfg: DictConfig) -> float | None:
+    """The same in the folder that Hydra made for a job; one that fails is noted, and the others go on."""
+    folder = RunFolder(HydraConfig.get().runtime.output_dir)
+    try:
+        return run(cfg, folder)
+    except Exception as error:
+        if not isinstance(error, FolderTakenError):
+            folder.fail(as_sentence(error))
+        FAILED.append(folder.path.name)
+        print_failure(folder.path.name, error)
+        return math.nan
+
+
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     try:
-        if not in_a_sweep():
-            with plain_errors():
-                return run(cfg)
-        folder = RunFolder(HydraConfig.get().runtime.output_dir)
-        try:
-            return run(cfg, folder)
-        except Exception as error:  # the other jobs go on
-            if not isinstance(error, FolderTakenError):
-                folder.fail(as_sentence(error))
-            FAILED.append(folder.path.name)
-            print_failure(folder.path.name, error)
-            return math.nan
+        with plain_errors():
+            return job_of_a_sweep(cfg) if steps.in_a_sweep() else run(cfg)
     finally:
         wandb.finish()  # one run a job, also in a multirun
 

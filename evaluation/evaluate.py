@@ -64,6 +64,7 @@ def load_run(settings: Command, train: bool = False) -> tuple[nn.Module, ImageDa
              "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
     return net, data, about
 
+
 def pick_device(accelerator: str) -> torch.device:
     """The machine's accelerator, unless `trainer.accelerator=cpu`, wherever the network was trained."""
     if accelerator != "cpu" and torch.accelerator.is_available():

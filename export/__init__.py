@@ -1,1 +1,1 @@
-"""The files that a converted network leaves behind, and the proof beside them."""
+"""The file formats of a converted network."""

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import h5py
+import timm
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors import safe_open
@@ -72,8 +73,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     prefix = r"(module\.|_orig_mod\.)+"
     if isinstance(weights, dict) and "dbb" in weights:
         prefix, network = r"net\.", weights["dbb"]["settings"]["model"]["name"]
-    elif isinstance(weights, dict) and isinstance(weights.get("arch"), str):  # of timm's training script
-        network = weights["arch"].split(".")[0]
+    elif isinstance(weights, dict) and isinstance(weights.get("arch"), str):
+        # Of timm's training script: a name, perhaps with a hub before and a tag behind it; or a class's name,
+        # or one that timm has given up, which say nothing here: then keys and shapes decide.
+        name = weights["arch"].rpartition("/")[2].split(".")[0]
+        network = name if name in timm.list_models() else None
     for wrapper in WRAPPERS:
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]

@@ -88,7 +88,7 @@ class RunFolder:
 
     def remove_if_unused(self) -> None:
         """Remove the folder, if a run of ours was to begin in it and did not."""
-        if {path.name for path in self.path.iterdir()} <= {self.lock.name}:
+        if not rank_zero_only.rank and {path.name for path in self.path.iterdir()} <= {self.lock.name}:
             shutil.rmtree(self.path)
 
     def read_config(self) -> dict[str, Any] | None:

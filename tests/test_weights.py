@@ -79,6 +79,15 @@ def test_checkpoints_of_other_training_scripts(make_settings, tmp_path, write, c
         start_network(settings, 10, 64)
 
 
+@pytest.mark.parametrize(("arch", "network"), [
+    ("resnet10t", "resnet10t"), ("resnet10t.c3_in1k", "resnet10t"),
+    ("hf-hub:timm/resnet10t.c3_in1k", "resnet10t"), ("resnet", None), ("swsl_resnet18", None), ("hf-hub:me/mine", None)])
+def test_of_which_network_timms_file_says_it_is(tmp_path, arch, network):
+    """timm's CheckpointSaver writes the name of a class where it is given no arguments."""
+    torch.save({"arch": arch, "state_dict": {"weight": torch.ones(1)}}, tmp_path / "timm.pth.tar")
+    assert read_weights(tmp_path / "timm.pth.tar") == ({"weight": torch.ones(1)}, network)
+
+
 def test_a_file_of_ours_says_of_which_network_it_is(make_settings, tmp_path):
     """So that a MobileNet v1 with ReLU starts from its own weights, from the authors', and from no others."""
     net = randomize(build_model("mobilenet_v1", 10, image_size=32))

@@ -1,1 +1,1 @@
-"""Everything around the network: settings, data, the Lightning module, logging, checkpoints, evaluation."""
+"""What train.py does: its steps, the Lightning module, callbacks and loggers."""

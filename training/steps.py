@@ -35,6 +35,18 @@ class Start(NamedTuple):
     changed: list[str] = []
 
 
+def refuse_published(command: Command) -> None:
+    """Refuse to train on a published file, which has no state of an optimiser.
+
+    Raises:
+        ValueError: if `source` names whose file it is.
+    """
+    if command.source is not None:
+        raise ValueError(f"source={command.source}: train.py continues its own checkpoints only; "
+                         "model.weights=FILE starts from a plain network's weights, convert.py reads "
+                         "published files")
+
+
 def with_identity(command: Command, folder: RunFolder, fresh: bool) -> Command:
     """The command with an id for W&B; `fresh` where `ckpt` is another folder's, to which its id belongs."""
     if command.logger.id is not None and not (fresh and not folder.last.exists()):
