@@ -81,9 +81,10 @@ def test_checkpoints_of_other_training_scripts(make_settings, tmp_path, write, c
 
 @pytest.mark.parametrize(("arch", "network"), [
     ("resnet10t", "resnet10t"), ("resnet10t.c3_in1k", "resnet10t"),
-    ("hf-hub:timm/resnet10t.c3_in1k", "resnet10t"), ("resnet", None), ("swsl_resnet18", None), ("hf-hub:me/mine", None)])
+    ("hf-hub:timm/resnet10t.c3_in1k", "resnet10t"), ("resnet", None), ("swsl_resnet18", None),
+    ("hf-hub:me/mine", None)])
 def test_of_which_network_timms_file_says_it_is(tmp_path, arch, network):
-    """Timm's CheckpointSaver writes the name of a class where it is given no arguments."""
+    """The name of a class is what timm's CheckpointSaver writes without arguments."""
     torch.save({"arch": arch, "state_dict": {"weight": torch.ones(1)}}, tmp_path / "timm.pth.tar")
     assert read_weights(tmp_path / "timm.pth.tar") == ({"weight": torch.ones(1)}, network)
 
