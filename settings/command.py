@@ -7,6 +7,7 @@ from pathlib import Path
 
 import timm
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
@@ -63,16 +64,17 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
     Raises:
         ValueError: if a setting is wrong, or cannot be changed on a checkpoint.
     """
+    words = parsed(overrides)
     try:
-        if changes_branches(overrides):
+        if changes_branches(words):
             cfg.block.name = "custom"
-        if wants_no_block(overrides):  # the plain network of a sweep, whatever else is said about blocks
+        if wants_no_block(words):  # the plain network of a sweep, whatever else is said about blocks
             cfg.block = OmegaConf.structured(BlockConf)
         for knob in ("ckpt", "out"):
             if cfg.get(knob) is not None:
                 cfg[knob] = os.path.expanduser(cfg[knob])
         if cfg.ckpt is not None and cfg.source is None:
-            cfg = _on_checkpoint(cfg, overrides)
+            cfg = _on_checkpoint(cfg, words)
         cfg = OmegaConf.merge(OmegaConf.structured(Command), OmegaConf.to_container(cfg, resolve=True))
         command = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
@@ -82,11 +84,11 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
         if getattr(conf, knob) is not None:
             setattr(conf, knob, str(Path(getattr(conf, knob)).expanduser().resolve()))
     if command.model.pretrained and command.ckpt is None:
-        _prepare_as_trained(command, overrides)
+        _prepare_as_trained(command, words)
     return command
 
 
-def _prepare_as_trained(settings: Settings, overrides: Sequence[str]) -> None:
+def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:
     """Prepare images as they were for timm's weights, except for what the command line gives."""
     trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
     if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
@@ -94,7 +96,7 @@ def _prepare_as_trained(settings: Settings, overrides: Sequence[str]) -> None:
     taken = {"mean": list(trained.mean), "std": list(trained.std), "interpolation": trained.interpolation}
     if settings.data.name in FILE_SETS:
         taken["crop_pct"] = trained.crop_pct
-    taken = {knob: value for knob, value in taken.items() if f"data.{knob}" not in named(overrides)}
+    taken = {knob: value for knob, value in taken.items() if f"data.{knob}" not in named(words)}
     for knob, value in taken.items():
         setattr(settings.data, knob, value)
     told = " ".join(f"data.{knob}={value}" for knob, value in taken.items())
@@ -106,11 +108,11 @@ def _prepare_as_trained(settings: Settings, overrides: Sequence[str]) -> None:
                               "followed, test images keep their proportions, and their centre is taken")
 
 
-def _on_checkpoint(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
     own = {key: cfg[key] for key in OF_THE_COMMAND if key in cfg}
     result = OmegaConf.merge(OmegaConf.structured(Command), stored, own)
-    for override in parsed(overrides):
+    for override in words:
         key, text = override.key_or_group, override.input_line
         if key in ("experiment", "debug") or override.is_add() or override.is_delete():
             raise ValueError(f"{text} cannot be used with ckpt=, which takes every setting from the "

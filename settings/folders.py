@@ -16,11 +16,12 @@ def job_name(data: str, overrides: list[str]) -> str:
     ignored = {"out", "data.num_workers", "logger"}
     if data in TENSOR_SETS:  # the same images in every place
         ignored.add("data.root")
-    plain = wants_no_block(overrides)
+    words = parsed(overrides)
+    plain = wants_no_block(words)
     if plain:  # see settings.command.resolve
         ignored.add("block")
     kept = ["block=none"] if plain else []
-    for override in parsed(overrides):
+    for override in words:
         key = override.key_or_group
         if not {key, key.split(".")[0]} & ignored:
             kept.append(override.input_line)

@@ -13,18 +13,17 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def named(overrides: Sequence[str]) -> set[str]:
+def named(overrides: Sequence[Override]) -> set[str]:
     """The knobs and groups that the words give."""
-    return {override.key_or_group for override in parsed(overrides)}
+    return {override.key_or_group for override in overrides}
 
 
-def changes_branches(overrides: Sequence[str]) -> bool:
+def changes_branches(overrides: Sequence[Override]) -> bool:
     """Whether they make another block of the one that a file in configs/block describes."""
     keys = named(overrides)
     return bool(keys & BRANCH_LISTS) and "block.name" not in keys
 
 
-def wants_no_block(overrides: Sequence[str]) -> bool:
+def wants_no_block(overrides: Sequence[Override]) -> bool:
     """Whether they ask for the plain network, by `block=none`."""
-    return any(override.key_or_group == "block" and override.value() == "none"
-               for override in parsed(overrides))
+    return any(override.key_or_group == "block" and override.value() == "none" for override in overrides)

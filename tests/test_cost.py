@@ -68,3 +68,14 @@ def test_on_a_gpu(make_settings, monkeypatch, gpu, overrides, found):
     said = expected_cost(settings, 224, torch.device("cuda"))
     assert (said is None) if found is None else (found in said)
     assert expected_cost(settings, 32, torch.device("cuda")) is None
+
+
+def test_what_was_run_elsewhere_breaks_nothing(make_settings, tmp_path):
+    """Another file of the benchmark, or none; a device that is neither a CPU nor CUDA's."""
+    settings = make_settings("model=resnet20_dbb")
+    assert expected_cost(settings, 32, torch.device("mps")) is None
+    (tmp_path / "step_time_torch3_cpu_8threads.csv").write_text(CPU_FILE.replace(",260,", ",240,"))
+    assert "2.4 times" in expected_cost(settings, 32, torch.device("cpu"))
+    for path in tmp_path.glob("step_time_*"):
+        path.unlink()
+    assert expected_cost(settings, 32, torch.device("cpu")) is None

@@ -25,9 +25,10 @@ def expected_cost(settings: Settings, image_size: int, device: torch.device) -> 
     mode, model = settings.block.mode, settings.model.name
     if settings.block.name not in BLOCKS[mode]:
         return None
+    ms, source = {}, ""
     if device.type == "cpu":
         ms, source = _measured(settings, image_size), "measured on another CPU"
-    else:
+    elif device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
         ms, source = _modelled(settings, image_size, gpu), "by a model of this GPU, not measured"
     if mode not in ms:
@@ -37,15 +38,17 @@ def expected_cost(settings: Settings, image_size: int, device: torch.device) -> 
 
 
 def _measured(settings: Settings, image_size: int) -> dict[str, float]:
-    """Milliseconds by variant, from step_time.py's file."""
+    """Milliseconds by variant, from the last of step_time.py's files that has the row."""
     kind = "224x224" if image_size >= LARGE else "compiled" if settings.model.compile else "eager"
     if SMALL < image_size < LARGE or (kind == "224x224" and settings.model.compile):
         return {}
     wanted = f"{settings.model.name}, {kind}"
-    [path] = RESULTS.glob("step_time_*_cpu_2threads.csv")
-    with path.open(newline="") as file:
-        return {row["variant"]: float(row["ms"]) for row in csv.DictReader(file)
-                if row["row"].startswith(wanted)}
+    ms = {}
+    for path in sorted(RESULTS.glob("step_time_*_cpu_*.csv")):
+        with path.open(newline="") as file:
+            ms |= {row["variant"]: float(row["ms"]) for row in csv.DictReader(file)
+                   if row["row"].startswith(wanted)}
+    return ms
 
 
 def _modelled(settings: Settings, image_size: int, gpu: str) -> dict[str, float]:
