@@ -21,7 +21,7 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 
 fuzz: .venv/ready  ## 50,000 random blocks against the reference, new ones each time: about 20 minutes
-	FUZZ=50000 $(RUN) -m pytest tests/test_properties.py -k reference
+	FUZZ=50000 $(RUN) -m pytest tests/dbb/test_properties.py -k reference
 
 bench: .venv/ready  ## about 15 minutes, on a machine that does nothing else
 	$(RUN) benchmarks/step_time.py

@@ -74,9 +74,7 @@ def convert(command: Command, out: Path) -> dict:
 def main(cfg: DictConfig) -> None:
     with plain_errors():
         command = resolve(cfg, HydraConfig.get().overrides.task)
-        ckpt = Path(command.ckpt or "").absolute()
-        published = command.source is not None  # such a file has no run
-        folder = RunFolder(Path("outputs", ckpt.stem) if published else ckpt.parent.parent)
+        folder = RunFolder.of_checkpoint(command.ckpt or "", published=command.source is not None)
         out = Path(command.out) if command.out else folder.conversion
         report = convert(command, out)
         if command.logger.name == "wandb":

@@ -8,7 +8,6 @@ classified.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,40 +17,11 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from export.files import load_network, sha256
-from export.graph import OnnxNetwork
+from export.reading import load_verified
 from images.sources import IMAGE_ENDINGS, is_image, read_pixels
 from settings.cli import plain_errors
 
 BATCH_SIZE = 64
-
-
-def load(path: Path) -> tuple[nn.Module, dict]:
-    """The network of a model.onnx or model.safetensors, and what its header says.
-
-    Raises:
-        ValueError: if the file is missing, damaged, of another kind, or not the one in report.json.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; convert.py writes model.onnx and model.safetensors")
-    if path.suffix not in (".onnx", ".safetensors"):
-        raise ValueError(f"{path}: only .onnx and .safetensors files of convert.py are read")
-    report = path.parent / "report.json"
-    if not report.is_file():
-        print(f"{report} is missing: {path.name} was not verified", file=sys.stderr)
-    else:
-        try:
-            known = json.loads(report.read_text())["files"][path.name]["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{report} does not say what {path.name} is: convert the checkpoint "
-                             "again") from error
-        if sha256(path) != known:
-            raise ValueError(f"{path} is not the file that {report} describes (another SHA-256): it was "
-                             "changed or damaged; convert the checkpoint again")
-    if path.suffix == ".safetensors":
-        return load_network(path)
-    net = OnnxNetwork(path)
-    return net, net.about
 
 
 def prepare(path: str, about: dict) -> Tensor:
@@ -96,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with plain_errors():
         failed = 0
-        for path, result in predictions(*load(arguments.model), arguments.images):
+        for path, result in predictions(*load_verified(arguments.model), arguments.images):
             if isinstance(result, str):
                 failed += 1
                 print(f"error: {result}", file=sys.stderr)

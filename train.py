@@ -1,6 +1,5 @@
 """Train a network. `python train.py --help` says what to type (its text is in configs/train.yaml)."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from evaluation.evaluate import sentence
-from runs.folder import FolderTakenError, RunFolder
-from settings.cli import as_sentence, plain_errors, print_failure
+from runs.folder import RunFolder
+from settings.cli import as_sentence, plain_errors
 from settings.command import Command, resolve
-from training import steps
+from training import steps, sweep
 from training.divergence import DivergedError
 from training.loggers import make_loggers
 
@@ -58,9 +57,6 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     return steps.final_scores(command, data, trainer, folder, cost)
 
 
-FAILED = []  # jobs of a sweep
-
-
 def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
     """Train as the configs and the command line say, in `folder` or where these say.
 
@@ -81,29 +77,15 @@ def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
                 folder.remove_if_unused()
 
 
-def job_of_a_sweep(cfg: DictConfig) -> float | None:
-    """The same in the folder that Hydra made for a job; one that fails is noted, and the others go on."""
-    folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    try:
-        return run(cfg, folder)
-    except Exception as error:
-        if not isinstance(error, FolderTakenError):
-            folder.fail(as_sentence(error))
-        FAILED.append(folder.path.name)
-        print_failure(folder.path.name, error)
-        return math.nan
-
-
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     try:
         with plain_errors():
-            return job_of_a_sweep(cfg) if steps.in_a_sweep() else run(cfg)
+            return sweep.job(run, cfg) if sweep.in_a_sweep() else run(cfg)
     finally:
         wandb.finish()  # one run a job, also in a multirun
 
 
 if __name__ == "__main__":
     main()
-    if FAILED:
-        sys.exit(f"error: {len(FAILED)} jobs failed, see above: {', '.join(FAILED)}")
+    sweep.exit_if_jobs_failed()

@@ -265,7 +265,7 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
 
     def inner(self):
         first = self.first
-        if len(first) != self.geometry.in_channels:
+        if first.shape[0] != self.geometry.in_channels:
             return first
         identity = identity_kernel(first.shape[1], 1, first.dtype, first.device)
         return (first.unflatten(0, (self.geometry.groups, -1)) + identity).flatten(0, 1)

@@ -1,6 +1,7 @@
 """Read a checkpoint of train.py: an untrusted file of plain values and tensors."""
 
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 
 def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
-    """Load a checkpoint of train.py onto the CPU.
+    """Load a checkpoint of train.py onto the CPU; whoever asks for the same file again gets the same object.
 
     Raises:
         ValueError: if it is missing, damaged, not of plain values and tensors only, or not one of ours.
@@ -18,7 +19,14 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"ckpt={path}: there is no such file; a run keeps its own under "
                          "outputs/.../checkpoints/last.ckpt")
-    if wrong := damage(Path(path)):
+    state = Path(path).stat()
+    return _load(path, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
+    wrong = damage(Path(path))
+    if wrong is not None:
         raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain tensors "
                          f"({wrong})")
     try:

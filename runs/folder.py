@@ -53,7 +53,7 @@ class RunFolder:
             return cls(os.environ[FOLDER_VARIABLE])
         path = command.out
         if path is None and command.ckpt is not None:
-            return cls(Path(command.ckpt).absolute().parent.parent)
+            return cls.of_checkpoint(command.ckpt)
         if rank_zero_only.rank:
             return cls(path or ".")
         if path is None:
@@ -61,6 +61,12 @@ class RunFolder:
             name = command.model.name if block == "none" else f"{command.model.name}_{block}"
             path = f"outputs/{name}_{command.data.name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
         return cls(output_folder(path))
+
+    @classmethod
+    def of_checkpoint(cls, ckpt: str | Path, published: bool = False) -> "RunFolder":
+        """The folder of the run that wrote `ckpt`; a published file has no run, and gets one by its name."""
+        path = Path(ckpt).absolute()
+        return cls(Path("outputs", path.stem) if published else path.parent.parent)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What keeps a run's work: files that are whole or not there."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
-from models.checkpoint import damage
+from models.checkpoint import load_checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -32,6 +33,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise OSError(f"{path} could not be written ({why}): make room, and the same command goes on "
                           "from the checkpoint before") from error
 
+    def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict[str, Any]:
+        """Give Lightning a copy of its own, which an optimiser then writes into."""
+        return copy.deepcopy(load_checkpoint(path))
+
 
 def previous(path: Path) -> Path:
     """Where the checkpoint before this one is kept."""
@@ -44,16 +49,20 @@ def newest(last: Path) -> Path | None:
     That is `last`; where it is missing or damaged, the one before it, with a printed sentence. A damaged one
     is renamed, so that it does not take the place of the good one at the next save.
     """
-    wrong = damage(last) if last.exists() else "it is missing"
-    if wrong is None:
+    try:
+        load_checkpoint(last)
         return last
+    except ValueError as error:
+        wrong = error
     before = previous(last)
-    if before.exists() and damage(before) is None:
-        rank_zero_only(print)(f"{last} cannot be used ({wrong}): going on from the one before, {before.name}")
-        if rank_zero_only.rank == 0 and last.exists():
-            last.replace(last.with_name(f"{last.stem}-damaged{last.suffix}"))
-        return before
-    return last if last.exists() else None
+    try:
+        load_checkpoint(before)
+    except ValueError:
+        return last if last.exists() else None
+    rank_zero_only(print)(f"{wrong}; going on from the one before, {before.name}")
+    if rank_zero_only.rank == 0 and last.exists():
+        last.replace(last.with_name(f"{last.stem}-damaged{last.suffix}"))
+    return before
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
 # Lightning calls a function that torch has renamed.
 warnings.filterwarnings("ignore", ".*LeafSpec")
-
+# A run that goes on writes where it wrote before.
+warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
 
 # What a user, a file or a disk can cause.
 EXPECTED = (ValueError, OSError, MisconfigurationException)

@@ -5,9 +5,8 @@ import torch
 
 from dbb import branchwise, reparameterize
 from evaluation.evaluate import exact_arithmetic
-from tests.conftest import randomize, relative_error
-from tests.scripts import TINY, run
-from tests.test_models import EVERY, build, images
+from tests.helpers import TINY, randomize, relative_error, run
+from tests.models.networks import EVERY, build, images
 
 no_gpu = not torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(no_gpu, reason="needs a CUDA device")]

@@ -20,8 +20,7 @@ import train as train_script
 from models import build_model
 from models.build import UNTRAINED
 from settings.schema import Settings, flat
-from tests.conftest import ROOT, randomize, relative_error
-from tests.scripts import call
+from tests.helpers import ROOT, call, randomize, relative_error
 
 PAGES = [*sorted(Path(ROOT).glob("*.md")), *sorted(Path(ROOT, "docs").glob("*.md")),
          Path(ROOT, "results", "README.md"), Path(ROOT, "benchmarks", "README.md")]

@@ -14,7 +14,7 @@ from dbb import branches
 from models import build_model
 from models.checkpoint import load_checkpoint
 from reports.conversion import print_tables
-from tests.scripts import TINY, call, run
+from tests.helpers import TINY, call, run
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dbb import NothingSwappedError, ReparamConv2d, Report, branchwise, reparameterize, replace_convs
-from tests.conftest import randomize, relative_error
+from tests.helpers import randomize, relative_error
 
 TIMM = ["resnet18", "resnet50d", "resnext26ts", "seresnet18", "res2net50_14w_8s", "resnest14d", "skresnet18",
         "ecaresnet26t", "regnetx_002", "regnety_002", "regnetz_005", "densenet121", "vgg11", "vgg11_bn",

@@ -5,8 +5,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from pytorch_lightning.strategies import ParallelStrategy
 
 from dbb import branchwise, compare_logits, reparameterize
@@ -23,6 +21,7 @@ from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
 from training.loggers import log_convolutions, log_predictions
 from training.module import Classifier, rough_start, try_optimizer
+from training.sweep import in_a_sweep
 
 FORKS = ("spawn", "fork", "notebook")  # in the names of strategies that train in processes of multiprocessing
 
@@ -131,11 +130,6 @@ def make_trainer(command: Command, folder: RunFolder) -> pl.Trainer:
                          "start every job by itself, without -m")
     try_optimizer(command, trainer.strategy.root_device)
     return trainer
-
-
-def in_a_sweep() -> bool:
-    """Whether this is a job of a sweep (`-m`)."""
-    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def starts_processes(trainer: pl.Trainer) -> bool:

@@ -1,0 +1,169 @@
+"""Weights from elsewhere: which of a file are taken, of which network, and how their images were prepared."""
+
+import json
+from argparse import Namespace
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+from torch.optim.lr_scheduler import LinearLR, MultiStepLR, SequentialLR
+
+import convert as convert_script
+import eval as eval_script
+import train as train_script
+from evaluation.networks import load_published, start_network
+from export.files import load_network, save_network
+from images.data import ImageData
+from models import build_model
+from models.checkpoint import load_checkpoint
+from models.published import read_weights
+from predict import prepare
+from tests.helpers import TINY, Stranger, randomize, relative_error, write_tree
+from tests.models.published_networks import image, published_model
+
+
+def of_timms_script(folder, net, average):
+    """The file of timm's train.py: its own writer, with a scaler, averaged weights and the command line."""
+    ema = ModelEmaV3(net)
+    ema.module.load_state_dict(average.state_dict())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    saver = CheckpointSaver(net, optimizer, Namespace(model="test_resnet", mean=(0.5,) * 3, gpu=None), ema,
+                            NativeScaler("cpu"), checkpoint_dir=str(folder), recovery_dir=str(folder))
+    saver.save_checkpoint(3, 71.5)
+    return folder / "last.pth.tar"
+
+
+def of_torchvisions_script(folder, net, average):
+    """As torchvision's references/classification/train.py writes it."""
+    ema = torch.optim.swa_utils.AveragedModel(average)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    schedules = [LinearLR(optimizer), MultiStepLR(optimizer, [30, 60])]
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3,
+                "args": Namespace(lr=0.1),
+                "lr_scheduler": SequentialLR(optimizer, schedules, [5]).state_dict(),
+                "model_ema": ema.state_dict(), "scaler": torch.amp.GradScaler("cpu").state_dict()},
+               folder / "model_3.pth")
+    return folder / "model_3.pth"
+
+
+def of_a_compiled_network(folder, net, average):
+    weights = {f"module._orig_mod.{key}": value for key, value in average.state_dict().items()}
+    torch.save({"state_dict": weights, "args": Namespace()}, folder / "compiled.pth")
+    return folder / "compiled.pth"
+
+
+@pytest.mark.parametrize("write", [of_timms_script, of_torchvisions_script, of_a_compiled_network])
+def test_checkpoints_of_other_training_scripts(make_settings, tmp_path, write, capsys):
+    """Their averaged weights, where there are any, as they test by; and nothing else becomes readable."""
+    net, average = (randomize(timm.create_model("test_resnet", num_classes=10), seed) for seed in (1, 2))
+    file = write(tmp_path, net, average)
+    settings = make_settings("model=timm", "model.name=test_resnet", "block=dbb", "data=digits",
+                             f"model.weights={file}")
+    x, ours = torch.randn(2, 3, 64, 64), start_network(settings, 10, 64)
+    with torch.no_grad():
+        assert relative_error(ours.eval()(x), average.eval()(x)) < 1e-5
+    told = "its averaged weights are taken" in capsys.readouterr().out
+    assert told == (write is not of_a_compiled_network)
+    for reading in (read_weights, load_checkpoint):
+        with pytest.raises(ValueError, match="cannot be read"):
+            reading(file)
+    torch.save({"state_dict": net.state_dict(), "args": Namespace(), "more": Stranger()}, file)
+    with pytest.raises(ValueError, match="more than plain tensors"):
+        start_network(settings, 10, 64)
+
+
+@pytest.mark.parametrize(("arch", "network"), [
+    ("resnet10t", "resnet10t"), ("resnet10t.c3_in1k", "resnet10t"),
+    ("hf-hub:timm/resnet10t.c3_in1k", "resnet10t"), ("resnet", None), ("swsl_resnet18", None),
+    ("hf-hub:me/mine", None)])
+def test_of_which_network_timms_file_says_it_is(tmp_path, arch, network):
+    """The name of a class is what timm's CheckpointSaver writes without arguments."""
+    torch.save({"arch": arch, "state_dict": {"weight": torch.ones(1)}}, tmp_path / "timm.pth.tar")
+    assert read_weights(tmp_path / "timm.pth.tar") == ({"weight": torch.ones(1)}, network)
+
+
+def test_a_file_of_ours_says_of_which_network_it_is(make_settings, tmp_path):
+    """So that a MobileNet v1 with ReLU starts from its own weights, from the authors', and from no others."""
+    net = randomize(build_model("mobilenet_v1", 10, image_size=32))
+    save_network(net, {"model": "mobilenet_v1"}, tmp_path / "ours.safetensors")
+    checkpoint = {"state_dict": {f"net.{key}": value for key, value in net.state_dict().items()},
+                  "dbb": {"settings": {"model": {"name": "mobilenet_v1"}}}}
+    torch.save(checkpoint, tmp_path / "ours.ckpt")
+    torch.save(net.state_dict(), tmp_path / "unknown.pth")
+    x = torch.randn(2, 3, 32, 32)
+
+    def start(name):
+        settings = make_settings("model=mobilenet_v1_dbb", "data=digits", f"model.weights={tmp_path}/{name}")
+        return start_network(settings, 10, 32)
+    for name in ("ours.safetensors", "ours.ckpt"):
+        with torch.no_grad():
+            assert relative_error(start(name).eval()(x), net.eval()(x)) < 1e-5
+    with pytest.raises(ValueError, match="has ReLU; these weights are .*, or do not say of which"):
+        start("unknown.pth")
+    with pytest.raises(ValueError, match="model.name=mobilenet_v1 has ReLU;"):
+        start_network(make_settings("model=mobilenet_v1", "model.pretrained=true", "data=digits"), 10, 32)
+    weights, expected = published_model("dbb", "mobilenet_v1", deploy=True)
+    torch.save({key: value.float() for key, value in weights.items()}, tmp_path / "authors.pth")
+    settings = make_settings("model=mobilenet_v1_dbb", "source=dbb", f"ckpt={tmp_path}/authors.pth",
+                             config_name="convert")
+    authors, _ = load_published(settings, 128)
+    with torch.no_grad():
+        assert relative_error(authors(image("mobilenet_v1").float()), expected) < 1e-4
+
+
+def test_a_large_stem_where_a_small_one_is_built(make_settings, tmp_path):
+    torch.save(timm.create_model("resnet18", num_classes=10).state_dict(), tmp_path / "large.pth")
+    settings = make_settings("model=resnet18", "data=digits", f"model.weights={tmp_path}/large.pth")
+    shapes = r"1 of another shape \(conv1.weight: \[64, 3, 7, 7\], here \[64, 3, 3, 3\]\)"
+    with pytest.raises(ValueError, match=shapes):
+        start_network(settings, 10, 32)
+
+
+def test_images_are_prepared_as_the_weights_want(make_settings, tmp_path, monkeypatch, capsys):
+    """From the first epoch to predict.py: timm's mean, deviation and crop; an interpolation as named."""
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "theirs.pth")
+    overlay = {"file": str(tmp_path / "theirs.pth")}
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay=overlay))
+    files = write_tree(tmp_path / "files", ("train", "val"), ["n01", "n02"], 4, (90, 70))
+    settings = make_settings("model=timm", "model.name=test_resnet", "model.pretrained=true", "data=folder",
+                             f"data.root={files}", "data.image_size=64", "data.batch_size=4", *TINY[1:],
+                             "data.num_workers=0", "data.interpolation=bicubic")
+    printed = capsys.readouterr().out
+    assert "images as for timm's weights (test_resnet.r160_in1k): data.mean=[0.5, 0.5, 0.5]" in printed
+    result = train_script.train(settings, tmp_path / "run")
+    ckpt = f"ckpt={tmp_path}/run/checkpoints/last.ckpt"
+    stored = make_settings(ckpt).data
+    assert (stored.mean, stored.std) == ([0.5] * 3, [0.5] * 3)
+    assert (stored.interpolation, stored.crop_pct) == ("bicubic", 0.95)
+    evaluated = eval_script.evaluate(make_settings(ckpt, config_name="eval"))
+    assert evaluated["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    settings = make_settings(ckpt, "export=[]", "hub=true", config_name="convert")
+    convert_script.convert(settings, tmp_path / "out")
+    net, about = load_network(tmp_path / "out" / "model.safetensors")
+    assert (about["resize"], about["interpolation"], about["mean"]) == (67, "bicubic", [0.5] * 3)
+    told = json.loads((tmp_path / "out" / "hub" / "config.json").read_text())["pretrained_cfg"]
+    assert (told["interpolation"], int(64 / told["crop_pct"])) == ("bicubic", 67)
+    assert "shorter side to 67, bicubic, centre crop" in (tmp_path / "out" / "report.md").read_text()
+    data = ImageData(stored, 0)
+    data.load(train=False)
+    images, _ = data.on_after_batch_transfer(next(iter(data.test_dataloader())))
+    ours = torch.stack([prepare(path, about) for path, _ in data.test_set.tree.samples[:4]])
+    assert relative_error(ours, images) < 1e-6
+    with Image.open(data.test_set.tree.samples[0][0]) as pillow:
+        pixels = pillow.resize((round(90 / 70 * 67), 67), Image.Resampling.BICUBIC).crop((11, 2, 75, 66))
+    assert relative_error(ours[0], torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 127.5 - 1) < 0.05
+    torch.save(old_file(tmp_path / "run" / "checkpoints" / "last.ckpt"), tmp_path / "old.ckpt")
+    old = make_settings(f"ckpt={tmp_path}/old.ckpt").data
+    assert (old.interpolation, old.crop_pct) == ("bilinear", 0.875), "as before they could be said"
+
+
+def old_file(path):
+    """A checkpoint as it was before the settings had these two knobs."""
+    checkpoint = load_checkpoint(path)
+    for knob in ("interpolation", "crop_pct"):
+        del checkpoint["dbb"]["settings"]["data"][knob]
+    return checkpoint

@@ -1,0 +1,290 @@
+"""report.py against numbers worked out here, and what it does with runs that failed or stopped."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+import report as report_script
+from reports.compare import compare_variants, name_variants
+from reports.runs import read_runs
+from reports.study import draw_curves, markdown
+from tests.helpers import ROOT
+
+PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
+DBB = {"name": "dbb", "branches": ["kxk", "1x1"], "mode": "exact", "init": None}
+
+
+def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, lr=0.1, loss=1.0,
+              accumulate=1, workers=0):
+    """A run's folder as train.py leaves it; without `top1`, one that stopped after `done` epochs."""
+    folder.mkdir(parents=True)
+    settings = {"model": {"name": "resnet8"}, "block": block, "optim": {"lr": lr}, "seed": seed,
+                "data": {"num_workers": workers},
+                "trainer": {"max_epochs": epochs, "accumulate_grad_batches": accumulate},
+                "ckpt": None, "out": None, "logger": {"id": f"{seed}", "name": "csv"}}
+    OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", "step", "train/loss_step", "train/loss_epoch", "test/top1",
+                                       "test/loss", "train/seconds_per_step"])
+        writer.writeheader()
+        for epoch in range(epochs if done is None else done):
+            step = 10 * epoch + 9
+            writer.writerow({"epoch": epoch, "step": step - 5, "train/loss_step": 3.0})
+            writer.writerow({"epoch": epoch, "step": step, "test/top1": 0.1 * epoch, "test/loss": 2.0})
+            writer.writerow({"epoch": epoch, "step": step, "train/loss_epoch": loss + 5 - epoch,
+                             "train/seconds_per_step": seconds})
+    if top1 is not None:
+        result = {"top1": top1, "converted_top1": top1 - 0.01, "predictions_changed": 2,
+                  "activations_mib": 2.0 if block is PLAIN else 5.0}
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def study(folder, **kwargs):
+    for seed, (plain, dbb) in enumerate([(0.70, 0.73), (0.72, 0.73), (0.71, 0.76)]):
+        write_run(folder / f"plain{seed}", PLAIN, seed, plain)
+        seconds, loss = [0.3, 0.2, 0.9][seed], [1.0, 1.3, 1.3][seed]
+        write_run(folder / f"dbb{seed}", DBB, seed, dbb, seconds=seconds, loss=loss, **kwargs)
+
+
+def compare(folder, baseline=None):
+    runs, epochs = read_runs([folder])
+    runs["variant"] = name_variants(runs)
+    variants = compare_variants(runs, baseline)
+    text = markdown(runs, variants, [folder], baseline)
+    return runs, epochs, variants.set_index("variant"), text
+
+
+def test_paired_difference_and_its_interval(tmp_path):
+    study(tmp_path)
+    _, epochs, variants, text = compare(tmp_path)
+    assert list(variants.index) == ["dbb", "none"]
+    differences = np.array([3.0, 1.0, 5.0])
+    t = 4.302652729911275  # Student's, 2 degrees of freedom, 97.5%
+    half = t * np.sqrt(((differences - 3) ** 2).sum() / 2) / np.sqrt(3)
+    dbb = variants.loc["dbb"]
+    assert (dbb["n"], dbb["baseline"]) == (3, "none")
+    assert dbb[["difference", "low", "high"]].tolist() == pytest.approx([3, 3 - half, 3 + half])
+    assert dbb["top1"] == pytest.approx(74)
+    assert dbb["top1_std"] == pytest.approx(np.sqrt(3))
+    assert dbb["milliseconds_per_step"] == pytest.approx(300), "the median"
+    assert dbb["seconds"] == pytest.approx(20 * 0.3)
+    assert dbb["train_loss"] == pytest.approx(4 + 1.2), "of the last epoch"
+    assert dbb["train_loss_std"] == pytest.approx(0.1 * np.sqrt(3))
+    assert (dbb["converted_top1"], dbb["predictions_changed"]) == (pytest.approx(73), 6)
+    assert "73.00 (6 changed) | 300 (3.00x) | 5.0 (2.50x)" in text
+    assert f"| +3.00 | {3 - half:+.2f} to {3 + half:+.2f}" in text
+    assert "All 6 runs found are finished." in text
+    assert "lacks" not in text
+    assert len(epochs) == 12
+    assert epochs["epoch"].max() == 2
+
+
+def test_equal_time_takes_the_plain_run_of_equal_time(tmp_path):
+    study(tmp_path)
+    _, _, variants, text = compare(tmp_path)
+    assert "| dbb | not run yet: train it with trainer.max_epochs=6 |" in text
+    for seed, top1 in enumerate([0.74, 0.75, 0.74]):
+        write_run(tmp_path / f"long{seed}", PLAIN, seed, top1, epochs=6)
+        write_run(tmp_path / f"other{seed}", PLAIN, seed, 0.9, epochs=6, lr=0.2)
+    for baseline in (None, "none, optim.lr=0.1, trainer.max_epochs=6"):
+        _, _, variants, text = compare(tmp_path, baseline)
+        dbb = variants.loc["dbb, optim.lr=0.1, trainer.max_epochs=2"]
+        assert dbb["equal_time"] == "none, optim.lr=0.1, trainer.max_epochs=6"
+        assert dbb["time_ratio"] == pytest.approx(1)
+        assert dbb["difference_equal_time"] == pytest.approx(np.mean([-1, -2, 2]))
+        assert dbb["difference"] == pytest.approx(3), "equal epochs as before"
+        assert "| none, optim.lr=0.1, trainer.max_epochs=6 | 1.00 | -0.33 |" in text
+        compared = 1 if baseline is None else 2
+        assert variants["equal_time"].notna().sum() == compared, "plain ones only when asked for"
+
+
+@pytest.mark.parametrize(("seconds", "near"), [
+    (0.15, False), (0.128, False), (0.12, True), (0.078, False), (0.083, True)])
+def test_what_equal_time_is(tmp_path, seconds, near):
+    for seed in range(2):
+        write_run(tmp_path / f"plain{seed}", PLAIN, seed, 0.7, epochs=4)
+        write_run(tmp_path / f"dbb{seed}", DBB, seed, 0.7, epochs=4, seconds=seconds)
+    _, _, _, text = compare(tmp_path)
+    assert ("not run yet: " not in text) == near
+
+
+def test_time_counts_batches_not_the_steps_of_the_optimiser(tmp_path):
+    write_run(tmp_path / "one", DBB, 0, 0.7, accumulate=4)
+    assert compare(tmp_path)[2].loc["all runs", "seconds"] == pytest.approx(20 * 4 * 0.1)
+
+
+def test_seeds_without_a_partner(tmp_path):
+    """Two variants whose seeds are partly the same, and one that shares none."""
+    study(tmp_path)
+    write_run(tmp_path / "more", DBB, 7, 0.99)
+    acb = DBB | {"name": "acb", "branches": ["kxk", "1xk"]}
+    write_run(tmp_path / "acb", acb, 8, 0.99)
+    _, _, variants, text = compare(tmp_path)
+    assert variants.loc["dbb", ["n", "pairs", "difference"]].tolist() == [4, 3, pytest.approx(3)]
+    assert "+3.00 (3 pairs)" in text
+    assert "Seeds that others have: acb lacks 0, 1, 2, 7; dbb lacks 8; none lacks 7, 8." in text
+    assert "no seed in common" in text
+    write_run(tmp_path / "acb1", acb, 1, 0.82)
+    assert "+10.00 (1 pairs) | one pair only" in compare(tmp_path)[3]
+
+
+def test_unfinished_and_failed_runs_are_listed(tmp_path):
+    study(tmp_path)
+    write_run(tmp_path / "stopped", DBB, 3, done=1)
+    write_run(tmp_path / "failed", DBB, 4, done=0)
+    (tmp_path / "failed" / "error.txt").write_text("error: out of memory\n")
+    (tmp_path / "never").mkdir()
+    (tmp_path / "never" / "error.txt").write_text("error: no such data\n")
+    write_run(tmp_path / "killed", DBB, 5, 0.9)
+    (tmp_path / "killed" / "result.json").write_text('{"top1": 0.')
+    write_run(tmp_path / "begun", DBB, 6, lr=0.7)
+    (tmp_path / "begun" / "metrics.csv").write_text("")
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / ".lock").touch()
+    (tmp_path / "dbb0" / "wandb").mkdir()  # W&B's own file, of a run online
+    config = "trainer: {value: {max_epochs: 2}}\nseed: {value: 0}\n"
+    (tmp_path / "dbb0" / "wandb" / "config.yaml").write_text(config)
+    runs, epochs, variants, text = compare(tmp_path)
+    assert variants["n"].to_dict() == {"dbb": 3, "none": 3}, "and the names are of what is finished"
+    assert "Not in the tables: 6 of 12 runs" in text
+    assert f"`{tmp_path}/killed`: {tmp_path}/killed/result.json is damaged" in text
+    assert f"`{tmp_path}/begun`: not finished (0 of 2 epochs)" in text
+    assert f"`{tmp_path}/asked`: stopped before it began" in text
+    assert f"`{tmp_path}/stopped`: not finished (1 of 2 epochs)" in text
+    assert f"`{tmp_path}/failed`: error: out of memory (0 of 2 epochs)" in text
+    assert f"`{tmp_path}/never`: error: no such data" in text
+    named = runs.set_index("folder")["variant"]
+    assert named[str(tmp_path / "begun")] == "", "it has an lr that no finished run has"
+    assert named[str(tmp_path / "stopped")] == "dbb"
+
+
+def test_a_run_that_went_on_with_other_settings_is_no_variant(tmp_path):
+    study(tmp_path)
+    changed = "trainer.max_epochs: 2 until epoch 2, then 6"
+    for seed in range(3):
+        write_run(tmp_path / f"stretched{seed}", PLAIN, seed, 0.9, epochs=6)
+        path = tmp_path / f"stretched{seed}" / "result.json"
+        result = json.loads(path.read_text()) | {"changed": [changed]}
+        path.write_text(json.dumps(result))
+    _, _, variants, text = compare(tmp_path)
+    assert set(variants.index) == {"none", "dbb"}
+    assert "3 of 9 runs" in text
+    assert f"`{tmp_path}/stretched2`: went on with other settings ({changed})" in text
+
+
+def test_pairs_that_all_differ_by_the_same_have_no_interval(tmp_path):
+    for seed, top1 in enumerate([0.70, 0.72]):
+        write_run(tmp_path / f"plain{seed}", PLAIN, seed, top1)
+        write_run(tmp_path / f"dbb{seed}", DBB, seed, top1 + 0.0028)
+    _, _, variants, text = compare(tmp_path)
+    assert "| +0.28 | no spread |" in text
+    assert "low" not in variants or np.isnan(variants.loc["dbb", "low"])
+
+
+def test_variants_are_named_by_what_differs(tmp_path):
+    for seed in (0, 1):
+        for init in ("ones", "third"):
+            top1 = 0.5 + 0.01 * seed + 0.1 * (init == "third")
+            write_run(tmp_path / f"{init}{seed}", DBB | {"init": init}, seed, top1)
+    _, _, variants, _ = compare(tmp_path)
+    assert set(variants.index) == {"block.init=ones", "block.init=third"}
+    assert "baseline" not in variants
+    _, _, variants, _ = compare(tmp_path, "block.init=ones")
+    assert variants.loc["block.init=third", "difference"] == pytest.approx(10)
+    message = "plain: there is no such variant; the variants are block.init=ones; block.init=third"
+    with pytest.raises(ValueError, match=f"--baseline {message}"):
+        compare(tmp_path, "plain")
+    write_run(tmp_path / "plain", PLAIN, 0, 0.5)
+    assert set(compare(tmp_path)[2].index) == {"none", "dbb, block.init=ones", "dbb, block.init=third"}
+
+
+def test_a_comparison_does_not_mix_what_else_differs(tmp_path):
+    study(tmp_path)
+    for seed in range(3):
+        write_run(tmp_path / f"fast{seed}", DBB, seed, 0.9, lr=0.2)
+    _, _, variants, _ = compare(tmp_path)
+    differences = variants["difference"]
+    assert np.isnan(differences["dbb, optim.lr=0.2"]), "no plain network was trained with that lr"
+    assert differences["dbb, optim.lr=0.1"] == pytest.approx(3)
+
+
+def test_what_a_run_may_lack(tmp_path):
+    """Epochs of one step have no time, evaluation may be rare, a metrics.csv gone, a loss diverged."""
+    study(tmp_path, workers=2)  # how images are fetched does not tell variants apart
+    write_run(tmp_path / "again", DBB, 3, 0.75, loss=float("nan"))
+    path = tmp_path / "plain0" / "metrics.csv"
+    path.write_text(path.read_text() + "0,9,,7.0,,,\n")  # an epoch that was run again: its last loss counts
+    runs, epochs, variants, text = compare(tmp_path)
+    assert set(variants.index) == {"none", "dbb"}
+    assert "| dbb | 4 | 2 | nan |" in text
+    losses = epochs.set_index(["folder", "epoch"])["train_loss"]
+    assert losses[[(str(tmp_path / "plain0"), 1)]].tolist() == [7.0]
+    for name in ("plain0", "plain1", "plain2"):
+        (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss_epoch\n0,9,1.0\n1,19,0.5\n")
+    runs, epochs, variants, text = compare(tmp_path)
+    assert "| none | 3 | 2 | 0.5000 ± 0.0000 | 71.00 ± 1.00 |  |  | 70.00 (6 changed) |  | 2.0 |" in text
+    epochs = epochs.merge(runs[["folder", "variant", "seed", "state"]], on="folder")
+    draw_curves(epochs, tmp_path / "curves.png")
+    path.write_text(path.read_text() + "2,0,1.0" + path.read_text())  # one line torn, the next glued to it
+    runs, _, variants, text = compare(tmp_path)
+    assert variants.loc["none", "n"] == 2
+    assert f"{tmp_path}/plain0/metrics.csv is damaged" in text
+    for path in tmp_path.glob("*/metrics.csv"):
+        path.unlink()
+    assert compare(tmp_path)[2]["n"].to_dict() == {"dbb": 4, "none": 3}
+
+
+def test_runs_cut_short_are_not_at_equal_epochs(tmp_path):
+    study(tmp_path)
+    write_run(tmp_path / "cut", DBB, 3, 0.75, done=1)  # by trainer.max_time
+    _, _, variants, text = compare(tmp_path)
+    assert "| dbb | 4 | 1-2 |" in text
+    assert np.isnan(variants.loc["dbb"].get("difference", np.nan))
+
+
+def test_curves_have_a_standard_deviation_to_each_side(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn = []
+
+    def fill_between(axis, x, low, high, **_):
+        drawn.append((list(x), list(low), list(high)))
+    monkeypatch.setattr(Axes, "fill_between", fill_between)
+    study(tmp_path)
+    write_run(tmp_path / "stopped", DBB, 3, done=1, loss=100)
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path), str(tmp_path)])
+    report_script.main()
+    std = 0.1 * np.sqrt(3)
+    losses = [band for band in drawn if max(band[2]) < 10]
+    below, above = pytest.approx([6.2 - std, 5.2 - std]), pytest.approx([6.2 + std, 5.2 + std])
+    assert any(x == [1, 2] and low == below and high == above for x, low, high in losses)
+    assert any(low == pytest.approx([0, 10]) for _, low, _ in drawn), "top-1 in percent"
+
+    drawn.clear()
+    write_run(tmp_path / "diverged", DBB, 4, 0.1, loss=float("nan"))
+    report_script.main()
+    assert sum(np.isnan(low).all() for _, low, _ in drawn) == 1, "no mean without it"
+
+
+def test_what_cannot_be_compared(tmp_path):
+    with pytest.raises(ValueError, match="no finished run below"):
+        compare(tmp_path)
+    study(tmp_path)
+    write_run(tmp_path / "again", DBB, 1, 0.9)
+    with pytest.raises(ValueError, match="seed 1 of dbb is there twice"):
+        compare(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "more", "baseline"), [
+    ("cifar10", 0, None), ("cifar100", 0, None), ("init", 5, "block.init=None")])
+def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
+    """As `report.py` wrote them from the runs; the CSV files beside them hold all that the page needs."""
+    folder = Path(ROOT, "results", name)
+    runs, variants = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "variants.csv")
+    folders = [Path(f"study_{name}"), *[Path("more")] * more]
+    text = markdown(runs, variants, folders, baseline)
+    assert text == (folder / "report.md").read_text()

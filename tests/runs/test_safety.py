@@ -1,0 +1,133 @@
+"""What may not lose a run's work: a full disk, a killed write, damaged bytes, a loss that is not finite."""
+
+import errno
+import random
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import runs.folder
+import train as train_script
+from models.checkpoint import damage, load_checkpoint
+from runs.folder import RunFolder
+from runs.safety import WholeCheckpointIO, newest, previous
+from tests.helpers import TINY, call, relative_error
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
+                                     RuntimeError("PytorchStreamWriter failed writing file data/0")])
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, failure):
+    last, save = tmp_path / "checkpoints" / "last.ckpt", torch.save
+    for epoch in (0, 1):
+        WholeCheckpointIO().save_checkpoint({"epoch": epoch}, last)
+
+    def half(checkpoint, file):
+        file.write(b"PK half of it")
+        raise failure
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="last.ckpt could not be written .*make room"):
+        WholeCheckpointIO().save_checkpoint({"epoch": 2}, last)
+    assert torch.load(last) == {"epoch": 1}
+    assert torch.load(previous(last)) == {"epoch": 0}
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last-previous.ckpt", "last.ckpt"]
+    monkeypatch.setattr(torch, "save", save)
+    WholeCheckpointIO().save_checkpoint({"epoch": 2}, last)
+    assert torch.load(last) == {"epoch": 2}
+
+
+def test_damaged_bytes_are_found_or_harmless(tmp_path):
+    """A flipped bit: an error, or the very values that were saved (some bytes of a zip mean nothing)."""
+    path, saved = tmp_path / "last.ckpt", {"weight": torch.arange(5000.0), "epoch": 3}
+    WholeCheckpointIO().save_checkpoint(saved, path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    found = 0
+    for _ in range(200):
+        place, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1:])
+        if damage(path) is not None:
+            found += 1
+            continue
+        try:
+            loaded = torch.load(path)
+        except Exception:  # load_checkpoint makes a sentence of it
+            found += 1
+            continue
+        assert loaded.keys() == saved.keys()
+        assert torch.equal(loaded["weight"], saved["weight"])
+    assert found > 150
+
+
+def test_a_damaged_checkpoint_costs_one_epoch(make_settings, tmp_path, capsys):
+    """The same command goes on from the one before, and ends as if nothing had happened."""
+    command = ["model=resnet8", *TINY, "trainer.max_epochs=3"]
+    train_script.train(make_settings(*command), tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    train_script.train(make_settings(*command), run_dir)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    (run_dir / "result.json").unlink()
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read: it is damaged.*checksum"):
+        load_checkpoint(last)
+    capsys.readouterr()
+    train_script.train(make_settings(*command), run_dir)
+    assert "(the checksum of" in capsys.readouterr().out
+    ended, expected = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"]
+                       for name in ("run", "whole"))
+    assert all(torch.equal(ended[key], value) for key, value in expected.items())
+    assert damage(previous(last)) is None
+    assert damage(last.with_name("last-damaged.ckpt")) is not None
+    last.unlink()
+    assert newest(last) == previous(last)
+    previous(last).unlink()
+    assert newest(last) is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    """Nothing is saved after it, the checkpoint before stays, and the report lists the run as failed."""
+    command = ["model=resnet8_dbb", *TINY, "out=runs/one", "trainer.log_every_n_steps=4"]
+    assert call("train.py", *command, cwd=tmp_path).returncode == 0
+    last = tmp_path / "runs" / "one" / "checkpoints" / "last.ckpt"
+    before = load_checkpoint(last)["state_dict"]
+    on = call("train.py", f"ckpt={last}", "trainer.max_epochs=2", "optim.lr=1e8", cwd=tmp_path)
+    assert on.returncode == 1
+    assert "the training loss is not finite from step " in on.stderr
+    assert "Traceback" not in on.stderr
+    after = load_checkpoint(last)["state_dict"]
+    assert all(relative_error(after[key], value) == 0 for key, value in before.items())
+    assert not Path(last.parent.parent, "result.json").exists()
+    listed = call("report.py", "runs", "--out", "report", cwd=tmp_path).stderr
+    assert "runs/one: error: the training loss is not finite" in listed
+    new = call("train.py", *command[:-2], "out=runs/two", "optim.lr=1e8", cwd=tmp_path)
+    assert new.returncode == 1
+    assert not list(tmp_path.glob("runs/two/checkpoints/*"))
+
+
+def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path, monkeypatch):
+    """Two that start in the same second get the same folder, which holds nothing yet but a lock."""
+    monkeypatch.setattr(runs.folder, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2)))
+    folder = tmp_path / "outputs" / "resnet8_digits" / "2026-01-02_00-00-00"
+    folder.mkdir(parents=True)
+    command = ["model=resnet8", *TINY]
+    with RunFolder(folder).alone():
+        done = call("train.py", *command, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "another process is training in" in done.stderr
+        assert folder.is_dir()
+    done = call("train.py", *command, "optim.name=adahessian", cwd=tmp_path)
+    assert done.returncode == 1
+    assert not folder.exists()
+
+
+def test_a_job_of_a_sweep_that_never_began_says_why(tmp_path):
+    """In a folder that Hydra made, too: the other jobs go on."""
+    done = call("train.py", "-m", "model=vgg16,resnet8", *TINY, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: 1 jobs failed" in done.stderr
+    [error] = tmp_path.rglob("error.txt")
+    assert "vgg16 cannot take images of 8 pixels" in error.read_text()
+    assert len(list(tmp_path.rglob("result.json"))) == 1
