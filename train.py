@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
 import hydra
 import pytorch_lightning as pl
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -18,7 +17,7 @@ from settings.cli import as_sentence, plain_errors
 from settings.command import Command, resolve
 from training import steps, sweep
 from training.divergence import DivergedError
-from training.loggers import make_loggers
+from training.loggers import finish, make_loggers
 
 
 def train(command: Command, run_dir: Path) -> dict[str, float]:
@@ -83,7 +82,7 @@ def main(cfg: DictConfig) -> float | None:
         with plain_errors():
             return sweep.job(run, cfg) if sweep.in_a_sweep() else run(cfg)
     finally:
-        wandb.finish()  # one run a job, also in a multirun
+        finish()
 
 
 if __name__ == "__main__":

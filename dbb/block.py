@@ -123,7 +123,8 @@ class ReparamConv2d(nn.Module):
                                  "blocks are put in")
         super().__setattr__(name, value)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # called as torch's own layers call it
         if isinstance(x, fx.Proxy):
             return self._as_node(x)
         if self.outer is None:

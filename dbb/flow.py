@@ -56,6 +56,8 @@ class Flow(TorchDispatchMode):
 
     def _enter(self, module, args, kwargs):
         self.working = module
+        if not args and kwargs.keys() == {"input"}:  # torch's name of what its own layers take
+            args, kwargs = (kwargs["input"],), {}
         if len(args) != 1 or kwargs:
             self.odd.add(module)
         elif isinstance(module, NORMS):

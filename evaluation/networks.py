@@ -1,10 +1,13 @@
 """Networks by a run's settings: fresh, warm from a file of weights, or those of a checkpoint."""
 
+import json
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from dbb import ReparamConv2d
@@ -21,17 +24,35 @@ def build_network(settings, num_classes: int, image_size: int, pretrained: bool 
                        kernel_sizes=block.kernel_sizes)
 
 
-def start_network(settings, num_classes: int, image_size: int) -> nn.Module:
+def start_network(settings, classes: Sequence[str], image_size: int) -> nn.Module:
     """The network that a new run starts from: fresh, or warm from the weights that its `Settings` name.
+
+    If these are a file of ours that was trained on other images, a line says in what they differ.
 
     Raises:
         ValueError: if these cannot be read, or are those of another network.
     """
     if settings.model.weights is None:
-        return build_network(settings, num_classes, image_size, settings.model.pretrained)
+        return build_network(settings, len(classes), image_size, settings.model.pretrained)
     with torch.serialization.safe_globals([Namespace]):  # in files of timm's and torchvision's scripts
-        weights, network = read_weights(settings.model.weights)
-    return build_network(settings, num_classes, image_size, weights=weights, weights_of=network)
+        weights, about = read_weights(settings.model.weights)
+    _tell_differences(about, settings.data, classes, image_size)
+    return build_network(settings, len(classes), image_size, weights=weights, weights_of=about.get("model"))
+
+
+def _tell_differences(about: dict[str, Any], data, classes: Sequence[str], image_size: int) -> None:
+    """Print in what the images of a warm start differ from those that a file of ours was trained on."""
+    say = rank_zero_only(print)
+    here = {"mean": data.mean, "std": data.std, "interpolation": data.interpolation, "image_size": image_size}
+    for key, ours in here.items():
+        theirs = about.get(key, ours)
+        if theirs != ours:
+            say(f"model.weights: trained with data.{key}={json.dumps(theirs)}, here it is {json.dumps(ours)}")
+    known = about.get("classes", [])
+    if len(known) == len(classes) and known != classes:
+        theirs, ours = next(pair for pair in zip(known, classes, strict=True) if pair[0] != pair[1])
+        say(f"model.weights: trained for other classes: {json.dumps(theirs)} where the data has "
+            f"{json.dumps(ours)}; the classifier is kept")
 
 
 def blocks_of(conf) -> dict[str, Any] | None:

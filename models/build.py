@@ -39,9 +39,7 @@ def _timm_mobilenet(name: str, num_classes: int, image_size: int, pretrained: bo
         # The stem and the first strided block: the last map is 8 times smaller than the image, not 32.
         for key in strided[:2]:
             net.get_submodule(key).stride = (1, 1)
-        if pretrained:
-            rank_zero_only(print)(f"model.pretrained=true: at {image_size} pixels the stride is 1 where the "
-                                  f"weights' was 2: {', '.join(strided[:2])}")
+        net.unstrided = strided[:2]
     return net
 
 
@@ -169,6 +167,10 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     net = _plain(name, num_classes, image_size, pretrained)
     if weights is not None:
         load_plain(net, weights)
+    if trained and hasattr(net, "unstrided"):
+        theirs, changed = timms_name(name)[0], ", ".join(net.unstrided)
+        rank_zero_only(print)(f"at {image_size} pixels {changed} have stride 1, where timm's {theirs} has 2: "
+                              "its weights compute something else here")
     training, example, report = net.training, torch.zeros(1, 3, image_size, image_size), Report()
     try:
         with torch.no_grad():

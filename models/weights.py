@@ -44,8 +44,9 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     linear = nn.Linear | nn.Conv2d  # some end in a convolution
     modules = reversed(list(net.named_modules()))
     head = next(f"{name}." for name, module in modules if isinstance(module, linear))
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise ValueError("these weights are not all finite numbers")
+    for key in own.keys() & weights.keys():
+        if not weights[key].to(own[key].dtype).isfinite().all():
+            raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
     if theirs is not None and theirs.ndim == ours.ndim and len(theirs) != len(ours) \
             and theirs.shape[1:] == ours.shape[1:]:

@@ -5,6 +5,7 @@ stands beside it.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -195,10 +196,10 @@ class TrainerConf:
     sync_batchnorm: bool = False
     gradient_clip_val: float | None = None
     accumulate_grad_batches: int = at_least(1, 1)
-    check_val_every_n_epoch: int = 1
+    check_val_every_n_epoch: int = at_least(1, 1)
     limit_train_batches: int | float = 1.0
     limit_val_batches: int | float = 1.0
-    log_every_n_steps: int = 50
+    log_every_n_steps: int = at_least(0, 50)
     deterministic: bool = False
     benchmark: bool | None = None
     detect_anomaly: bool = False
@@ -206,10 +207,16 @@ class TrainerConf:
     enable_progress_bar: bool | None = None
 
     def check(self) -> None:
-        """Check that something is trained on."""
+        """Check the profiler's name, and that something is trained on, for some time."""
         if self.limit_train_batches <= 0:
             raise ValueError(f"trainer.limit_train_batches={self.limit_train_batches} leaves nothing "
                              "to train on")
+        if self.profiler is not None:
+            check_name("trainer.profiler", self.profiler, ["simple", "advanced", "pytorch"])
+        time = self.max_time
+        if time is not None and not (re.fullmatch(r"\d+:\d\d:\d\d:\d\d", time) and re.search("[1-9]", time)):
+            raise ValueError(f"trainer.max_time={time} must be longer than 0, written DD:HH:MM:SS, as in "
+                             "00:12:00:00 for twelve hours")
 
 
 @dataclass

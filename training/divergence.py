@@ -24,7 +24,7 @@ class StopAtNaN(Callback):
         step = trainer.global_step
         bad = ~outputs["loss"].isfinite()
         self.first = torch.where(bad, self.first.clamp(max=step), self.first)
-        if step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
             self.check(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

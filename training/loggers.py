@@ -3,7 +3,11 @@
 import csv
 import os
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import wandb
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -27,7 +31,37 @@ def make_loggers(settings: Settings, folder: RunFolder) -> list[Logger]:
     """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped."""
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, folder) for make in more[settings.logger.name]]
-    return [_csv(folder), *(logger for logger in made if logger is not None)]
+    return [_csv(folder), *(_harmless(logger) for logger in made if logger is not None)]
+
+
+def _harmless(logger: Logger) -> Logger:
+    """The same logger, which ends with a printed sentence where it would have ended the run."""
+    for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
+        setattr(logger, name, partial(_tried, logger, getattr(logger, name)))
+    return logger
+
+
+def _tried(logger: Logger, method: Callable, *args, **kwargs) -> None:
+    if getattr(logger, "ended", False):
+        return
+    try:
+        method(*args, **kwargs)
+    except Exception as error:  # of many kinds: a disk's, a server's, those of a helper process that died
+        logger.ended = True
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        rank_zero_only(print)(f"{type(logger).__name__} failed ({why}): the run goes on without it; "
+                              "metrics.csv has all of its metrics")
+
+
+def finish() -> None:
+    """End the run of W&B, if there is one: one run a job, also in a sweep."""
+    try:
+        wandb.finish()
+    except Exception as error:  # its helper process died, which a later job of a sweep would ask too
+        print(f"logger=wandb: W&B did not finish ({error})")
+        with suppress(Exception):
+            wandb.teardown()
+        wandb.run = None  # else Lightning's logger would take the lost run for the next one's
 
 
 def tensorboard_logger(settings: Settings, folder: RunFolder) -> TensorBoardLogger | None:
@@ -47,7 +81,7 @@ def log_convolutions(logger: Logger, report: Report, folder: RunFolder) -> None:
     with folder.convolutions.open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
     if isinstance(logger, WandbLogger) and rows:
-        logger.log_table("convolutions", list(Row._fields), rows)
+        _tried(logger, logger.log_table, "convolutions", list(Row._fields), rows)
 
 
 def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
@@ -89,8 +123,11 @@ def _wandb_mode(conf: LoggerConf) -> str:
 
 def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
     """Add to W&B the confusion matrix (up to 100 classes), and images of the most confident mistakes."""
-    if not isinstance(logger, WandbLogger):
-        return
+    if isinstance(logger, WandbLogger):
+        _tried(logger, _show_predictions, logger, data, logits, targets)
+
+
+def _show_predictions(logger: WandbLogger, data: ImageData, logits: Tensor, targets: Tensor) -> None:
     sure, predicted = logits.softmax(1).max(1)
     names = data.classes
     if len(names) <= 100:
@@ -109,9 +146,12 @@ def log_predictions(logger: Logger, data: ImageData, logits: Tensor, targets: Te
 def log_conversion(report: dict, command: Command, out: Path, folder: RunFolder) -> None:
     """Add the table, its figures, the picture and all files to the W&B run of the training."""
     logger = wandb_logger(command, folder)
-    if logger is None:
-        return
-    run = logger.experiment
+    if logger is not None:
+        _tried(logger, _send_conversion, logger.experiment, report, out)
+        finish()
+
+
+def _send_conversion(run: Any, report: dict, out: Path) -> None:
     run.log({"convert": wandb.Table(["measure", "before", "after"], rows(report)),
              "convert/report": wandb.Image(str(out / "report.png"))})
     for when in ("before", "after"):
@@ -123,7 +163,6 @@ def log_conversion(report: dict, command: Command, out: Path, folder: RunFolder)
         if (out / name).exists():
             artifact.add_file(str(out / name), name)
     run.log_artifact(artifact)
-    wandb.finish()
 
 
 def _csv(folder: RunFolder) -> CSVLogger:

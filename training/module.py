@@ -38,8 +38,8 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.settings, self.classes, self.image_size = settings, classes, image_size
         self.changed = list(changed)
-        build = start_network if settings.ckpt is None else build_network
-        self.net = build(settings, len(classes), image_size)
+        self.net = start_network(settings, classes, image_size) if settings.ckpt is None else \
+            build_network(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
             # torch's own converter, which Lightning's flag calls, drops the activation in BatchNormAct2d.
             self.net = timm.layers.convert_sync_batchnorm(self.net)

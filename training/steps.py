@@ -120,10 +120,11 @@ def make_trainer(command: Command, folder: RunFolder) -> pl.Trainer:
                              callbacks=make_callbacks(command, folder), plugins=[WholeCheckpointIO()],
                              enable_model_summary=False, use_distributed_sampler=False,
                              num_sanity_val_steps=0)
-    except ImportError as error:
-        asked = (f"trainer.{name}={options[name]}" for name in ("accelerator", "strategy", "precision"))
-        raise ValueError(f"{', '.join(asked)}: one of them needs a package that is not installed "
-                         f"({error})") from error
+    except Exception as error:  # whatever Lightning and the packages that it needs raise
+        names = "accelerator", "devices", "num_nodes", "strategy", "precision"
+        asked = " ".join(f"trainer.{name}={options[name]}" for name in names)
+        why = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"Lightning cannot train with {asked}: {why}") from error
     if in_a_sweep() and starts_processes(trainer):
         raise ValueError(f"trainer.devices={conf.devices}: each of the {trainer.world_size} "
                          "processes of this job would start the whole sweep again: set trainer.devices=1, or "

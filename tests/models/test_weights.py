@@ -25,6 +25,8 @@ from predict import prepare
 from tests.helpers import TINY, Stranger, randomize, relative_error, write_tree
 from tests.models.published_networks import image, published_model
 
+TEN = list("0123456789")
+
 
 def of_timms_script(folder, net, average):
     """The file of timm's train.py: its own writer, with a scaler, averaged weights and the command line."""
@@ -63,7 +65,7 @@ def test_checkpoints_of_other_training_scripts(make_settings, tmp_path, write, c
     file = write(tmp_path, net, average)
     settings = make_settings("model=timm", "model.name=test_resnet", "block=dbb", "data=digits",
                              f"model.weights={file}")
-    x, ours = torch.randn(2, 3, 64, 64), start_network(settings, 10, 64)
+    x, ours = torch.randn(2, 3, 64, 64), start_network(settings, TEN, 64)
     with torch.no_grad():
         assert relative_error(ours.eval()(x), average.eval()(x)) < 1e-5
     told = "its averaged weights are taken" in capsys.readouterr().out
@@ -73,7 +75,7 @@ def test_checkpoints_of_other_training_scripts(make_settings, tmp_path, write, c
             reading(file)
     torch.save({"state_dict": net.state_dict(), "args": Namespace(), "more": Stranger()}, file)
     with pytest.raises(ValueError, match="more than plain tensors"):
-        start_network(settings, 10, 64)
+        start_network(settings, TEN, 64)
 
 
 @pytest.mark.parametrize(("arch", "network"), [
@@ -83,7 +85,8 @@ def test_checkpoints_of_other_training_scripts(make_settings, tmp_path, write, c
 def test_of_which_network_timms_file_says_it_is(tmp_path, arch, network):
     """The name of a class is what timm's CheckpointSaver writes without arguments."""
     torch.save({"arch": arch, "state_dict": {"weight": torch.ones(1)}}, tmp_path / "timm.pth.tar")
-    assert read_weights(tmp_path / "timm.pth.tar") == ({"weight": torch.ones(1)}, network)
+    assert read_weights(tmp_path / "timm.pth.tar") == \
+        ({"weight": torch.ones(1)}, {} if network is None else {"model": network})
 
 
 def test_a_file_of_ours_says_of_which_network_it_is(make_settings, tmp_path):
@@ -98,14 +101,14 @@ def test_a_file_of_ours_says_of_which_network_it_is(make_settings, tmp_path):
 
     def start(name):
         settings = make_settings("model=mobilenet_v1_dbb", "data=digits", f"model.weights={tmp_path}/{name}")
-        return start_network(settings, 10, 32)
+        return start_network(settings, TEN, 32)
     for name in ("ours.safetensors", "ours.ckpt"):
         with torch.no_grad():
             assert relative_error(start(name).eval()(x), net.eval()(x)) < 1e-5
     with pytest.raises(ValueError, match="has ReLU; these weights are .*, or do not say of which"):
         start("unknown.pth")
     with pytest.raises(ValueError, match="model.name=mobilenet_v1 has ReLU;"):
-        start_network(make_settings("model=mobilenet_v1", "model.pretrained=true", "data=digits"), 10, 32)
+        start_network(make_settings("model=mobilenet_v1", "model.pretrained=true", "data=digits"), TEN, 32)
     weights, expected = published_model("dbb", "mobilenet_v1", deploy=True)
     torch.save({key: value.float() for key, value in weights.items()}, tmp_path / "authors.pth")
     settings = make_settings("model=mobilenet_v1_dbb", "source=dbb", f"ckpt={tmp_path}/authors.pth",
@@ -120,7 +123,7 @@ def test_a_large_stem_where_a_small_one_is_built(make_settings, tmp_path):
     settings = make_settings("model=resnet18", "data=digits", f"model.weights={tmp_path}/large.pth")
     shapes = r"1 of another shape \(conv1.weight: \[64, 3, 7, 7\], here \[64, 3, 3, 3\]\)"
     with pytest.raises(ValueError, match=shapes):
-        start_network(settings, 10, 32)
+        start_network(settings, TEN, 32)
 
 
 def test_images_are_prepared_as_the_weights_want(make_settings, tmp_path, monkeypatch, capsys):
@@ -167,3 +170,43 @@ def old_file(path):
     for knob in ("interpolation", "crop_pct"):
         del checkpoint["dbb"]["settings"]["data"][knob]
     return checkpoint
+
+
+def test_what_a_file_of_ours_was_trained_on_is_told(make_settings, tmp_path, capsys):
+    """Its mean, deviation and classes do not come with its weights."""
+    train_script.train(make_settings("model=resnet8", *TINY), tmp_path / "run")
+    ckpt = f"{tmp_path}/run/checkpoints/last.ckpt"
+    convert_script.convert(make_settings(f"ckpt={ckpt}", "export=[]", config_name="convert"), tmp_path)
+    files = write_tree(tmp_path / "files", ("train", "val"), [f"c{i}" for i in range(10)], 1, (40, 40))
+    for file in (ckpt, f"{tmp_path}/model.safetensors"):
+        settings = make_settings("model=resnet8", "data=folder", f"data.root={files}", "data.image_size=32",
+                                 f"model.weights={file}")
+        capsys.readouterr()
+        start_network(settings, [f"c{i}" for i in range(10)], 32)
+        printed = capsys.readouterr().out
+        assert "trained with data.mean=[0.305, 0.305, 0.305], here it is [0.485, 0.456, 0.406]" in printed
+        assert "trained with data.image_size=8, here it is 32" in printed
+        assert 'trained for other classes: "0" where the data has "c0"; the classifier is kept' in printed
+        start_network(make_settings("model=resnet8", *TINY, f"model.weights={file}"), TEN, 8)
+        assert "trained" not in capsys.readouterr().out
+
+
+def test_strides_of_small_images_are_told(tmp_path, capsys):
+    weights = timm.create_model("mobilenetv2_100", num_classes=10).state_dict()
+    build_model("mobilenet_v2", 10, image_size=96, weights=weights)
+    assert "stride" not in capsys.readouterr().out
+    build_model("mobilenet_v2", 10, image_size=32, weights=weights)
+    assert "at 32 pixels conv_stem, blocks.1.0.conv_dw have stride 1, where timm's mobilenetv2_100 has 2" \
+        in capsys.readouterr().out
+
+
+def test_the_key_of_pytorchs_tutorials(tmp_path):
+    torch.save({"model_state_dict": {"weight": torch.ones(1)}, "epoch": 3}, tmp_path / "tutorial.pt")
+    assert read_weights(tmp_path / "tutorial.pt") == ({"weight": torch.ones(1)}, {})
+
+
+def test_a_value_that_the_network_cannot_hold(tmp_path):
+    weights = build_model("resnet8", 10, image_size=8).state_dict()
+    weights["fc.bias"] = torch.full((10,), 1e300, dtype=torch.float64)
+    with pytest.raises(ValueError, match="not all finite numbers of torch.float32: fc.bias"):
+        build_model("resnet8", 10, image_size=8, weights=weights)

@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 import wandb
 from lightning_fabric.loggers import tensorboard
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.sdk.lib.service import service_process
 
 import convert as convert_script
 import dashboard
@@ -21,6 +23,7 @@ from images.data import ImageData
 from models.checkpoint import load_checkpoint
 from runs.folder import RunFolder
 from training import loggers
+from training import steps as train_steps
 from training.callbacks import Speed
 from training.loggers import log_conversion, make_loggers, wandb_logger
 
@@ -172,6 +175,65 @@ def test_a_run_that_wandb_leaves_alone_trains_and_converts(make_settings, tmp_pa
     assert result["top1"] == json.loads((tmp_path / "result.json").read_text())["top1"]
     settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", config_name="convert")
     log_conversion({}, settings, tmp_path, RunFolder(tmp_path))
+
+
+def test_a_helper_of_wandb_that_dies_costs_no_run(make_settings, tmp_path, monkeypatch, capsys):
+    """As it does where a machine has no memory left. Nor does it cost the next job of a sweep its W&B."""
+    wandb.teardown()
+    helpers, start, callbacks = [], service_process.start, train_steps.make_callbacks
+
+    class WithoutHelper(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                helpers[0].kill()
+                helpers[0].wait()
+
+    def watched(*args):
+        process = start(*args)
+        helpers.append(process._process)
+        return process
+    with monkeypatch.context() as patch:
+        patch.setattr(service_process, "start", watched)
+        patch.setattr(train_steps, "make_callbacks", lambda *args: [*callbacks(*args), WithoutHelper()])
+        result = train_script.train(make_settings(*SMALL), tmp_path / "one")
+        loggers.finish()
+    assert result["top1"] == json.loads((tmp_path / "one" / "result.json").read_text())["top1"]
+    printed = capsys.readouterr().out
+    assert printed.count("WandbLogger failed (") == 1
+    assert "converted: top1" in printed
+    train_script.train(make_settings(*SMALL), tmp_path / "two")
+    loggers.finish()
+    assert "failed" not in capsys.readouterr().out
+    wandb.teardown()
+    assert b"final/top1" in content(tmp_path / "two" / "wandb")
+
+
+@pytest.mark.parametrize(("logger", "broken"), [
+    ("tensorboard", (TensorBoardLogger, "log_metrics")), ("wandb", (WandbLogger, "log_table")),
+    ("wandb", (wandb.plot, "confusion_matrix"))])
+def test_a_logger_that_fails_in_mid_run_costs_no_run(make_settings, tmp_path, monkeypatch, capsys, logger,
+                                                     broken):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(*broken, full)
+    train_script.train(make_settings(*SMALL, f"logger={logger}"), tmp_path)
+    printed = capsys.readouterr().out
+    assert "Logger failed ([Errno 28] No space left on device): the run goes on without it" in printed
+    assert "converted: top1" in printed
+    assert "final/top1" in (tmp_path / "metrics.csv").read_text()
+
+
+def test_a_conversion_that_wandb_does_not_take_is_written(make_settings, tmp_path, monkeypatch, capsys):
+    train_script.train(make_settings(*SMALL, "logger=csv"), tmp_path)
+    settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "logger=wandb", "export=[]",
+                             config_name="convert")
+    report = convert_script.convert(settings, tmp_path / "convert")
+
+    def gone(*args, **kwargs):
+        raise wandb.errors.CommError("the server is gone")
+    monkeypatch.setattr(wandb.Artifact, "add_file", gone)
+    log_conversion(report, settings, tmp_path / "convert", RunFolder(tmp_path))
+    assert "WandbLogger failed (the server is gone)" in capsys.readouterr().out
 
 
 def test_speed_leaves_out_the_first_step(make_settings, monkeypatch):

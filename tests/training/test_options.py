@@ -1,5 +1,7 @@
 """Options of training: modes, precisions, averages of weights, synchronised norms, compilation, schedule."""
 
+import re
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
@@ -112,3 +114,16 @@ def test_schedule():
     assert factors[12] == pytest.approx(0.5)
     assert factors[20] == pytest.approx(0)
     assert warmup_cosine(0, 10, 0) == 1
+
+
+@pytest.mark.parametrize("override", ["devices=-1", "devices=[0]", "devices=abc", "devices=1.5",
+                                      "accelerator=tpu", "strategy=abc", "precision=abc"])
+def test_what_lightning_cannot_train_with(make_settings, tmp_path, override):
+    settings = make_settings("model=resnet8", *TINY, "trainer.accelerator=cpu", f"trainer.{override}")
+    with pytest.raises(ValueError, match=rf"Lightning cannot train with .*trainer.{re.escape(override)}"):
+        train_script.train(settings, tmp_path)
+
+
+def test_no_step_is_logged(make_settings, tmp_path):
+    train_script.train(make_settings("model=resnet8", *TINY, "trainer.log_every_n_steps=0"), tmp_path)
+    assert "train/loss_step" not in (tmp_path / "metrics.csv").read_text()
