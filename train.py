@@ -51,7 +51,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     trainer.loggers = make_loggers(command, folder)
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     trainer.fit(model, data, ckpt_path=command.ckpt, weights_only=True)
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or steps.stopped_by_time(command, folder):
         return {}
     return steps.final_scores(command, data, trainer, folder, cost)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dbb import ReparamConv2d
 from models import build_model, load_weights
-from models.published import read_weights, translate
+from models.published import translate
+from models.reading import PREPARED, read_weights
 
 
 def build_network(settings, num_classes: int, image_size: int, pretrained: bool = False,
@@ -43,8 +44,8 @@ def start_network(settings, classes: Sequence[str], image_size: int) -> nn.Modul
 def _tell_differences(about: dict[str, Any], data, classes: Sequence[str], image_size: int) -> None:
     """Print in what the images of a warm start differ from those that a file of ours was trained on."""
     say = rank_zero_only(print)
-    here = {"mean": data.mean, "std": data.std, "interpolation": data.interpolation, "image_size": image_size}
-    for key, ours in here.items():
+    for key in PREPARED:
+        ours = image_size if key == "image_size" else getattr(data, key)
         theirs = about.get(key, ours)
         if theirs != ours:
             say(f"model.weights: trained with data.{key}={json.dumps(theirs)}, here it is {json.dumps(ours)}")

@@ -20,13 +20,15 @@ from settings.schema import TENSOR_SETS, DataConf
 class KeySampler(Sampler):
     """Keys `(epoch, index, real)` for one process of `world_size`.
 
-    Shuffled ones drop the last few, others fill up.
+    Shuffled ones drop the last few, others fill up. Of the first `epoch`, this process has `done` some. The
+    length counts them: Lightning takes it for that of an epoch.
     """
 
     def __init__(self, indices: Tensor, shuffle: bool, seed: int, rank: int, world_size: int,
-                 epoch: int = 0):
+                 epoch: int = 0, done: int = 0):
         self.indices, self.shuffle, self.seed = indices, shuffle, seed
         self.rank, self.world_size, self.epoch = rank, world_size, epoch
+        self.done = {epoch: done}
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
@@ -41,7 +43,8 @@ class KeySampler(Sampler):
         if self.shuffle:
             order = order[torch.randperm(n, generator=generator(self.seed, self.epoch))]
         order = order.tolist()
-        for position in range(self.rank, len(self) * self.world_size, self.world_size):
+        first = self.rank + self.done.get(self.epoch, 0) * self.world_size
+        for position in range(first, len(self) * self.world_size, self.world_size):
             yield self.epoch, order[position % n], position < n
 
 
@@ -57,11 +60,12 @@ class ImageData(pl.LightningDataModule):
         seed: of the run, for order and augmentation.
         first_epoch: where a resumed run goes on; Lightning lets workers fetch ahead before it tells the
             sampler.
+        first_batch: of that epoch.
     """
 
-    def __init__(self, conf: DataConf, seed: int, first_epoch: int = 0):
+    def __init__(self, conf: DataConf, seed: int, first_epoch: int = 0, first_batch: int = 0):
         super().__init__()
-        self.conf, self.seed, self.first_epoch = conf, seed, first_epoch
+        self.conf, self.seed, self.first_epoch, self.first_batch = conf, seed, first_epoch, first_batch
 
     def load(self, train: bool) -> None:
         """Find and read the test images, and with `train` the training images; decoded once where small.
@@ -158,9 +162,10 @@ class ImageData(pl.LightningDataModule):
                              "processes together and must be divisible by their number")
         if self.conf.on_device and self.trainer is not None:
             dataset.images = dataset.images.to(self.trainer.strategy.root_device)
-        workers = self.conf.num_workers
-        sampler = KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch)
-        return DataLoader(dataset, self.conf.batch_size // world_size, drop_last=shuffle, sampler=sampler,
+        workers, share = self.conf.num_workers, self.conf.batch_size // world_size
+        done = self.first_batch * share if shuffle else 0
+        sampler = KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch, done)
+        return DataLoader(dataset, share, drop_last=shuffle, sampler=sampler,
                           num_workers=workers, persistent_workers=workers > 0 and shuffle,
                           collate_fn=dataset.collate,
                           pin_memory=torch.cuda.is_available() and not self.conf.on_device,

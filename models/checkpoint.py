@@ -39,6 +39,14 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
     return checkpoint
 
 
+def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """How many epochs are done, and how many batches of the next one, by a checkpoint of train.py.
+
+    One that does not say stands at the end of an epoch.
+    """
+    return tuple(checkpoint["dbb"].get("place", (checkpoint["epoch"] + 1, 0)))
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file by its own checksums; None if nothing is."""
     try:

@@ -6,17 +6,8 @@ tells what it is. Layouts as in the authors' repositories DingXiaoH/DiverseBranc
 JUGGHM/OREPA_CVPR2022.
 """
 
-import json
-import re
-from pathlib import Path
-from typing import Any
 
-import h5py
-import timm
 import torch
-from pytorch_lightning.utilities import rank_zero_only
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,8 +17,6 @@ RESNETS = ("resnet18", "resnet34", "resnet50")
 NETWORKS = {"dbb": (*RESNETS, "mobilenet_v1"), "acnet": ("resnet18", "resnet34", "vgg16"), "orepa": RESNETS}
 SOURCES = tuple(NETWORKS)
 DEPLOYED = ("conv", "dbb_reparam", "fused_conv", "orepa_reparam", "or1x1_reparam", "or_large_reparam")
-AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
-WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
 NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
     "conv.weight": "conv.weight", "bn": "norm",
     "square_conv.weight": "conv.branches.kxk.weight", "square_bn": "conv.branches.kxk.bn",
@@ -45,72 +34,12 @@ NAMES = {  # a unit's tensors and norms: a pair's, ACNet's, DBB's
 }
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of weights onto the CPU: .safetensors, .hdf5 and .h5, all others as PyTorch writes them.
-
-    A dict under one of `WRAPPERS` is unwrapped: averaged weights first, which timm and torchvision test by.
-    What DataParallel, torch.compile and our own checkpoints set before a key is taken off.
-
-    Returns:
-        The weights, and what the file says of them: `model`, the name in `models.BACKBONES` or timm's; of a
-        file of ours also `classes`, `image_size`, `mean`, `std`, `interpolation`.
-
-    Raises:
-        ValueError: if the file is missing, damaged, or holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file of weights")
-    about = {}
-    try:
-        if path.suffix == ".safetensors":
-            weights, about = load_file(path), _header(path)
-        elif path.suffix in (".hdf5", ".h5"):
-            with h5py.File(path) as file:
-                weights = {key: torch.as_tensor(value[()]) for key, value in file.items()}
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever its reader raises on an untrusted file
-        raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors") from error
-    prefix = r"(module\.|_orig_mod\.)+"
-    if isinstance(weights, dict) and "dbb" in weights:
-        prefix, about = r"net\.", _of_our_checkpoint(weights["dbb"])
-    elif isinstance(weights, dict) and isinstance(weights.get("arch"), str):
-        # Of timm's training script: a name, perhaps with a hub before and a tag behind it; or a class's name,
-        # or one that timm has given up, which say nothing here: then keys and shapes decide.
-        name = weights["arch"].rpartition("/")[2].split(".")[0]
-        about = {"model": name} if name in timm.list_models() else {}
-    for wrapper in WRAPPERS:
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-            if wrapper in AVERAGED:
-                rank_zero_only(print)(f"{path}: its averaged weights are taken ({wrapper})")
-    if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor)
-                                                for key, value in weights.items()):
-        raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under "
-                         "state_dict or model")
-    weights = {re.sub(f"^{prefix}", "", key): value for key, value in weights.items() if key != "n_averaged"}
-    return weights, about
-
-
-def _header(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("dbb", "{}"))
-
-
-def _of_our_checkpoint(stored: dict[str, Any]) -> dict[str, Any]:
-    data = stored["settings"].get("data", {})
-    about = {"model": stored["settings"]["model"]["name"]}
-    about |= {key: stored[key] for key in ("classes", "image_size") if key in stored}
-    return about | {key: data[key] for key in ("mean", "std", "interpolation") if key in data}
-
-
 def translate(weights: dict[str, Tensor], source: str, name: str,
               net: nn.Module) -> tuple[dict[str, Tensor], bool]:
     """Rename published weights to those of our network; keys that no rule knows keep their names.
 
     Args:
-        weights: from `read_weights`.
+        weights: from `models.reading.read_weights`.
         source: one of `SOURCES`.
         name: the backbone's name in `models.BACKBONES`.
         net: that backbone, with plain convolutions.

@@ -34,7 +34,8 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: see `load_weights`; also if a weight is infinite or no number.
     """
-    own, weights = net.state_dict(), dict(weights)
+    own = net.state_dict()
+    weights = _without_prefix(weights, next(iter(own)))
     if "features.0.0.weight" in weights and "conv_stem.weight" in own:
         weights = {_from_torchvision(key, net): value for key, value in weights.items()}
     for key in list(weights):
@@ -45,6 +46,9 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     modules = reversed(list(net.named_modules()))
     head = next(f"{name}." for name, module in modules if isinstance(module, linear))
     for key in own.keys() & weights.keys():
+        if own[key].is_floating_point() and not weights[key].is_floating_point():
+            raise ValueError(f"{key} is of {weights[key].dtype} in the file, perhaps quantized, and of "
+                             f"{own[key].dtype} here: save the weights before quantizing")
         if not weights[key].to(own[key].dtype).isfinite().all():
             raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
@@ -55,6 +59,21 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
                               f"so they start at random: {', '.join(fresh)}")
         weights |= fresh
     load_weights(net, weights)
+
+
+def _without_prefix(weights: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
+    """The weights of a network inside another one, as Lightning modules save them: `model.conv1.weight`.
+
+    `first` is a key that the network has.
+    """
+    inside = [key.removesuffix(first) for key in weights if key.endswith(f".{first}")]
+    if first in weights or not inside:
+        return dict(weights)
+    prefix = min(inside, key=len)
+    left = [key for key in weights if not key.startswith(prefix)]
+    more = f"; not taken: {', '.join(left)}" if left else ""
+    rank_zero_only(print)(f"model.weights: those under {prefix!r} are taken{more}")
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def _from_torchvision(key: str, net: nn.Module) -> str:

@@ -115,9 +115,7 @@ class RunFolder:
 
     def begin(self, command: Command) -> None:
         """Write the settings, and clear what an earlier session left of its end."""
-        # Lightning's own checkpoints for SLURM are made in the middle of an epoch, from which the order of
-        # the data cannot continue.
-        for path in (self.result, self.error, *self.path.glob("hpc_ckpt_*.ckpt")):
+        for path in (self.result, self.error):
             path.unlink(missing_ok=True)
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(command.stored())))
 

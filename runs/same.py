@@ -7,7 +7,8 @@ from models.build import named_start
 from settings.command import OF_THE_COMMAND, Command
 from settings.schema import TENSOR_SETS, DataConf, flat
 
-SAME_RUN = (*OF_THE_COMMAND, "logger", "data.num_workers", "data.download")  # with whatever values of these
+# With whatever values of these.
+SAME_RUN = (*OF_THE_COMMAND, "logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time")
 LATER_KNOBS = flat({"data": asdict(DataConf())})  # what a file that does not have one of these means
 
 

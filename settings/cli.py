@@ -20,6 +20,8 @@ logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARN
 warnings.filterwarnings("ignore", ".*LeafSpec")
 # A run that goes on writes where it wrote before.
 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+# Our sampler starts where the run was saved.
+warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
 # What a user, a file or a disk can cause.
 EXPECTED = (ValueError, OSError, MisconfigurationException)

@@ -180,6 +180,9 @@ class OptimConf:
         for knob in ("label_smoothing", "momentum"):
             if not 0 <= getattr(self, knob) < 1:
                 raise ValueError(f"optim.{knob}={getattr(self, knob)} must be at least 0 and less than 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"optim.ema_decay={self.ema_decay} must be between 0 and 1: with 1 the average "
+                             "would stay at the start; null is no average")
 
 
 @dataclass
@@ -194,7 +197,7 @@ class TrainerConf:
     strategy: str = "auto"
     precision: str = "32-true"
     sync_batchnorm: bool = False
-    gradient_clip_val: float | None = None
+    gradient_clip_val: float | None = at_least(0, None)
     accumulate_grad_batches: int = at_least(1, 1)
     check_val_every_n_epoch: int = at_least(1, 1)
     limit_train_batches: int | float = 1.0
@@ -213,10 +216,24 @@ class TrainerConf:
                              "to train on")
         if self.profiler is not None:
             check_name("trainer.profiler", self.profiler, ["simple", "advanced", "pytorch"])
-        time = self.max_time
-        if time is not None and not (re.fullmatch(r"\d+:\d\d:\d\d:\d\d", time) and re.search("[1-9]", time)):
-            raise ValueError(f"trainer.max_time={time} must be longer than 0, written DD:HH:MM:SS, as in "
-                             "00:12:00:00 for twelve hours")
+        seconds("trainer.max_time", self.max_time)
+
+
+@dataclass
+class CheckpointConf:
+    """When the newest state is saved within an epoch, under the names of Lightning's ModelCheckpoint."""
+
+    every_n_train_steps: int | None = at_least(1, None)
+    train_time_interval: str | None = "00:00:30:00"
+
+    def check(self) -> None:
+        """Check the time."""
+        assert self.seconds is None or self.seconds > 0
+
+    @property
+    def seconds(self) -> int | None:
+        """`train_time_interval` in seconds."""
+        return seconds("checkpoint.train_time_interval", self.train_time_interval)
 
 
 @dataclass
@@ -248,6 +265,7 @@ class Settings:
     data: DataConf = field(default_factory=DataConf)
     optim: OptimConf = field(default_factory=OptimConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
+    checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
     seed: int = at_least(0, 0)
 
@@ -262,12 +280,30 @@ class Settings:
                 raise ValueError(f"{knob}={value} must be a finite number")
             if least is not None and value is not None and value < least:
                 raise ValueError(f"{knob}={value} must be at least {least}")
-        for part in (self.model, self.block, self.data, self.optim, self.trainer, self.logger):
+        for part in (self.model, self.block, self.data, self.optim, self.trainer, self.checkpoint,
+                     self.logger):
             part.check()
 
     def stored(self) -> dict[str, Any]:
         """As plain values, what a checkpoint and config.yaml hold."""
         return {part.name: asdict(self)[part.name] for part in fields(Settings)}
+
+
+def seconds(knob: str, time: str | None) -> int | None:
+    """A time as Lightning's Timer takes it, DD:HH:MM:SS, in seconds.
+
+    Raises:
+        ValueError: if it is none, or 0.
+    """
+    if time is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", time)
+    days, hours, minutes, rest = map(int, found.groups()) if found else [0] * 4
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if not total:
+        raise ValueError(f"{knob}={time} must be longer than 0, written DD:HH:MM:SS, as in 00:12:00:00 for "
+                         "twelve hours")
+    return total
 
 
 def numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float | None]]:

@@ -6,12 +6,13 @@ import time
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor
 
 from dbb import ReparamConv2d, branch_shares
 from runs.folder import RunFolder
 from settings.schema import Settings
 from training.divergence import StopAtNaN
+from training.saving import LastCheckpoint
 
 
 class Speed(Callback):
@@ -20,6 +21,8 @@ class Speed(Callback):
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
+
+        self.start, self.steps, self.seconds = None, 0, 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.start, self.steps, self.seconds = None, 0, 0.0
@@ -42,6 +45,27 @@ class Speed(Callback):
             per_step = self.seconds / self.steps
             module.log("train/seconds_per_step", per_step)
             module.log("train/images_per_second", module.settings.data.batch_size / per_step)
+
+
+class EpochLoss(Callback):
+    """Log the mean training loss of each epoch; a checkpoint has the sum of the part that is done."""
+
+    def __init__(self):
+        self.total, self.count = torch.zeros(()), 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        loss = outputs["loss"] * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        before = self.total.to(loss) if batch_idx else torch.zeros_like(loss)
+        self.total, self.count = before + loss, batch_idx + 1
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        module.log("train/loss_epoch", self.total / self.count)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"total": self.total.item(), "count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.total, self.count = torch.tensor(state_dict["total"]), state_dict["count"]
 
 
 class EpochLine(Callback):
@@ -77,13 +101,14 @@ class Branches(Callback):
 
 
 def make_callbacks(settings: Settings, folder: RunFolder) -> list[Callback]:
-    """The callbacks of a run. The checkpoint kept is the last: nothing is selected on test data."""
+    """The callbacks of a run."""
+    divergence = StopAtNaN()
     callbacks = [
-        StopAtNaN(),
+        divergence,
         Speed(),
+        EpochLoss(),
         LearningRateMonitor(logging_interval="step"),
-        ModelCheckpoint(folder.checkpoints, filename="last", save_on_train_epoch_end=True,
-                        enable_version_counter=False),
+        LastCheckpoint(folder, settings.checkpoint, divergence),
     ]
     if settings.logger.name != "csv" and (settings.block.branches or settings.block.layers):
         callbacks.append(Branches())

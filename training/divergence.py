@@ -13,8 +13,8 @@ class DivergedError(ValueError):
 class StopAtNaN(Callback):
     """Stop when the loss is not finite, before any checkpoint holds what came of it.
 
-    The first such step is kept on the device. It is read every `log_every_n_steps`, and at the end of an
-    epoch, so that no step waits for the GPU.
+    The first such step is kept on the device. It is read every `log_every_n_steps`, and before anything is
+    saved, so that no step waits for the GPU.
     """
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -26,9 +26,6 @@ class StopAtNaN(Callback):
         self.first = torch.where(bad, self.first.clamp(max=step), self.first)
         if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
             self.check(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.check(trainer)  # before ModelCheckpoint, which Lightning calls last
 
     def check(self, trainer: pl.Trainer) -> None:
         """Raise in all processes at once: one that went on would wait for the others."""

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from evaluation.networks import build_network, start_network
 from images.random import seed_of
+from models.checkpoint import place_of
 from settings.command import Command
 
 SPLITS = ("test", "val")  # in the order of `ImageData.val_dataloader`
@@ -38,6 +39,7 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.settings, self.classes, self.image_size = settings, classes, image_size
         self.changed = list(changed)
+        self.place = 0, 0  # epochs, and batches of the next one, that are done when training starts
         self.net = start_network(settings, classes, image_size) if settings.ckpt is None else \
             build_network(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
@@ -66,14 +68,12 @@ class Classifier(pl.LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
 
-    def on_train_epoch_start(self) -> None:
-        # Dropout and the like: a function of (seed, epoch, process), so that a resumed run draws the same.
-        torch.manual_seed(seed_of(self.settings.seed, self.current_epoch, self.global_rank))
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        # What mixup, dropout and the like draw depends on the place alone: a resumed run draws the same.
+        torch.manual_seed(seed_of(self.settings.seed, self.current_epoch, batch_idx, self.global_rank))
         images, targets = batch if self.mix is None else self.mix(*batch)
         loss = F.cross_entropy(self(images), targets, label_smoothing=self.settings.optim.label_smoothing)
-        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        self.log("train/loss_step", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -103,15 +103,21 @@ class Classifier(pl.LightningModule):
         # A checkpoint has its optimiser's options; those of the settings count, as the command line may
         # change them. The schedule goes on at epochs done out of epochs wanted, whatever steps an epoch has.
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs
-        schedule.last_epoch = steps * self.current_epoch // epochs
+        steps, (epochs, batches) = int(self.trainer.estimated_stepping_batches), self.place
+        schedule.last_epoch = steps * epochs // self.trainer.max_epochs
+        schedule.last_epoch += batches // self.trainer.accumulate_grad_batches
         schedule.base_lrs = [fresh["lr"] for fresh in self.fresh_options]
         factor = schedule.lr_lambdas[0](schedule.last_epoch)
         for group, fresh in zip(optimizer.param_groups, self.fresh_options, strict=True):
             group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * factor})
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.place = place_of(checkpoint)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dbb"] = {"settings": self.settings.stored(), "classes": self.classes,
+        epoch, batches = self.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        place = (epoch + 1, 0) if batches == self.trainer.num_training_batches else (epoch, batches)
+        checkpoint["dbb"] = {"place": place, "settings": self.settings.stored(), "classes": self.classes,
                              "image_size": self.image_size, "changed": self.changed}
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import ParallelStrategy
 
 from dbb import branchwise, compare_logits, reparameterize
@@ -12,7 +13,7 @@ from evaluation.cost import activations_of_a_batch
 from evaluation.evaluate import pick_device, predict, scores, sentence
 from evaluation.networks import load_network, restore
 from images.data import ImageData
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, place_of
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO
 from runs.same import changes
@@ -23,14 +24,18 @@ from training.loggers import log_convolutions, log_predictions
 from training.module import Classifier, rough_start, try_optimizer
 from training.sweep import in_a_sweep
 
+# What decides which images an epoch's batches have, and after which of them the optimiser takes a step.
+OF_AN_EPOCH = ("data.batch_size", "data.max_images", "data.val_size", "seed",
+               "trainer.accumulate_grad_batches", "trainer.limit_train_batches")
 FORKS = ("spawn", "fork", "notebook")  # in the names of strategies that train in processes of multiprocessing
 
 
 class Start(NamedTuple):
-    """What training goes on from: a checkpoint, its epochs, and the settings that have changed since."""
+    """What training goes on from: a checkpoint, epochs done, batches of the next; what has changed since."""
 
     checkpoint: dict[str, Any] | None = None
     epochs: int = 0
+    batches: int = 0
     changed: list[str] = []
 
 
@@ -62,7 +67,7 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
     if command.ckpt is None:
         return Start()
     checkpoint = load_checkpoint(command.ckpt)
-    stored, done = checkpoint["dbb"]["settings"], checkpoint["epoch"] + 1
+    stored, (done, batches) = checkpoint["dbb"]["settings"], place_of(checkpoint)
     evaluated = result is not None or not folder.last.exists()  # else it stopped in its last evaluation
     if done >= command.trainer.max_epochs and evaluated:
         raise ValueError(f"trainer.max_epochs={command.trainer.max_epochs}: the checkpoint already has "
@@ -70,8 +75,13 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
     if stored["optim"]["name"] != command.optim.name:
         raise ValueError(f"optim.name={command.optim.name} cannot continue with the state of "
                          f"{stored['optim']['name']} in the checkpoint")
-    changed = [*checkpoint["dbb"].get("changed", []), *changes(stored, command, done)]
-    return Start(checkpoint, done, changed)
+    now = changes(stored, command, done)
+    for change in now:
+        if batches and change.startswith(OF_AN_EPOCH):
+            raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
+                             f"within epoch {done + 1}, after {batches} batches: go on without it until the "
+                             "epoch's end")
+    return Start(checkpoint, done, batches, [*checkpoint["dbb"].get("changed", []), *now])
 
 
 def load_data(command: Command, start: Start) -> ImageData:
@@ -80,7 +90,7 @@ def load_data(command: Command, start: Start) -> ImageData:
     Raises:
         ValueError: if there are none, or they are not of the checkpoint's classes.
     """
-    data = ImageData(command.data, command.seed, first_epoch=start.epochs)
+    data = ImageData(command.data, command.seed, start.epochs, start.batches)
     print(f"loading the images of data={command.data.name}", flush=True)
     data.load(train=True)
     if start.checkpoint is not None:
@@ -115,9 +125,12 @@ def make_trainer(command: Command, folder: RunFolder) -> pl.Trainer:
     if any(kind in conf.strategy for kind in FORKS):
         raise ValueError(f"trainer.strategy={conf.strategy}: it trains in processes made by "
                          "multiprocessing, whose metrics and logs end with them: take trainer.strategy=ddp")
+    plugins = [WholeCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # LastCheckpoint does, between two steps
     try:
-        trainer = pl.Trainer(**options, default_root_dir=folder.path, logger=False,
-                             callbacks=make_callbacks(command, folder), plugins=[WholeCheckpointIO()],
+        trainer = pl.Trainer(**options, default_root_dir=folder.checkpoints, logger=False,
+                             callbacks=make_callbacks(command, folder), plugins=plugins,
                              enable_model_summary=False, use_distributed_sampler=False,
                              num_sanity_val_steps=0)
     except Exception as error:  # whatever Lightning and the packages that it needs raise
@@ -159,6 +172,16 @@ def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunF
     print(*filter(None, said), f"run folder: {folder.path}", sep="\n")
     log_convolutions(trainer.loggers[-1], net.report, folder)
     return {"parameters": parameters, "activations_mib": activations}
+
+
+def stopped_by_time(command: Command, folder: RunFolder) -> bool:
+    """Whether `trainer.max_time` ended the training before its last epoch; a line then says how to go on."""
+    epochs, batches = place_of(load_checkpoint(folder.last))
+    if epochs < command.trainer.max_epochs:
+        print(f"stopped by trainer.max_time={command.trainer.max_time} after {epochs} of "
+              f"{command.trainer.max_epochs} epochs and {batches} batches: the same command with a longer "
+              f"time, or none, goes on from {folder.last}")
+    return epochs < command.trainer.max_epochs
 
 
 def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder: RunFolder,

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import build_model, load_weights, published
-from models.published import read_weights, translate
+from models.published import translate
+from models.reading import read_weights
 from tests.helpers import Stranger, randomize, relative_error
 from tests.models.published_networks import CLASSES, Orepa, OrepaStem, image, published_model
 

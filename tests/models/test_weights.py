@@ -20,7 +20,7 @@ from export.files import load_network, save_network
 from images.data import ImageData
 from models import build_model
 from models.checkpoint import load_checkpoint
-from models.published import read_weights
+from models.reading import read_weights
 from predict import prepare
 from tests.helpers import TINY, Stranger, randomize, relative_error, write_tree
 from tests.models.published_networks import image, published_model
@@ -203,6 +203,47 @@ def test_strides_of_small_images_are_told(tmp_path, capsys):
 def test_the_key_of_pytorchs_tutorials(tmp_path):
     torch.save({"model_state_dict": {"weight": torch.ones(1)}, "epoch": 3}, tmp_path / "tutorial.pt")
     assert read_weights(tmp_path / "tutorial.pt") == ({"weight": torch.ones(1)}, {})
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "model._orig_mod."])
+def test_a_network_inside_a_lightning_module(tmp_path, capsys, prefix):
+    net = build_model("resnet8", 10, image_size=8)
+    weights = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": weights | {"criterion.weight": torch.ones(10)}}, tmp_path / "lightning.ckpt")
+    weights, _ = read_weights(tmp_path / "lightning.ckpt")
+    ours = build_model("resnet8", 10, image_size=8, weights=weights).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in net.state_dict().items())
+    assert f"those under '{prefix}' are taken; not taken: criterion.weight" in capsys.readouterr().out
+
+
+def test_whatever_key_holds_the_tensors(tmp_path):
+    weights = {"weight": torch.ones(1)}
+    for content in ({"net": weights, "acc": 91.5}, {"model": {"state_dict": weights}}):
+        torch.save(content, tmp_path / "a.pth")
+        assert read_weights(tmp_path / "a.pth") == (weights, {})
+    torch.save({"generator": weights, "critic": weights}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="is no file of weights"):
+        read_weights(tmp_path / "a.pth")
+    torch.save({"state_dict": weights, "best": np.float64(0.5)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"\(a numpy\.[\w.]+: save its tensors alone"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_quantized_weights_are_refused():
+    weights = build_model("resnet8", 10, image_size=8).state_dict()
+    weights["fc.bias"] = torch.ones(10, dtype=torch.int8)
+    with pytest.raises(ValueError, match="fc.bias is of torch.int8 in the file"):
+        build_model("resnet8", 10, image_size=8, weights=weights)
+
+
+def test_what_timms_script_prepared_images_with_is_told(make_settings, tmp_path, capsys):
+    net = timm.create_model("test_resnet", num_classes=10)
+    prepared = Namespace(mean=(0.5,) * 3, std=None, crop_pct=1.0, interpolation="bicubic", img_size=64)
+    torch.save({"arch": "test_resnet", "state_dict": net.state_dict(), "args": prepared}, tmp_path / "a.pth")
+    start_network(make_settings("model=timm", "model.name=test_resnet", "data=digits",
+                                f"model.weights={tmp_path}/a.pth"), TEN, 64)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "model.weights: trained with" in line]
+    assert [line.split("data.")[1].split("=")[0] for line in lines] == ["mean", "interpolation", "crop_pct"]
 
 
 def test_a_value_that_the_network_cannot_hold(tmp_path):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import cloudpickle
 import pandas as pd
 import pytest
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -18,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import convert as convert_script
 import train as train_script
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, place_of
 from runs.folder import FolderTakenError, RunFolder
 from runs.same import as_begun, of_the_training
 from settings.cli import plain_errors
@@ -34,15 +35,16 @@ script = Path({root!r}, "train.py")
 exec(compile(script.read_text(), str(script), "exec"))  # under this file's name: a second process starts it
 """
 FROZEN = """
+import os, signal
 from torch import nn
 from training.module import Classifier
-start = Classifier.on_train_epoch_start
-def frozen(self):
-    start(self)
+def frozen(self, batch, batch_idx):
     for module in self.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-Classifier.on_train_epoch_start = frozen
+    if "STOP" in os.environ and self.global_rank == 0 and batch_idx == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+Classifier.on_train_batch_start = frozen
 """
 NO_MEMORY = """
 import dbb, training.module
@@ -247,8 +249,8 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
         job.send_signal(signal.SIGUSR1)
         while not (tmp_path / "asked").exists() and job.poll() is None:
             time.sleep(0.1)
-        job.kill()
-        job.wait()
+        assert job.wait(60) == 128 + signal.SIGUSR1
+    assert "stopped by SIGUSR1 " in (tmp_path / "log").read_text()
     assert (tmp_path / "asked").read_text() == "requeue 4242\n", (tmp_path / "log").read_text()[-2000:]
     assert not (folder / "result.json").exists()
     again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
@@ -256,14 +258,14 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
     assert "epoch 1/12" not in again.stdout
     assert "epoch 12/12" in again.stdout
     assert (folder / "result.json").exists()
-    assert not list(folder.glob("hpc_ckpt_*"))
+    assert (folder / "hpc_ckpt_1.ckpt").exists(), "which Lightning would have tried to go on from"
     runs = {path.name.split("-")[-1] for path in (folder / "wandb").glob("offline-run-*")}
     assert len(runs) == 1, "two sessions of one W&B run"
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["slurm-4242"]
 
 
 def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_path, monkeypatch):
-    """With SGD and frozen norms: the same weights.
+    """With SGD and frozen norms: the same weights, also where one of them was told to stop after a step.
 
     Each test image is counted once; there is one folder and one W&B run, and it converts.
     """
@@ -275,7 +277,7 @@ def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_pat
     done = run(script, *options, "trainer.devices=2", "trainer.strategy=ddp", "out=two", cwd=tmp_path,
                env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr(Classifier, "on_train_epoch_start", Classifier.on_train_epoch_start)  # to put it back
+    monkeypatch.setattr(Classifier, "on_train_batch_start", Classifier.on_train_batch_start)  # to put it back
     exec(FROZEN, {})
     train_script.train(make_settings(*options, "trainer.devices=1", "logger=csv"), tmp_path / "one")
     one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"]
@@ -283,12 +285,22 @@ def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_pat
     for key in one:
         assert relative_error(two[key], one[key]) < 1e-5, key
 
+    stopped = run(script, *options, "trainer.devices=2", "trainer.strategy=ddp", "out=parts", cwd=tmp_path,
+                  env={"WANDB_MODE": "offline", "STOP": "1"})
+    assert stopped.returncode == 143
+    assert place_of(load_checkpoint(tmp_path / "parts" / "checkpoints" / "last.ckpt")) == (0, 3)
+    done = run(script, *options, "trainer.devices=2", "trainer.strategy=ddp", "out=parts", cwd=tmp_path,
+               env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = load_checkpoint(tmp_path / "parts" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(torch.equal(parts[key], value) for key, value in two.items())
+
     metrics = pd.read_csv(tmp_path / "two" / "metrics.csv")
     in_training, at_the_end = (metrics[name].dropna().tolist() for name in ("test/top1", "final/top1"))
     assert in_training == pytest.approx(at_the_end, abs=1e-6)
     assert len(list((tmp_path / "two" / "wandb").glob("offline-run-*"))) == 1
     ours = {"frozen.py", "script.py", "__pycache__"}
-    assert {path.name for path in tmp_path.iterdir()} - ours == {"one", "two"}
+    assert {path.name for path in tmp_path.iterdir()} - ours == {"one", "two", "parts"}
     settings = make_settings(f"ckpt={tmp_path}/two/checkpoints/last.ckpt", "export=[]", config_name="convert")
     assert convert_script.convert(settings, tmp_path / "converted")["predictions_changed"] == 0
 

@@ -44,6 +44,7 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("data.val_size=-1", "data.val_size"), ("data.image_size=-3", "data.image_size"),
     ("data.interpolation=cubic", "did you mean bicubic"), ("data.name=cifar11", "did you mean cifar10"),
     ("data.crop_pct=0.9", "data.crop_pct"), ("data.crop_pct=0", "data.crop_pct"),
+    ("optim.ema_decay=1", "optim.ema_decay"), ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val"),
     ("optim.label_smoothing=2", "label_smoothing"), ("optim.warmup_epochs=-1", "warmup_epochs"),
     ("optim.name=sgdd", "did you mean sgd"), ("logger.name=wand", "did you mean wandb")])
 def test_wrong_settings_fail_at_once(make_settings, override, knob):

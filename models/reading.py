@@ -1,0 +1,105 @@
+"""Weights in files of many makers: tensors by name, and what the file says of them."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import timm
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
+WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
+PREPARED = ("mean", "std", "interpolation", "crop_pct", "image_size")  # what images were prepared with
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of weights onto the CPU: .safetensors, .hdf5 and .h5, all others as PyTorch writes them.
+
+    A dict under one of `WRAPPERS` is unwrapped: averaged weights first, which timm and torchvision test by;
+    under another key, if it is the only one of tensors. What DataParallel, torch.compile and our own
+    checkpoints set before a key is taken off.
+
+    Returns:
+        The weights, and what the file says of them: `model`, the name in `models.BACKBONES` or timm's; of a
+        file of ours also `classes`; of ours and of timm's script, some of `PREPARED`.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file of weights")
+    about = {}
+    try:
+        if path.suffix.lower() == ".safetensors":
+            weights, about = load_file(path), _header(path)
+        elif path.suffix.lower() in (".hdf5", ".h5"):
+            with h5py.File(path) as file:
+                weights = {key: torch.as_tensor(value[()]) for key, value in file.items()}
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever its reader raises on an untrusted file
+        held = re.search(r"GLOBAL ([\w.]+)", str(error))
+        more = f"a {held[1]}: save its tensors alone, torch.save(state_dict, FILE)" if held else "more"
+        raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors ({more})"
+                         ) from error
+    prefix = r"(module\.|_orig_mod\.)+"
+    if isinstance(weights, dict) and "dbb" in weights:
+        prefix, about = r"net\.", _of_our_checkpoint(weights["dbb"])
+    elif isinstance(weights, dict) and isinstance(weights.get("arch"), str):
+        about = _of_timms_script(weights)
+    weights = _unwrapped(weights, path)
+    weights.pop("n_averaged", None)
+    return {re.sub(f"^{prefix}", "", key): value for key, value in weights.items()}, about
+
+
+def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:
+    while not _are_weights(weights):
+        inner = weights if isinstance(weights, dict) else {}
+        named = [key for key in WRAPPERS if isinstance(inner.get(key), dict)]
+        others = [key for key, value in inner.items() if value and _are_weights(value)]
+        key = named[0] if named else others[0] if len(others) == 1 else None
+        if key is None:
+            raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under "
+                             "state_dict or model")
+        if key in AVERAGED:
+            rank_zero_only(print)(f"{path}: its averaged weights are taken ({key})")
+        weights = inner[key]
+    return weights
+
+
+def _are_weights(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(key, str) and isinstance(value, Tensor)
+                                           for key, value in found.items())
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("dbb", "{}"))
+
+
+def _of_our_checkpoint(stored: dict[str, Any]) -> dict[str, Any]:
+    about = {"model": stored["settings"]["model"]["name"]}
+    about |= {key: stored[key] for key in ("classes", "image_size") if key in stored}
+    data = stored["settings"].get("data", {})
+    return {key: data[key] for key in PREPARED if key in data} | about
+
+
+def _of_timms_script(stored: dict[str, Any]) -> dict[str, Any]:
+    # A name, perhaps with a hub before and a tag behind it; or a class's name, or one that timm has given up,
+    # which say nothing here: then keys and shapes decide.
+    name = stored["arch"].rpartition("/")[2].split(".")[0]
+    about = {"model": name} if name in timm.list_models() else {}
+    asked = vars(stored["args"]) if isinstance(stored.get("args"), Namespace) else {}
+    asked = asked | {"image_size": asked.get("img_size")}
+    for key in PREPARED:
+        if asked.get(key) is not None:
+            about[key] = list(asked[key]) if isinstance(asked[key], tuple) else asked[key]
+    return about

@@ -1,0 +1,175 @@
+"""A run that is stopped within an epoch goes on exactly there."""
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, Timer
+
+import train as train_script
+from models.checkpoint import load_checkpoint, place_of
+from tests.helpers import write_tree
+from training import saving
+from training import steps as train_steps
+
+SHORT = ("model=resnet8_dbb", "data=digits", "data.max_images=320", "data.batch_size=32", "logger=csv",
+         "trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.log_every_n_steps=1",
+         "trainer.limit_val_batches=1")
+EXTRAS = {"plain": (), "mixup": ("data.mixup=0.2", "data.cutmix=1.0"), "workers": ("data.num_workers=2",),
+          "ema": ("optim.ema_decay=0.9", "optim.warmup_epochs=1"),
+          "accumulation": ("trainer.accumulate_grad_batches=2", "optim.ema_decay=0.9")}
+
+
+class At(Callback):
+    """Do something at the start of one batch."""
+
+    def __init__(self, epoch: int, batch: int, action, validation: bool = False):
+        self.place, self.action, self.validation = (epoch, batch), action, validation
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if not self.validation and (trainer.current_epoch, batch_idx) == self.place:
+            self.action(trainer)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if self.validation and (trainer.current_epoch, batch_idx) == self.place:
+            self.action(trainer)
+
+
+@pytest.fixture
+def train_with(monkeypatch):
+    """Train with one more callback."""
+    def train(settings, folder, *more):
+        make = train_steps.make_callbacks
+        with monkeypatch.context() as patch:
+            patch.setattr(train_steps, "make_callbacks", lambda *args: [*make(*args), *more])
+            return train_script.train(settings, folder)
+    return train
+
+
+def terminate(trainer):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(trainer):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fail(trainer):
+    raise RuntimeError("power failure")
+
+
+def place(folder: Path) -> tuple[int, int]:
+    return place_of(load_checkpoint(folder / "checkpoints" / "last.ckpt"))
+
+
+def check_same(one: Path, other: Path) -> None:
+    """The weights, bit by bit, and the mean training loss of every epoch."""
+    first, second = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (one, other))
+    for name in ("state_dict", "current_model_state"):
+        assert first.get(name, {}).keys() == second.get(name, {}).keys()
+        for key, value in first.get(name, {}).items():
+            assert torch.equal(value, second[name][key]), key
+    losses = [pd.read_csv(folder / "metrics.csv").groupby("epoch")["train/loss_epoch"].last().tolist()
+              for folder in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
+def test_a_signal_within_an_epoch(make_settings, train_with, tmp_path, capsys, extra):
+    """SIGTERM arrives in the third batch of the second epoch; an accumulation ends with the fourth."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_with(make_settings(*SHORT, *extra), whole)
+    with pytest.raises(SystemExit) as stop:
+        train_with(make_settings(*SHORT, *extra), parts, At(1, 2, terminate))
+    assert stop.value.code == 143
+    done = 4 if "trainer.accumulate_grad_batches=2" in extra else 3
+    assert f"stopped by SIGTERM in epoch 2, after {done} batches of it: {parts}" in capsys.readouterr().err
+    assert place(parts) == (1, done)
+    assert not (parts / "result.json").exists()
+    train_with(make_settings(*SHORT, *extra), parts)
+    assert place(parts) == (2, 0)
+    check_same(whole, parts)
+
+
+@pytest.mark.parametrize(("epoch", "batch", "left"), [(0, 4, (0, 4)), (1, 0, (1, 0)), (1, 2, (1, 1))])
+def test_a_crash_costs_the_steps_since_the_last_save(make_settings, train_with, tmp_path, epoch, batch, left):
+    """Saved every second step, and after each epoch."""
+    every = (*SHORT, "checkpoint.every_n_train_steps=2")
+    train_with(make_settings(*every), tmp_path / "whole")
+    for _ in range(2):  # the second time from where the first was saved
+        with pytest.raises(RuntimeError, match="power failure"):
+            train_with(make_settings(*every), tmp_path / "parts", At(epoch, batch, fail))
+        assert place(tmp_path / "parts") == left
+    train_with(make_settings(*every), tmp_path / "parts")
+    check_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("action", [fail, terminate])
+def test_an_epoch_is_saved_before_its_evaluation(make_settings, train_with, tmp_path, action):
+    train_with(make_settings(*SHORT), tmp_path / "whole")
+    with pytest.raises((RuntimeError, SystemExit), match="power failure|143"):
+        train_with(make_settings(*SHORT), tmp_path / "parts", At(0, 0, action, validation=True))
+    assert place(tmp_path / "parts") == (1, 0)
+    train_with(make_settings(*SHORT), tmp_path / "parts")
+    first, second = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"]
+                     for name in ("whole", "parts"))
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+
+
+def test_a_damaged_test_image_costs_no_epoch(make_settings, tmp_path):
+    files = write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 8, (40, 40))
+    broken = files / "val" / "b" / "7.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100])
+    settings = make_settings("model=resnet8", "data=folder", f"data.root={files}", "data.image_size=32",
+                             "data.batch_size=4", "data.num_workers=0", "logger=csv", "trainer.max_epochs=1")
+    with pytest.raises(ValueError, match="7.png"):
+        train_script.train(settings, tmp_path / "run")
+    assert place(tmp_path / "run") == (1, 0)
+    broken.write_bytes(content)
+    assert "top1" in train_script.train(settings, tmp_path / "run")
+
+
+def test_the_time_of_a_run_ends_within_an_epoch(make_settings, train_with, tmp_path, monkeypatch, capsys):
+    """Not finished; with more time it goes on, and ends as if it had never stopped."""
+    train_with(make_settings(*SHORT), tmp_path / "whole")
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "time_elapsed", lambda self, *stage: 3600 if len(steps) >= 7 else 0)
+        count = At(0, 0, None)
+        count.on_train_batch_start = lambda *args: steps.append(args)
+        result = train_with(make_settings(*SHORT, "trainer.max_time=00:01:00:00"), tmp_path / "parts", count)
+    assert result == {}
+    assert place(tmp_path / "parts") == (1, 2)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    assert "stopped by trainer.max_time=00:01:00:00 after 1 of 2 epochs and 2 batches" in \
+        capsys.readouterr().out
+    train_with(make_settings(*SHORT, "trainer.max_time=00:05:00:00"), tmp_path / "parts")
+    check_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_cannot_change_within_an_epoch(make_settings, train_with, tmp_path):
+    with pytest.raises(SystemExit, match="130"):
+        train_with(make_settings(*SHORT), tmp_path, At(1, 2, interrupt))
+    ckpt = f"ckpt={tmp_path}/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="data.batch_size: 32 until epoch 1, then 16: this can change bet"):
+        train_with(make_settings(ckpt, "data.batch_size=16"), tmp_path)
+    train_with(make_settings(ckpt, "optim.weight_decay=0.1"), tmp_path)
+
+
+def test_a_state_is_saved_at_an_interval(make_settings, train_with, tmp_path, monkeypatch):
+    """Of a clock that moves on by 20 seconds a step, with one minute between two states."""
+    saved, clock, save = [], iter(range(0, 10_000, 20)), pl.Trainer.save_checkpoint
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def watched(trainer, *args, **kwargs):
+        saved.append(trainer.global_step)
+        save(trainer, *args, **kwargs)
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", watched)
+    train_with(make_settings(*SHORT, "checkpoint.train_time_interval=00:00:01:00"), tmp_path)
+    assert saved == [3, 5, 8, 10]
