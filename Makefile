@@ -8,7 +8,7 @@ RUN = .venv/bin/python
 	$(RUN) -m pip install --quiet -c requirements.lock -e '.[dev]'
 	touch $@
 
-.PHONY: demo test lint fuzz gpu bench families
+.PHONY: demo test quick lint fuzz torture gpu bench families
 demo: .venv/ready  ## train on real handwritten digits, convert, print the table
 	rm -rf outputs/demo
 	$(RUN) train.py experiment=demo out=outputs/demo
@@ -17,11 +17,17 @@ demo: .venv/ready  ## train on real handwritten digits, convert, print the table
 test: .venv/ready lint
 	$(RUN) -m pytest -n auto --dist loadfile
 
+quick: .venv/ready  ## the essentials, in one process: about a minute
+	$(RUN) -m pytest -m "not slow" tests/dbb tests/settings tests/runs
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 
 fuzz: .venv/ready  ## 50,000 random blocks against the reference, new ones each time: about 20 minutes
 	FUZZ=50000 $(RUN) -m pytest tests/dbb/test_properties.py -k reference
+
+torture: .venv/ready  ## kill runs at random moments, fill disks: about an hour; as root, for disks of a few KiB
+	$(RUN) tools/torture.py
 
 bench: .venv/ready  ## about 15 minutes, on a machine that does nothing else
 	$(RUN) benchmarks/step_time.py

@@ -18,14 +18,16 @@ from conversion.steps import (
     compare_files,
     compare_graphs,
     fold,
+    names_of,
     refuse_changes,
     refuse_settings,
     write_files,
     write_report,
 )
 from evaluation.evaluate import load_run, pick_device
-from export.files import require_places, save_hub, staged
-from export.formats import WRITTEN, require
+from export.files import save_hub
+from export.formats import require
+from export.place import require_place, staged
 from reports.conversion import print_tables
 from runs.folder import RunFolder
 from settings.cli import output_folder, plain_errors
@@ -52,13 +54,13 @@ def convert(command: Command, out: Path) -> dict:
             an earlier conversion stay.
     """
     require(command.export)
-    require_places(out, WRITTEN)
+    require_place(out, names_of(command))
     net, data, about = load_run(command, train=True)
     refuse_settings(command, data, about)
     output_folder(out)
     device = pick_device(command.trainer.accelerator)
     converted, report, logits = fold(net, data, about, device, command)
-    with staged(out, WRITTEN) as part:
+    with staged(out) as part:
         read = write_files(command, converted, part)
         compare_files(read, logits, data, device, part, report)
         compare_graphs(converted, read, part, report)
@@ -74,7 +76,8 @@ def convert(command: Command, out: Path) -> dict:
 def main(cfg: DictConfig) -> None:
     with plain_errors():
         command = resolve(cfg, HydraConfig.get().overrides.task)
-        folder = RunFolder.of_checkpoint(command.ckpt or "", published=command.source is not None)
+        ckpt = Path(command.ckpt or "")
+        folder = RunFolder.of_checkpoint(ckpt) or RunFolder(Path("outputs", ckpt.stem))
         out = Path(command.out) if command.out else folder.conversion
         report = convert(command, out)
         if command.logger.name == "wandb":

@@ -63,7 +63,7 @@ def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
         What a sweeper may select by: `val_top1`.
     """
     command = resolve(cfg, HydraConfig.get().overrides.task)
-    made_here = folder is None and command.out is None and command.ckpt is None
+    made_here = folder is None and command.out is None
     folder = folder or RunFolder.of(command)
     with folder.alone():
         try:

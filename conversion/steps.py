@@ -12,12 +12,17 @@ from dbb import branch_shares, branchwise, compare_logits, fold_norms, restore_n
 from evaluation.cost import cost, latency_ms
 from evaluation.evaluate import exact_arithmetic, predict, scores
 from export import graph, int8
-from export.files import sha256
+from export.files import HUB, sha256
 from export.formats import FORMATS, Converted, wanted
 from images.data import ImageData
 from models import build_model, of_timm, recipe
 from reports.conversion import draw_graphs, draw_report, markdown, print_tables
 from settings.command import Command
+
+
+def names_of(command: Command) -> list[str]:
+    """The files of networks that a command asks for."""
+    return [kind.file for kind in wanted(command.export)] + [name for name in HUB if command.hub]
 
 
 def refuse_settings(command: Command, data: ImageData, about: dict) -> None:
@@ -63,7 +68,8 @@ def fold(net: nn.Module, data: ImageData, about: dict, device: torch.device,
     about["norm_statistics"] = "training images" if data.classes else "noise images"
     report = {"about": about, "before": before, "after": after}
     report |= asdict(compare_logits([(logits, logits_after)]))
-    report |= {"tolerance": command.tolerance, "shares": branch_shares(net), "files": {}}
+    report |= {"tolerance": command.tolerance, "shares": branch_shares(net), "files": {},
+               "hub": [name for name in HUB if command.hub]}
     plain = build_model(about["model"], len(about["classes"]), image_size=data.image_size)
     with exact_arithmetic():
         images = (batch.to(device) for batch in data.calibration_images())

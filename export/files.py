@@ -1,11 +1,7 @@
-"""model.safetensors, its header, and folders that are written whole or not at all."""
+"""model.safetensors and its header; the folder that timm loads."""
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -15,34 +11,7 @@ from torch import nn
 
 from models import build_model, load_weights
 
-
-def require_places(out: Path, names: Sequence[str]) -> None:
-    """Check, before any work, that only files of an earlier conversion will be replaced.
-
-    Raises:
-        ValueError: if something else stands in a file's place.
-    """
-    for name in names:
-        if (out / name).is_dir() or (out / name).parent.is_file():
-            raise ValueError(f"{out / name} is to be written, but something else stands there: choose "
-                             "another folder with out=DIR")
-
-
-@contextmanager
-def staged(out: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder to write `names` into, which replace an earlier conversion's in `out` when all are written."""
-    umask = os.umask(0)
-    os.umask(umask)
-    converted_before = (out / "report.json").is_file()
-    with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as part:
-        yield Path(part)
-        for name in names:
-            if (Path(part) / name).exists():
-                (out / name).parent.mkdir(exist_ok=True)
-                (Path(part) / name).chmod(0o666 & ~umask)  # safetensors writes for its owner only
-                os.replace(Path(part) / name, out / name)
-            elif converted_before:
-                (out / name).unlink(missing_ok=True)
+HUB = ("hub/model.safetensors", "hub/config.json")  # what timm loads from a folder
 
 
 def sha256(path: str | Path) -> str:

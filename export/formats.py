@@ -72,8 +72,6 @@ FORMATS = {  # of export=[...]; the first is always written
                   lambda path: torch.export.load(path).module()),
     "int8": Format("model-int8.onnx", _write_int8, graph.OnnxNetwork, ONNX, made_from="onnx", exact=False),
 }
-WRITTEN = (*(kind.file for kind in FORMATS.values()), "report.md", "report.json", "report.png", "graphs.png",
-           "hub/model.safetensors", "hub/config.json")
 
 
 def wanted(kinds: Sequence[str]) -> list[Format]:

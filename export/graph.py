@@ -1,5 +1,6 @@
 """Write a network's graph, as ONNX or as a PyTorch program; run the former, and count what is in it."""
 
+import io
 import json
 import logging
 import tempfile
@@ -46,7 +47,9 @@ def export_pt2(net: nn.Module, image: Tensor, path: Path) -> None:
     program = torch.export.export(net, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # with the paths of this machine
-    torch.export.save(program, path)
+    content = io.BytesIO()  # torch's own writer aborts the process where a disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
 
 
 class quiet(warnings.catch_warnings):  # noqa: N801

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from models.checkpoint import load_checkpoint
 from runs.safety import newest, write_text
 from runs.same import as_begun, differences
 from settings.cli import output_folder
@@ -31,6 +33,7 @@ class RunFolder:
     """The folder of a run, at `path`; it need not exist yet."""
 
     signs = (".lock", "config.yaml", "error.txt")  # files by which a folder shows that it is a run's
+    writes = ("config.yaml", "result.json", "metrics.csv", "convolutions.csv", "checkpoints")
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -52,8 +55,9 @@ class RunFolder:
         if os.environ.get("LOCAL_RANK", "0") != "0" and FOLDER_VARIABLE in os.environ:
             return cls(os.environ[FOLDER_VARIABLE])
         path = command.out
-        if path is None and command.ckpt is not None:
-            return cls.of_checkpoint(command.ckpt)
+        of_checkpoint = cls.of_checkpoint(command.ckpt) if command.ckpt is not None else None
+        if path is None and of_checkpoint is not None:
+            return of_checkpoint
         if rank_zero_only.rank:
             return cls(path or ".")
         if path is None:
@@ -63,10 +67,24 @@ class RunFolder:
         return cls(output_folder(path))
 
     @classmethod
-    def of_checkpoint(cls, ckpt: str | Path, published: bool = False) -> "RunFolder":
-        """The folder of the run that wrote `ckpt`; a published file has no run, and gets one by its name."""
+    def of_checkpoint(cls, ckpt: str | Path) -> "RunFolder | None":
+        """The folder of the run that wrote a checkpoint; None if the file lies somewhere else."""
         path = Path(ckpt).absolute()
-        return cls(Path("outputs", path.stem) if published else path.parent.parent)
+        folder = cls(path.parent.parent)
+        return folder if path.parent == folder.checkpoints and folder.is_ours() else None
+
+    def is_ours(self) -> bool:
+        """Whether config.yaml, or else the checkpoint, says that this is the folder of a run."""
+        try:
+            if {"model", "block", "data", "trainer"} <= (self.read_config() or {}).keys():
+                return True
+        except ValueError:  # a damaged one, which cannot be told from somebody else's
+            pass
+        try:
+            load_checkpoint(self.last)
+        except ValueError:
+            return False
+        return True
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -79,14 +97,19 @@ class RunFolder:
             yield
             return
         os.environ[FOLDER_VARIABLE] = str(self.path.absolute())
-        lock = FileLock(self.lock, blocking=False)
+        lock, holder = FileLock(self.lock, blocking=False), None
+        if self.lock.exists():
+            holder = self.lock.read_text()  # to lock a file is to empty it
         try:
             lock.acquire()
+            self.lock.write_text(f"process {os.getpid()} of {platform.node()}")
         except NotImplementedError:
             pass  # a file system without locks cannot keep others out
         except Timeout as error:
-            raise FolderTakenError(f"another process is training in {self.path}: let it finish, or choose "
-                                   "another folder with out=DIR") from error
+            self.lock.write_text(holder)
+            raise FolderTakenError(f"another process is training in {self.path} ({holder}): let it finish, "
+                                   "or choose another folder with out=DIR; if it is dead, remove "
+                                   f"{self.lock}") from error
         try:
             yield
         finally:
@@ -136,8 +159,12 @@ class RunFolder:
             The command, with the checkpoint and the W&B id of that run, where there are any.
 
         Raises:
-            FolderTakenError: if the folder holds another run.
+            FolderTakenError: if the folder holds another run, or what no run has written.
         """
+        there = [name for name in self.writes if (self.path / name).exists()]
+        if there and not self.is_ours():
+            raise FolderTakenError(f"{self.path} has {there[0]}, but no config.yaml of a run: it is somebody "
+                                   "else's; choose another folder with out=DIR")
         if command.ckpt is not None:
             if self.last.exists() and Path(command.ckpt).resolve() != self.last.resolve():
                 raise FolderTakenError(f"{self.path} already holds another run than ckpt={command.ckpt}: "

@@ -29,7 +29,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             part.replace(path)
         except (OSError, RuntimeError) as error:  # the latter is torch's, for a disk that is full
             part.unlink(missing_ok=True)
-            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            why = getattr(error, "strerror", None) or "the disk may be full"
             raise OSError(f"{path} could not be written ({why}): make room, and the same command goes on "
                           "from the checkpoint before") from error
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -25,10 +26,27 @@ warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended 
 
 # What a user, a file or a disk can cause.
 EXPECTED = (ValueError, OSError, MisconfigurationException)
+MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
+    r"No space left|PytorchStreamWriter|inline_container":
+        "the disk is full: make room, and give the same command again",
+    r"DataLoader worker .*(killed|exited)":
+        "a process that loads images has died, mostly for want of memory: lower data.num_workers or "
+        "data.batch_size, and give the same command again",
+}
+
+
+def of_the_machine(error: Exception) -> str | None:
+    """What to do about a failure of the machine, if the error is one."""
+    if "make room" in str(error):  # which says it already
+        return None
+    return next((advice for words, advice in MACHINE.items() if re.search(words, str(error))), None)
 
 
 def as_sentence(error: Exception) -> str:
     """An error in one sentence; its kind is named where it is none that a user can cause."""
+    advice = of_the_machine(error)
+    if advice is not None:
+        return f"error: {advice} ({str(error).strip().splitlines()[0]})"
     if not isinstance(error, EXPECTED):
         return f"error: {type(error).__name__}: {error}"
     text = str(error).strip()
@@ -39,7 +57,7 @@ def as_sentence(error: Exception) -> str:
 
 def print_failure(name: str, error: Exception) -> None:
     """Say why a job failed, with a traceback where that may be a fault of ours."""
-    if not isinstance(error, EXPECTED):
+    if not isinstance(error, EXPECTED) and of_the_machine(error) is None:
         traceback.print_exception(error)
     print(f"{name}: {as_sentence(error)}", file=sys.stderr)
 
@@ -57,8 +75,9 @@ def plain_errors() -> Iterator[None]:
         sys.exit(130)
     except SIGTERMException:  # which alone would exit with status 0
         sys.exit(143)
-    except EXPECTED as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Exception as error:
+        expected = isinstance(error, EXPECTED) or of_the_machine(error) is not None
+        if not expected or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(as_sentence(error))
 

@@ -14,7 +14,7 @@ from dbb import branches
 from models import build_model
 from models.checkpoint import load_checkpoint
 from reports.conversion import print_tables
-from tests.helpers import TINY, call, run
+from tests.helpers import TINY, call, run, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,6 @@ def test_bad_checkpoints(trained, make_settings, tmp_path):
     fails("cannot be used with ckpt", f"ckpt={good}", "experiment=demo")
     fails("cannot be used with ckpt", f"ckpt={good}", "model.weights=x.pth")
 
-    from tests.test_data import write_tree
     tree = write_tree(tmp_path / "tree", ("train", "val"), ["a", "b"], 2, (8, 8))
     fails("trained for 10 classes, but data=folder has 2", f"ckpt={good}", "data=folder", f"data.root={tree}")
 

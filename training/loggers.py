@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dbb import Report
 from dbb.surgery import Row
-from export.formats import WRITTEN
+from export.place import REPORTS
 from images.data import ImageData
 from reports.conversion import rows
 from runs.folder import RunFolder
@@ -159,7 +159,7 @@ def _send_conversion(run: Any, report: dict, out: Path) -> None:
     compared = ("predictions_changed", "ties", "relative_error")
     run.summary.update({f"convert/{name}": report[name] for name in compared})
     artifact = wandb.Artifact(f"converted-{run.id}", "model", metadata=report["about"])
-    for name in WRITTEN:
+    for name in (*report["files"], *report["hub"], *REPORTS):
         if (out / name).exists():
             artifact.add_file(str(out / name), name)
     run.log_artifact(artifact)

@@ -34,5 +34,7 @@ def job(run: Callable[[DictConfig, RunFolder], float | None], cfg: DictConfig) -
 
 def exit_if_jobs_failed() -> None:
     """End the script with status 1 and the names of the jobs that failed, if any did."""
-    if _failed:
-        sys.exit(f"error: {len(_failed)} jobs failed, see above: {', '.join(_failed)}")
+    names = list(_failed)
+    _failed.clear()
+    if names:
+        sys.exit(f"error: {len(names)} jobs failed, see above: {', '.join(names)}")

@@ -1,6 +1,7 @@
 """What convert.py leaves behind: files that load elsewhere, the same every time; graphs, int8, predict.py."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -267,9 +268,30 @@ def test_the_picture_names_the_average():
 
 def test_a_conversion_does_not_take_the_place_of_something_else(trained, make_settings, tmp_path):
     (tmp_path / "report.md").mkdir()
-    with pytest.raises(ValueError, match="something else stands there"):
-        convert_script.convert(make_settings(f"ckpt={trained}", config_name="convert"), tmp_path)
-    assert [path.name for path in tmp_path.rglob("*")] == ["report.md"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.onnx").write_text("somebody's")
+    for out in (tmp_path, tmp_path / "other"):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(ValueError, match="what stands there is of no earlier conversion"):
+            convert_script.convert(make_settings(f"ckpt={trained}", config_name="convert"), out)
+        assert sorted(out.rglob("*")) == before
+
+
+def test_a_later_conversion_replaces_what_an_earlier_one_wrote(trained, make_settings, tmp_path):
+    """Nothing else; and it clears what one that was killed has left."""
+    (tmp_path / "hub").mkdir()
+    for name in ("model.pt2", "hub/config.json"):
+        (tmp_path / name).write_text("somebody's")
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left = tmp_path / f".part-{platform.node()}-{ended.pid}-abc"
+    left.mkdir()
+    convert_script.convert(make_settings(f"ckpt={trained}", config_name="convert"), tmp_path)
+    assert (tmp_path / "model.onnx").exists()
+    convert_script.convert(make_settings(f"ckpt={trained}", "export=[]", config_name="convert"), tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        "hub", "hub/config.json", "model.pt2", "model.safetensors", "report.md", "report.json", "report.png"}
+    assert (tmp_path / "model.pt2").read_text() == "somebody's"
 
 
 def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_settings, tmp_path):

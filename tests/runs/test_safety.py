@@ -1,7 +1,9 @@
 """What may not lose a run's work: a full disk, a killed write, damaged bytes, a loss that is not finite."""
 
 import errno
+import os
 import random
+import shutil
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import train as train_script
 from models.checkpoint import damage, load_checkpoint
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO, newest, previous
+from settings.cli import plain_errors
 from tests.helpers import TINY, call, relative_error
 
 
@@ -105,6 +108,50 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     new = call("train.py", *command[:-2], "out=runs/two", "optim.lr=1e8", cwd=tmp_path)
     assert new.returncode == 1
     assert not list(tmp_path.glob("runs/two/checkpoints/*"))
+
+
+@pytest.mark.parametrize(("error", "advice"), [
+    (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "make room"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower data.num_workers"),
+    (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "lower data.num_workers")])
+def test_a_failure_of_the_machine_is_a_sentence(error, advice):
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{advice}"), plain_errors():
+        raise error
+    with pytest.raises(RuntimeError, match="a fault of ours"), plain_errors():
+        raise RuntimeError("a fault of ours")
+
+
+def test_who_trains_in_a_folder_is_named(tmp_path):
+    with RunFolder(tmp_path).alone():
+        for _ in range(2):
+            named = pytest.raises(ValueError, match=rf"\(process {os.getpid()} of .*\).* dead, remove")
+            with named, RunFolder(tmp_path).alone():
+                pass
+
+
+def test_what_no_run_has_written_stays(make_settings, tmp_path):
+    """A folder of somebody else's is refused; a checkpoint that lies there starts a folder of its own."""
+    settings = make_settings("model=resnet8", *TINY)
+    for name in ("config.yaml", "result.json", "metrics.csv"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("somebody: else")
+        with pytest.raises(ValueError, match=f"{name}, but no config.yaml of a run: it is somebody else's"):
+            train_script.train(settings, folder)
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "somebody: else"
+    train_script.train(settings, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    best = tmp_path / "config.yaml" / "models" / "best.ckpt"
+    best.parent.mkdir()
+    shutil.copy(last, best)
+    assert RunFolder.of_checkpoint(best) is None
+    assert RunFolder.of_checkpoint(last).path == tmp_path / "run"
+    done = call("train.py", f"ckpt={best}", "trainer.max_epochs=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "config.yaml" / "config.yaml").read_text() == "somebody: else"
+    [result] = tmp_path.glob("outputs/*/*/result.json")
 
 
 def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path, monkeypatch):

@@ -1,0 +1,68 @@
+"""Where convert.py writes: all files of a conversion or none, and none that is somebody else's."""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+REPORT = "report.json"
+REPORTS = ("report.md", "report.png", "graphs.png", REPORT)
+
+
+def written_before(out: Path) -> set[str]:
+    """The files in `out` that an earlier conversion wrote, as its report says."""
+    try:
+        report = json.loads((out / REPORT).read_text())
+        return {*report["files"], *report.get("hub", []), *REPORTS}
+    except (OSError, ValueError, KeyError, TypeError):  # none there, or not ours
+        return set()
+
+
+def require_place(out: Path, names: Sequence[str]) -> None:
+    """Check, before any work, that files of an earlier conversion alone will be replaced.
+
+    Raises:
+        ValueError: if something else stands in a file's place.
+    """
+    for name in {*names, *REPORTS} - written_before(out):
+        if (out / name).exists() or (out / name).parent.is_file():
+            raise ValueError(f"{out / name} is to be written, but what stands there is of no earlier "
+                             "conversion: choose another folder with out=DIR")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder for the files of a conversion; they replace an earlier one's in `out` when all are written."""
+    umask = os.umask(0)
+    os.umask(umask)
+    mine = f".part-{platform.node()}-"
+    for left in out.glob(f"{mine}*"):
+        if not _runs(left.name.removeprefix(mine)):  # of a conversion that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=f"{mine}{os.getpid()}-") as part:
+        yield Path(part)
+        files = [path for path in Path(part).rglob("*") if path.is_file()]
+        names = {str(path.relative_to(part)) for path in files}
+        before = written_before(out)
+        for path in sorted(files, key=lambda path: path.name == REPORT):  # it says what the others are
+            place = out / path.relative_to(part)
+            place.parent.mkdir(exist_ok=True)
+            path.chmod(0o666 & ~umask)  # safetensors writes for its owner only
+            path.replace(place)
+        for name in before - names:
+            (out / name).unlink(missing_ok=True)
+
+
+def _runs(name: str) -> bool:
+    """Whether the process runs whose number stands before the dash."""
+    try:
+        os.kill(int(name.partition("-")[0]), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
