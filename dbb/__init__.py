@@ -1,18 +1,12 @@
 """Diverse Branch Block: convolutions that train as several branches and deploy as one. Needs torch only."""
 
-from dbb.block import (
-    BLOCKS,
-    POSITIONS,
-    AsymmetricConvBlock,
-    DiverseBranchBlock,
-    OnlineReparamBlock,
-    ReparamConv2d,
-    branchwise,
-)
-from dbb.branches import BRANCHES, Branch
+from dbb import branches  # noqa: F401  puts the branches into BRANCHES
+from dbb.block import POSITIONS, ReparamConv2d, branchwise
+from dbb.branch import BRANCHES, Branch
 from dbb.deploy import fold_norms, reparameterize, restore_norms
 from dbb.modes import MODES
 from dbb.proof import Comparison, branch_shares, compare, compare_logits
+from dbb.published import BLOCKS, AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock
 from dbb.surgery import INITS, NothingSwappedError, Report, replace_convs
 
 __all__ = ["BLOCKS", "BRANCHES", "INITS", "MODES", "POSITIONS", "AsymmetricConvBlock", "Branch", "Comparison",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbb.branches import Branch
+from dbb.branch import Branch
 from dbb.convs import CentredConv, NormedConv, StackedConv, as_autocast, in_format_of
 from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, mean_over_processes, process_group, without_autocast

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dbb.block import BLOCKS, ReparamConv2d, copied
+from dbb.block import ReparamConv2d, copied
 from dbb.flow import Flow, Inputs, after_norm, partner
 from dbb.private import AnyConv
+from dbb.published import BLOCKS
 from dbb.subclass import Rest, Stays, inner_convolution, with_weight
 
 INITS = ("mixed", "mean", "ones", "third", "single")  # see replace_convs

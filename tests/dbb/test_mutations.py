@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from dbb import MODES, ReparamConv2d, block, branches, branchwise, geometry, modes, rows, transforms
+from dbb import MODES, ReparamConv2d, block, branch, branches, branchwise, geometry, modes, rows, transforms
 from tests.dbb.blocks import ALL, sample_of
 from tests.dbb.reference import reference
 from tests.helpers import randomize, relative_error
@@ -172,7 +172,7 @@ def forgets_the_variances_gradient(kernels, d_sum):
 
 
 FOLLOW, COVARIANCE, NORMALISED, DOTS = modes.follow, modes.covariance, rows._normalised, rows.dots
-WITHIN, MEAN, AFFINE = geometry.Lattice.within, geometry.Geometry.mean_window, branches.Branch.affine
+WITHIN, MEAN, AFFINE = geometry.Lattice.within, geometry.Geometry.mean_window, branch.Branch.affine
 TRAINING_MUTATIONS = {
     "running statistics are not updated": (modes, "follow", lambda norms, running, values: None),
     "running statistics follow other values": (modes, "follow", follows_half_way),
@@ -186,7 +186,7 @@ TRAINING_MUTATIONS = {
     "sample of other positions": (geometry.Lattice, "within", classmethod(next_position)),
     "mean of one image": (geometry.Geometry, "mean_window", of_the_first_image),
     "gradient of gammas and variances": (rows, "dots", forgets_the_variances_gradient),
-    "factors are forgotten": (branches.Branch, "affine", forgets_factors),
+    "factors are forgotten": (branch.Branch, "affine", forgets_factors),
 }
 
 
