@@ -19,7 +19,7 @@ from models.build import UNTRAINED
 from models.checkpoint import load_checkpoint
 from models.published import SOURCES
 from settings.overrides import changes_branches, named, parsed, wants_no_block
-from settings.schema import FILE_SETS, BlockConf, Settings, check_name
+from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Command(Settings):
     ckpt: str | None = None
     out: str | None = None
     source: str | None = None
-    tolerance: float = 1e-4
+    tolerance: float = at_least(0, 1e-4)
     export: list[str] = field(default_factory=lambda: ["onnx"])
     hub: bool = False
 
@@ -110,6 +110,8 @@ def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:
 
 def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
+    if "${" in str(stored):  # which would be resolved, with what is secret here
+        raise ValueError(f"ckpt={cfg.ckpt}: its settings hold ${{...}}, which train.py never writes")
     own = {key: cfg[key] for key in OF_THE_COMMAND if key in cfg}
     result = OmegaConf.merge(OmegaConf.structured(Command), stored, own)
     for override in words:

@@ -6,7 +6,7 @@ stands beside it.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -21,9 +21,9 @@ TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as 
 FILE_SETS = ("imagenet", "folder")  # read image by image
 
 
-def at_least(least: float, default: Any = MISSING) -> Any:
-    """A field whose number, if there is one, must not be smaller."""
-    return field(default=default, metadata={"least": least})
+def at_least(least: float, default: Any = MISSING, most: float = math.inf) -> Any:
+    """A field whose number, if there is one, must not be smaller, nor larger than `most`."""
+    return field(default=default, metadata={"least": least, "most": most})
 
 
 def check_name(knob: str, value: str, known: list[str]) -> None:
@@ -82,7 +82,7 @@ class BlockConf:
     name: str = "none"
     branches: list[str] = field(default_factory=list)
     depthwise: list[str] | None = None
-    copies: int = at_least(1, 1)
+    copies: int = at_least(1, 1, most=64)
     mode: str = "exact"
     positions: int | None = at_least(4, None)
     # Stored by name. None, in old files, is what "auto" was: "ones", with trained weights "single".
@@ -119,22 +119,22 @@ class DataConf:
     name: str = MISSING
     root: str | None = None
     download: bool = True
-    image_size: int | None = at_least(1, None)
-    batch_size: int = at_least(1, 128)
-    num_workers: int = at_least(0, 0)
+    image_size: int | None = at_least(2, None, most=4096)
+    batch_size: int = at_least(1, 128, most=2**20)
+    num_workers: int = at_least(0, 0, most=512)
     val_size: int = at_least(0, 0)
     max_images: int | None = at_least(1, None)
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     interpolation: str = "bilinear"
-    crop_pct: float = at_least(0.1, 0.875)
-    crop_padding: int = at_least(0, 0)
+    crop_pct: float = at_least(0.1, 0.875, most=10)
+    crop_padding: int = at_least(0, 0, most=1024)
     flip: bool = True
     color_jitter: bool = False
     lighting: bool = False
     trivial_augment: bool = False
-    mixup: float = at_least(0, 0.0)
-    cutmix: float = at_least(0, 0.0)
+    mixup: float = at_least(0, 0.0, most=1000)
+    cutmix: float = at_least(0, 0.0, most=1000)
     on_device: bool = False
 
     def check(self) -> None:
@@ -165,10 +165,10 @@ class OptimConf:
     """Optimiser and schedule."""
 
     name: str = MISSING
-    lr: float = at_least(0)
+    lr: float = at_least(0, most=1e6)
     lr_batch_size: int | None = at_least(1, None)
     momentum: float = 0.9
-    weight_decay: float = at_least(0, 0.0)
+    weight_decay: float = at_least(0, 0.0, most=1e6)
     decay_norm_and_bias: bool = True
     warmup_epochs: int = at_least(0, 0)
     label_smoothing: float = 0.0
@@ -189,19 +189,19 @@ class OptimConf:
 class TrainerConf:
     """Arguments of Lightning's Trainer, under its own names."""
 
-    max_epochs: int = at_least(1)
+    max_epochs: int = at_least(1, most=10**6)
     max_time: str | None = None
     accelerator: str = "auto"
     devices: Any = "auto"
-    num_nodes: int = 1
+    num_nodes: int = at_least(1, 1, most=10**5)
     strategy: str = "auto"
     precision: str = "32-true"
     sync_batchnorm: bool = False
     gradient_clip_val: float | None = at_least(0, None)
-    accumulate_grad_batches: int = at_least(1, 1)
+    accumulate_grad_batches: int = at_least(1, 1, most=10**6)
     check_val_every_n_epoch: int = at_least(1, 1)
-    limit_train_batches: int | float = 1.0
-    limit_val_batches: int | float = 1.0
+    limit_train_batches: int | float = at_least(0, 1.0)
+    limit_val_batches: int | float = at_least(0, 1.0)
     log_every_n_steps: int = at_least(0, 50)
     deterministic: bool = False
     benchmark: bool | None = None
@@ -211,7 +211,12 @@ class TrainerConf:
 
     def check(self) -> None:
         """Check the profiler's name, and that something is trained on, for some time."""
-        if self.limit_train_batches <= 0:
+        for knob in ("limit_train_batches", "limit_val_batches"):
+            value = getattr(self, knob)
+            if isinstance(value, float) and value > 1:
+                raise ValueError(f"trainer.{knob}={value} must be a whole number of batches, or a fraction "
+                                 "of at most 1.0")
+        if not self.limit_train_batches:
             raise ValueError(f"trainer.limit_train_batches={self.limit_train_batches} leaves nothing "
                              "to train on")
         if self.profiler is not None:
@@ -267,7 +272,7 @@ class Settings:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
-    seed: int = at_least(0, 0)
+    seed: int = at_least(0, 0, most=2**32 - 1)
 
     def __post_init__(self):
         """Check what a type cannot say.
@@ -275,14 +280,19 @@ class Settings:
         Raises:
             ValueError: with the knob, its value, and what to do.
         """
-        for knob, value, least in numbers(self):
+        for knob, value, limits in numbers(self):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{knob}={value} must be a finite number")
-            if least is not None and value is not None and value < least:
-                raise ValueError(f"{knob}={value} must be at least {least}")
+            if limits and value is not None and value < limits["least"]:
+                raise ValueError(f"{knob}={value} must be at least {limits['least']}")
+            if limits and value is not None and value > limits["most"]:
+                raise ValueError(f"{knob}={value} must be at most {limits['most']}")
         for part in (self.model, self.block, self.data, self.optim, self.trainer, self.checkpoint,
                      self.logger):
             part.check()
+        if self.optim.warmup_epochs > self.trainer.max_epochs:
+            raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs} must be at most "
+                             f"trainer.max_epochs={self.trainer.max_epochs}")
 
     def stored(self) -> dict[str, Any]:
         """As plain values, what a checkpoint and config.yaml hold."""
@@ -306,11 +316,12 @@ def seconds(knob: str, time: str | None) -> int | None:
     return total
 
 
-def numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, float | None]]:
-    """Name, value and least value (None: any) of every field that is a plain value."""
+def numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, float]]]:
+    """Name, value and limits (`least` and `most`, or none) of every plain value; of a list, of each in it."""
     for part in fields(settings):
         value = getattr(settings, part.name)
         if is_dataclass(value):
             yield from numbers(value, f"{prefix}{part.name}.")
         else:
-            yield prefix + part.name, value, part.metadata.get("least")
+            for one in value if isinstance(value, list) else [value]:
+                yield prefix + part.name, one, part.metadata

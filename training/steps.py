@@ -1,11 +1,12 @@
 """The steps of train.py: what a run starts from, its Trainer, its beginning and its end."""
 
+import os
 import secrets
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.strategies import ParallelStrategy
 
 from dbb import branchwise, compare_logits, reparameterize
@@ -138,6 +139,11 @@ def make_trainer(command: Command, folder: RunFolder) -> pl.Trainer:
         asked = " ".join(f"trainer.{name}={options[name]}" for name in names)
         why = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ValueError(f"Lightning cannot train with {asked}: {why}") from error
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if conf.num_nodes > 1 and type(environment) is LightningEnvironment and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"trainer.num_nodes={conf.num_nodes}: this process would wait for those of other "
+                         "machines, and nothing says where they are: start it on each by torchrun or SLURM "
+                         "(docs/training.md)")
     if in_a_sweep() and starts_processes(trainer):
         raise ValueError(f"trainer.devices={conf.devices}: each of the {trainer.world_size} "
                          "processes of this job would start the whole sweep again: set trainer.devices=1, or "
