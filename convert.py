@@ -68,7 +68,6 @@ def convert(command: Command, out: Path) -> dict:
         if command.hub:
             save_hub(converted.stock, about, part / "hub")
         write_report(report, part)
-    (out / "report-failed.json").unlink(missing_ok=True)  # of an earlier conversion
     return report
 
 

@@ -31,7 +31,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     Returns:
         `top1`, `top5` (fractions) and `loss` of the checkpoint kept, branch by branch; `val_top1`, where
         images are held out; `converted_top1` and `predictions_changed` by conversion. Empty in all processes
-        but the first.
+        but the first, and where `trainer.max_time` ended the training.
 
     Raises:
         ValueError: if a setting or the data is wrong, or `run_dir` already holds another run.

@@ -14,6 +14,7 @@ from evaluation.evaluate import exact_arithmetic, predict, scores
 from export import graph, int8
 from export.files import HUB, sha256
 from export.formats import FORMATS, Converted, wanted
+from export.place import FAILED
 from images.data import ImageData
 from models import build_model, of_timm, recipe
 from reports.conversion import draw_graphs, draw_report, markdown, print_tables
@@ -123,7 +124,7 @@ def refuse_changes(report: dict, out: Path) -> None:
         exact = entry["predictions_changed"] == 0 and entry["relative_error"] <= report["tolerance"]
         if not exact and name not in inexact:
             print_tables(report)
-            (out / "report-failed.json").write_text(json.dumps(report, indent=2) + "\n")
+            (out / FAILED).write_text(json.dumps(report, indent=2) + "\n")
             raise ValueError(f"{name} changed the network: {entry['predictions_changed']} of "
                              f"{entry['images']} predictions, largest relative logit error "
                              f"{entry['relative_error']:.1e} (tolerance={report['tolerance']:g}); no weights "

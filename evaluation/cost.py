@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -27,6 +26,8 @@ def cost(net: nn.Module, image_size: int) -> dict[str, Any]:
 @torch.no_grad()
 def latency_ms(net: nn.Module, images: Tensor) -> float:
     """Milliseconds of a forward pass, a median."""
+    from torch.utils.benchmark import Timer  # late: it speaks of CUDA, unless settings.cli has silenced it
+
     timer = Timer("net(images)", globals={"net": net, "images": images}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.3).median * 1e3
 

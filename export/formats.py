@@ -39,13 +39,13 @@ class Converted(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A file format: `write(converted, path)`, `read(path)`, the packages and the format it is made from."""
+    """A file format: `write(converted, path)`, `read(path)`, the packages and the other format they need."""
 
     file: str
     write: Callable[[Converted, Path], None]
     read: Callable[[Path], nn.Module]
     packages: tuple[str, ...] = ()
-    made_from: str | None = None
+    beside: str | None = None
     exact: bool = True  # whether it must compute what the network does
 
 
@@ -61,22 +61,23 @@ def _write_int8(made: Converted, path: Path) -> None:
     int8.quantize(path.with_name(FORMATS["onnx"].file), path, made.images())
 
 
-FORMATS = {  # of export=[...]; the first is always written
+FORMATS = {  # of export=[...]; safetensors is always written
     "safetensors": Format("model.safetensors",
                           lambda made, path: save_network(made.stock, made.about, path),
                           lambda path: load_network(path)[0]),
     "onnx": Format("model.onnx", _write_onnx, graph.OnnxNetwork, ONNX),
-    "training_onnx": Format("model-training.onnx", _write_training_onnx, graph.OnnxNetwork, ONNX),
+    "training_onnx": Format("model-training.onnx", _write_training_onnx, graph.OnnxNetwork, ONNX,
+                            beside="onnx"),
     "pt2": Format("model.pt2",
                   lambda made, path: graph.export_pt2(made.folded, made.example, path),
                   lambda path: torch.export.load(path).module()),
-    "int8": Format("model-int8.onnx", _write_int8, graph.OnnxNetwork, ONNX, made_from="onnx", exact=False),
+    "int8": Format("model-int8.onnx", _write_int8, graph.OnnxNetwork, ONNX, beside="onnx", exact=False),
 }
 
 
 def wanted(kinds: Sequence[str]) -> list[Format]:
-    """The formats that `export=[...]` names, the first, and what they are made from, in the table's order."""
-    names = {"safetensors", *kinds, *(FORMATS[kind].made_from for kind in kinds)}
+    """safetensors, the formats that `export=[...]` names, and what these need, in the table's order."""
+    names = {"safetensors", *kinds, *(FORMATS[kind].beside for kind in kinds)}
     return [kind for name, kind in FORMATS.items() if name in names]
 
 

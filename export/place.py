@@ -1,4 +1,4 @@
-"""Where convert.py writes: all files of a conversion or none, and none that is somebody else's."""
+"""Where convert.py writes: files take their places when all are written, and none that is somebody else's."""
 
 import json
 import os
@@ -9,17 +9,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-REPORT = "report.json"
+from export.files import HUB
+from export.formats import FORMATS
+
+REPORT, FAILED = "report.json", "report-failed.json"
 REPORTS = ("report.md", "report.png", "graphs.png", REPORT)
+KNOWN = {*(kind.file for kind in FORMATS.values()), *HUB, *REPORTS}  # all that a conversion may write
 
 
 def written_before(out: Path) -> set[str]:
     """The files in `out` that an earlier conversion wrote, as its report says."""
-    try:
-        report = json.loads((out / REPORT).read_text())
-        return {*report["files"], *report.get("hub", []), *REPORTS}
-    except (OSError, ValueError, KeyError, TypeError):  # none there, or not ours
-        return set()
+    written = set()
+    for name in (REPORT, FAILED):
+        try:
+            report = json.loads((out / name).read_text())
+            entries = {*report["files"], *report.get("hub", []), *REPORTS} & KNOWN
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none there, or not ours
+            continue
+        written |= entries if name == REPORT else {FAILED}
+    return written
 
 
 def require_place(out: Path, names: Sequence[str]) -> None:
@@ -28,8 +36,8 @@ def require_place(out: Path, names: Sequence[str]) -> None:
     Raises:
         ValueError: if something else stands in a file's place.
     """
-    for name in {*names, *REPORTS} - written_before(out):
-        if (out / name).exists() or (out / name).parent.is_file():
+    for name in {*names, *REPORTS, FAILED} - written_before(out):
+        if (out / name).exists() or (out / name).parent.is_file():  # the latter: of hub/
             raise ValueError(f"{out / name} is to be written, but what stands there is of no earlier "
                              "conversion: choose another folder with out=DIR")
 
@@ -39,7 +47,7 @@ def staged(out: Path) -> Iterator[Path]:
     """A folder for the files of a conversion; they replace an earlier one's in `out` when all are written."""
     umask = os.umask(0)
     os.umask(umask)
-    mine = f".part-{platform.node()}-"
+    mine = f".part-{platform.node()}+"  # a sign that no host's name has
     for left in out.glob(f"{mine}*"):
         if not _runs(left.name.removeprefix(mine)):  # of a conversion that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -53,7 +61,7 @@ def staged(out: Path) -> Iterator[Path]:
             place.parent.mkdir(exist_ok=True)
             path.chmod(0o666 & ~umask)  # safetensors writes for its owner only
             path.replace(place)
-        for name in before - names:
+        for name in before - names:  # a failed one's report among them
             (out / name).unlink(missing_ok=True)
 
 

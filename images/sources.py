@@ -72,7 +72,7 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
     Returns:
         The images, and the names of the classes.
     """
-    images, targets, classes = (_digits if conf.name == "digits" else _cifar)(conf, train)
+    images, targets, classes = READERS[conf.name](conf, train)
     if conf.image_size is not None and conf.image_size != images.shape[-1]:
         mode = InterpolationMode(conf.interpolation)
         size = [conf.image_size] * 2
@@ -131,6 +131,9 @@ def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
         f"no {conf.name} at data.root={root}, and it could not be downloaded "
         f"({str(reason).splitlines()[0]}). Put the official archive there, or images as train/<class>/*.png "
         "and test/<class>/*.png; or try data=digits, which needs no file") from reason
+
+
+READERS = {"digits": _digits, "cifar10": _cifar, "cifar100": _cifar}
 
 
 def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:

@@ -32,7 +32,7 @@ class FolderTakenError(ValueError):
 class RunFolder:
     """The folder of a run, at `path`; it need not exist yet."""
 
-    signs = (".lock", "config.yaml", "error.txt")  # files by which a folder shows that it is a run's
+    signs = (".lock", "config.yaml", "error.txt")  # that a run began here, or was to
     writes = ("config.yaml", "result.json", "metrics.csv", "convolutions.csv", "checkpoints")
 
     def __init__(self, path: str | Path):
@@ -97,9 +97,11 @@ class RunFolder:
             yield
             return
         os.environ[FOLDER_VARIABLE] = str(self.path.absolute())
-        lock, holder = FileLock(self.lock, blocking=False), None
+        lock, holder = FileLock(self.lock, blocking=False), ""
         if self.lock.exists():
             holder = self.lock.read_text()  # to lock a file is to empty it
+        if not f"{holder}process ".startswith("process "):
+            raise FolderTakenError(f"{self.lock} is of no run: choose another folder with out=DIR")
         try:
             lock.acquire()
             self.lock.write_text(f"process {os.getpid()} of {platform.node()}")
@@ -162,6 +164,8 @@ class RunFolder:
             FolderTakenError: if the folder holds another run, or what no run has written.
         """
         there = [name for name in self.writes if (self.path / name).exists()]
+        if self.error.exists() and not self.error.read_text().startswith("error: "):
+            there.append(self.error.name)
         if there and not self.is_ours():
             raise FolderTakenError(f"{self.path} has {there[0]}, but no config.yaml of a run: it is somebody "
                                    "else's; choose another folder with out=DIR")

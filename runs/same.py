@@ -5,11 +5,14 @@ from typing import Any
 
 from models.build import named_start
 from settings.command import OF_THE_COMMAND, Command
-from settings.schema import TENSOR_SETS, DataConf, flat
+from settings.schema import TENSOR_SETS, BlockConf, DataConf, ModelConf, OptimConf, TrainerConf, flat
 
 # With whatever values of these.
 SAME_RUN = (*OF_THE_COMMAND, "logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time")
-LATER_KNOBS = flat({"data": asdict(DataConf())})  # what a file that does not have one of these means
+GROUPS = {"model": ModelConf, "block": BlockConf, "data": DataConf, "optim": OptimConf,
+          "trainer": TrainerConf}
+# What a file that lacks a knob means: its default, but for the start of blocks (see `BlockConf.init`).
+LATER_KNOBS = flat({group: asdict(conf()) for group, conf in GROUPS.items()}) | {"block.init": None}
 
 
 def as_begun(command: Command, stored: dict[str, Any] | None) -> Command:
@@ -48,6 +51,6 @@ def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
 
 def changes(stored: dict[str, Any], command: Command, done: int) -> list[str]:
     """Settings of the training that differ from a checkpoint's, of `done` epochs, a sentence each."""
-    old, new = of_the_training(stored), of_the_training(command.stored())
+    old, new = LATER_KNOBS | of_the_training(stored), of_the_training(command.stored())
     return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items()
             if key in old and old[key] != value]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import timm.optim
@@ -17,8 +18,10 @@ from omegaconf import MISSING
 
 from dbb import BRANCHES, INITS, MODES
 
-TENSOR_SETS = ("cifar10", "cifar100", "digits")  # held in memory, augmented as whole batches
-FILE_SETS = ("imagenet", "folder")  # read image by image
+FILE_SETS = ("imagenet", "folder")  # data sets that are read image by image
+# All others of configs/data/ are held in memory, and augmented as whole batches.
+TENSOR_SETS = tuple(sorted({path.stem for path in Path(__file__).parents[1].glob("configs/data/*.yaml")}
+                           - {*FILE_SETS, "none"}))
 
 
 def at_least(least: float, default: Any = MISSING, most: float = math.inf) -> Any:
@@ -127,7 +130,7 @@ class DataConf:
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     interpolation: str = "bilinear"
-    crop_pct: float = at_least(0.1, 0.875, most=10)
+    crop_pct: float = at_least(0.1, 0.875, most=1)
     crop_padding: int = at_least(0, 0, most=1024)
     flip: bool = True
     color_jitter: bool = False
@@ -233,12 +236,7 @@ class CheckpointConf:
 
     def check(self) -> None:
         """Check the time."""
-        assert self.seconds is None or self.seconds > 0
-
-    @property
-    def seconds(self) -> int | None:
-        """`train_time_interval` in seconds."""
-        return seconds("checkpoint.train_time_interval", self.train_time_interval)
+        seconds("checkpoint.train_time_interval", self.train_time_interval)
 
 
 @dataclass

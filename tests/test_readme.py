@@ -22,6 +22,8 @@ from models.build import UNTRAINED
 from settings.schema import Settings, flat
 from tests.helpers import ROOT, call, randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 PAGES = [*sorted(Path(ROOT).glob("*.md")), *sorted(Path(ROOT, "docs").glob("*.md")),
          Path(ROOT, "results", "README.md"), Path(ROOT, "benchmarks", "README.md")]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from runs.folder import RunFolder
-from settings.schema import CheckpointConf
+from settings.schema import CheckpointConf, seconds
 from training.divergence import StopAtNaN
 
 
@@ -26,7 +26,8 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: RunFolder, conf: CheckpointConf, divergence: StopAtNaN):
-        self.folder, self.conf, self.divergence = folder, conf, divergence
+        self.folder, self.divergence, self.steps = folder, divergence, conf.every_n_train_steps
+        self.seconds = seconds("checkpoint.train_time_interval", conf.train_time_interval)
         self.asked = None  # the signal that told the run to stop
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -56,9 +57,9 @@ class LastCheckpoint(Checkpoint):
         self._stop(trainer, self.asked, f"while epoch {trainer.current_epoch + 1} was evaluated")
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        steps, seconds = self.conf.every_n_train_steps, self.conf.seconds
-        return (trainer.should_stop or steps is not None and trainer.global_step % steps == 0
-                or seconds is not None and time.monotonic() - self.saved_at >= seconds)
+        enough_steps = self.steps is not None and trainer.global_step % self.steps == 0
+        enough_time = self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
+        return enough_steps or enough_time or trainer.should_stop
 
     def _agreed(self, trainer: pl.Trainer, decision: bool) -> bool:
         """Whether any process says so: they save, and stop, after the same step."""

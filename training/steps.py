@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Start(NamedTuple):
     checkpoint: dict[str, Any] | None = None
     epochs: int = 0
     batches: int = 0
-    changed: list[str] = []
+    changed: Sequence[str] = ()
 
 
 def refuse_published(command: Command) -> None:

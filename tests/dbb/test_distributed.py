@@ -13,6 +13,8 @@ from dbb import MODES
 from tests.dbb.blocks import SHAPES, make
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.slow
+
 CASES = list(product(MODES, SHAPES, ["local", "synchronised", "synchronised, one without images"]))
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="torch's own SyncBatchNorm needs a GPU a process: two GPUs")]

@@ -7,6 +7,8 @@ import pytest
 from tests.helpers import ROOT
 from tools.families import TIMM, TORCHVISION, examine
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"resnet18", "resnet50d", "res2net50_14w_8s", "inception_resnet_v2", "inception_v4", "cspdarknet53",
         "xception41", "cspresnet50", "mobileone_s0", "dm_nfnet_f0", "resnetv2_50", "selecsls42b", "darknet17",
         "tf_efficientnetv2_b0", "ghostnetv2_100", "dla34", "inception_v3", "hrnet_w18_small", "seresnet18",

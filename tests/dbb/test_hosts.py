@@ -20,6 +20,8 @@ from dbb import (
 )
 from tests.helpers import pair, randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 def _ultralytics_fuse(net: nn.Module) -> nn.Module:
     """What Ultralytics' `fuse` does with its units: a convolution's bias counts, the norm is folded in."""

@@ -18,6 +18,8 @@ from export import files, graph, int8
 from models import BACKBONES, build_model, recipe
 from tests.helpers import ROOT, call, randomize, relative_error, write_tree
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("name", "size"), [
     *((name, 32) for name in BACKBONES if name != "alexnet"), ("alexnet", 224),

@@ -15,6 +15,8 @@ from models.build import OF_TIMM
 from tests.helpers import randomize, relative_error
 from tests.models.networks import EVERY, build, images
 
+pytestmark = pytest.mark.slow
+
 
 @EVERY
 def test_converted_network_is_the_same_function(name, block):

@@ -14,6 +14,8 @@ from models.reading import read_weights
 from tests.helpers import Stranger, randomize, relative_error
 from tests.models.published_networks import CLASSES, Orepa, OrepaStem, image, published_model
 
+pytestmark = pytest.mark.slow
+
 
 def logits_of_ours(weights, source, name, dtype=torch.float64):
     """The logits of our network with the given published weights; their keys must fit exactly."""

@@ -25,6 +25,8 @@ from predict import prepare
 from tests.helpers import TINY, Stranger, randomize, relative_error, write_tree
 from tests.models.published_networks import image, published_model
 
+pytestmark = pytest.mark.slow
+
 TEN = list("0123456789")
 
 

@@ -26,6 +26,8 @@ from settings.cli import plain_errors
 from tests.helpers import ROOT, TINY, call, relative_error, run
 from training.module import Classifier, learning_rate
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import sys
 from pathlib import Path

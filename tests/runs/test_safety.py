@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert call("train.py", *command, cwd=tmp_path).returncode == 0
     last = tmp_path / "runs" / "one" / "checkpoints" / "last.ckpt"
     before = load_checkpoint(last)["state_dict"]
-    on = call("train.py", f"ckpt={last}", "trainer.max_epochs=2", "optim.lr=1e8", cwd=tmp_path)
+    on = call("train.py", f"ckpt={last}", "trainer.max_epochs=2", "optim.lr=1e6", cwd=tmp_path)
     assert on.returncode == 1
     assert "the training loss is not finite from step " in on.stderr
     assert "Traceback" not in on.stderr
@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not Path(last.parent.parent, "result.json").exists()
     listed = call("report.py", "runs", "--out", "report", cwd=tmp_path).stderr
     assert "runs/one: error: the training loss is not finite" in listed
-    new = call("train.py", *command[:-2], "out=runs/two", "optim.lr=1e8", cwd=tmp_path)
+    new = call("train.py", *command[:-2], "out=runs/two", "optim.lr=1e6", cwd=tmp_path)
     assert new.returncode == 1
     assert not list(tmp_path.glob("runs/two/checkpoints/*"))
 

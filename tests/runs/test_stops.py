@@ -17,6 +17,8 @@ from tests.helpers import write_tree
 from training import saving
 from training import steps as train_steps
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("model=resnet8_dbb", "data=digits", "data.max_images=320", "data.batch_size=32", "logger=csv",
          "trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.log_every_n_steps=1",
          "trainer.limit_val_batches=1")

@@ -8,6 +8,8 @@ import pytest
 import train as train_script
 from tests.helpers import ROOT, write_tree
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = sorted(path.stem for path in Path(ROOT, "configs", "experiment").glob("*.yaml"))
 
 

@@ -27,6 +27,8 @@ from training import steps as train_steps
 from training.callbacks import Speed
 from training.loggers import log_conversion, make_loggers, wandb_logger
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("model=resnet8_dbb", "data=digits", "data.max_images=64", "data.batch_size=32",
          "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=0.02", "seed=3")
 

@@ -14,6 +14,8 @@ from models.checkpoint import load_checkpoint
 from tests.helpers import TINY, randomize
 from training.module import Classifier, warmup_cosine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def convert(make_settings):

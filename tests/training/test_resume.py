@@ -11,6 +11,8 @@ from models.checkpoint import load_checkpoint
 from training import steps as train_steps
 from training.module import warmup_cosine
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("model=resnet8_dbb", "data=digits", "logger=csv", "trainer.max_epochs=3",
          "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
 

@@ -23,6 +23,8 @@ from tests.models.published_networks import image, published_model
 from training import steps as train_steps
 from training.module import Classifier, rough_start
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = sorted({path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} - {"none"})
 
 
