@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from export.reading import load_verified
 from images.sources import IMAGE_ENDINGS, is_image, read_pixels
-from settings.cli import plain_errors
+from settings.cli import plain_errors, printable
 
 BATCH_SIZE = 64
 
@@ -71,7 +71,8 @@ def main() -> None:
                 failed += 1
                 print(f"error: {result}", file=sys.stderr)
             else:
-                print(path, *(f"  {probability:.4f}  {name}" for probability, name in result), sep="\n")
+                lines = (f"  {probability:.4f}  {printable(name)}" for probability, name in result)
+                print(path, *lines, sep="\n")
         if failed:
             sys.exit(f"error: {failed} of {len(arguments.images)} images could not be read")
 

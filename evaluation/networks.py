@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dbb import ReparamConv2d
 from models import build_model, load_weights
+from models.build import refuse_larger
 from models.published import translate
 from models.reading import PREPARED, read_weights
 
@@ -86,6 +87,7 @@ def load_network(checkpoint: dict[str, Any], settings) -> nn.Module:
     Raises:
         ValueError: if the weights are those of another network.
     """
+    refuse_larger(settings.model.name, len(checkpoint["dbb"]["classes"]), checkpoint["state_dict"])
     net = build_network(settings, len(checkpoint["dbb"]["classes"]), checkpoint["dbb"]["image_size"])
     restore(net, checkpoint)
     return net.eval()

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models import build_model, load_weights
+from models import build_model, limits, load_weights
+from models.build import refuse_larger
 
 HUB = ("hub/model.safetensors", "hub/config.json")  # what timm loads from a folder
 
@@ -39,6 +40,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     about = parse_about(header, path)
+    refuse_larger(about["model"], len(about["classes"]), weights)
     net = build_model(about["model"], len(about["classes"]), image_size=about["image_size"])
     load_weights(net, weights)
     return net.eval(), about
@@ -66,14 +68,16 @@ def parse_about(text: str | None, path: Path) -> dict:
     try:
         about = {"interpolation": "bilinear"} | json.loads(text or "null")  # older files do not say
         good = (isinstance(about["model"], str)
-                and all(isinstance(name, str) for name in about["classes"]) and about["classes"]
+                and all(isinstance(name, str) for name in about["classes"])
+                and 0 < len(about["classes"]) <= limits.CLASSES
                 and about["interpolation"] in ("bilinear", "bicubic")
-                and all(isinstance(about[key], int) and 0 < about[key] < 10_000
+                and all(isinstance(about[key], int) and 0 < about[key] <= 10 * limits.IMAGE_SIZE
                         for key in ("image_size", "resize"))
+                and about["image_size"] <= limits.IMAGE_SIZE
                 and all(len(about[key]) == 3 and all(isinstance(value, float) for value in about[key])
                         for key in ("mean", "std"))
                 and min(about["std"]) > 0)
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         good = False
     if not good:
         raise ValueError(f"{path} has no header of convert.py that says which network, classes and "

@@ -74,6 +74,7 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path: Path, threads: int = 0):
         super().__init__()
+        import onnx
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -84,6 +85,12 @@ class OnnxNetwork(nn.Module):
         except Exception as error:  # onnxruntime's own kinds, which share no base class
             raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         self.about = parse_about(self.session.get_modelmeta().custom_metadata_map.get("dbb"), path)
+        read, written = self.session.get_inputs(), self.session.get_outputs()
+        kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+        shape = [written[0].shape[-1:], len(written[0].shape)] if len(written) == 1 else None
+        if shape != [[len(self.about["classes"])], 2] or [one.name for one in read] != ["images"] \
+                or {"Loop", "If", "Scan"} & set(kinds):
+            raise ValueError(f"{path} is no file of convert.py: its graph has other inputs, outputs or loops")
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(None, {"images": images.cpu().numpy()})[0])

@@ -1,6 +1,7 @@
 """Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
 
 import os
+import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from images.random import generator, seed_of
+from models import limits
 from settings.schema import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -26,6 +28,9 @@ IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ic
                  ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
                  ".tga")
 SORT_IMAGENET = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
+UNREADABLE = (OSError, RuntimeError, SyntaxError, UnidentifiedImageError, ValueError, MemoryError, EOFError,
+              TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
+              struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
 Key = tuple[int, int, bool]  # see images.data
 
 
@@ -130,7 +135,8 @@ def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
     raise ValueError(
         f"no {conf.name} at data.root={root}, and it could not be downloaded "
         f"({str(reason).splitlines()[0]}). Put the official archive there, or images as train/<class>/*.png "
-        "and test/<class>/*.png; or try data=digits, which needs no file") from reason
+        "and test/<class>/*.png; or say data.download=true; or try data=digits, which needs no file"
+        ) from reason
 
 
 READERS = {"digits": _digits, "cifar10": _cifar, "cifar100": _cifar}
@@ -310,11 +316,25 @@ def read_pixels(path: str) -> Tensor:
     Raises:
         ValueError: with the path, if it cannot be read.
     """
-    # Faster than Pillow, to the same pixels (benchmarks/README.md). Depths of other formats it would scale.
+    image = _opened(path)
+    if image.format in ("JPEG", "MPO"):
+        try:  # faster than Pillow, to the same pixels (benchmarks/README.md)
+            return decode_jpeg(read_file(path), ImageReadMode.RGB)
+        except RuntimeError:
+            pass
+    return TF.pil_to_tensor(read_image(path))
+
+
+def _opened(path: str) -> Image.Image:
+    """Read the header of an image, and refuse one whose pixels would fill the memory."""
     try:
-        return decode_jpeg(read_file(path), ImageReadMode.RGB)
-    except RuntimeError:
-        return TF.pil_to_tensor(read_image(path))
+        with Image.open(path) as image:
+            width, height = image.size
+    except UNREADABLE as error:
+        raise ValueError(f"unreadable image: {path} ({error})") from error
+    if width * height > limits.IMAGE_PIXELS or max(width, height) > limits.IMAGE_SIDES * min(width, height):
+        raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
+    return image
 
 
 def read_image(path: str) -> Image.Image:
@@ -333,6 +353,5 @@ def read_image(path: str) -> Image.Image:
             if image.mode == "F":
                 raise ValueError("real numbers of an unknown range")
             return image.convert("RGB")
-    except (OSError, RuntimeError, SyntaxError, UnidentifiedImageError, ValueError,
-            Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error

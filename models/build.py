@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from dbb import Report, replace_convs
+from models import limits
 from models.airbench import AirBench
 from models.alexnet import AlexNet
 from models.cifar_quick import CifarQuick
@@ -115,6 +116,22 @@ def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn
         why = str(error).splitlines()[0]
         raise ValueError(f"model.pretrained=true: the weights of {name} could not be fetched ({why}); "
                          "model.weights=FILE starts from a file") from error
+
+
+def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor]) -> None:
+    """Check, before it takes memory, that the network that a file names is about as large as what it holds.
+
+    Raises:
+        ValueError: if it has far more parameters.
+    """
+    if name in UNTRAINED or not timm.is_model(timms_name(name)[0]):
+        return
+    with torch.device("meta"):
+        net = timm.create_model(timms_name(name)[0], num_classes=num_classes)
+    needed, held = sum(p.numel() for p in net.parameters()), sum(value.numel() for value in weights.values())
+    if needed > limits.PARAMETERS * held:
+        raise ValueError(f"these weights are those of another network: {name} has {needed:,} parameters, the "
+                         f"file {held:,}")
 
 
 def build_model(name: str, num_classes: int, block: Any = None, image_size: int = 224,

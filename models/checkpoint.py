@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from models import limits
+
 
 def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     """Load a checkpoint of train.py onto the CPU; whoever asks for the same file again gets the same object.
@@ -34,9 +36,29 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
     except Exception as error:  # of many kinds, depending on what is pickled
         raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain "
                          "tensors") from error
-    if not isinstance(checkpoint, dict) or "settings" not in checkpoint.get("dbb", ()):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("dbb"), dict) \
+            or not isinstance(checkpoint["dbb"].get("settings"), dict):
         raise ValueError(f"ckpt={path} was not written by train.py: it holds no settings of ours")
+    _refuse_strange(checkpoint, path)
     return checkpoint
+
+
+def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Refuse what train.py never writes, and what would take more memory than the file has."""
+    about, weights = checkpoint["dbb"], checkpoint.get("state_dict")
+    classes, size = about.get("classes"), about.get("image_size")
+    good = (isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
+            and all(isinstance(name, str) for name in classes)
+            and isinstance(size, int) and 0 < size <= limits.IMAGE_SIZE
+            and isinstance(weights, dict)
+            and all(isinstance(value, torch.Tensor) for value in weights.values())
+            and "${" not in str(about["settings"]))  # which would be resolved, with what is secret here
+    if not good:
+        raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size or "
+                         "weights are of another form")
+    for name, value in weights.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"ckpt={path}: {name} is larger than what the file holds of it")
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
@@ -51,6 +73,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file by its own checksums; None if nothing is."""
     try:
         with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                return "it is compressed, as train.py writes none"  # perhaps to fill a memory
             broken = file.testzip()
     except Exception as error:  # of many kinds, depending on the bytes
         return str(error)

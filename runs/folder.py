@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
@@ -23,6 +24,15 @@ from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Without aliases, which train.py does not write, and by which a small file could fill a memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has aliases")
+        return super().compose_node(parent, index)
 
 
 class FolderTakenError(ValueError):
@@ -128,7 +138,7 @@ class RunFolder:
         Raises:
             ValueError: if it is damaged.
         """
-        return _read(self.config, lambda text: OmegaConf.to_container(OmegaConf.create(text)))
+        return _read(self.config, lambda text: yaml.load(text, PlainLoader))
 
     def read_result(self) -> dict[str, Any] | None:
         """What a finished run's result.json holds; None if it is not finished.

@@ -82,6 +82,11 @@ def plain_errors() -> Iterator[None]:
         sys.exit(as_sentence(error))
 
 
+def printable(text: str) -> str:
+    """Text of a file, harmless on a terminal: a newline or an escape sequence is shown, not followed."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
 def output_folder(path: str | Path) -> Path:
     """Make a folder to write into.
 

@@ -110,8 +110,6 @@ def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:
 
 def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
-    if "${" in str(stored):  # which would be resolved, with what is secret here
-        raise ValueError(f"ckpt={cfg.ckpt}: its settings hold ${{...}}, which train.py never writes")
     own = {key: cfg[key] for key in OF_THE_COMMAND if key in cfg}
     result = OmegaConf.merge(OmegaConf.structured(Command), stored, own)
     for override in words:
@@ -127,6 +125,8 @@ def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
             if before != after:
                 print(f"changed from the checkpoint: {changed}: {before} -> {after}")
             OmegaConf.update(result, changed, after, merge=False)
+    if "data.download" not in named(words):  # into a folder that a file names
+        result.data.download = False
     if result.block.init == "auto":  # another mode of the same blocks, which are trained already
         result.block.init = stored.get("block", {}).get("init")
     return result

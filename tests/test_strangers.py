@@ -1,0 +1,152 @@
+"""Files of somebody who means harm: a sentence each, and neither memory, a secret nor a file is lost."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import predict as predict_script
+from export.files import load_network
+from export.graph import OnnxNetwork
+from images.sources import read_pixels
+from models import limits
+from models.checkpoint import load_checkpoint
+from reports.markdown import table
+from runs.folder import RunFolder
+from tests.helpers import TINY, call
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run, converted."""
+    folder = tmp_path_factory.mktemp("run")
+    assert call("train.py", "model=resnet8_dbb", *TINY, "out=run", cwd=folder).returncode == 0
+    assert call("convert.py", "ckpt=run/checkpoints/last.ckpt", cwd=folder).returncode == 0
+    return folder / "run"
+
+
+def changed(run, file, change):
+    """The run's checkpoint, changed, as a file."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, file)
+    return file
+
+
+@pytest.mark.parametrize("script", ["eval.py", "convert.py", "train.py"])
+def test_a_file_learns_no_secret(run, tmp_path, monkeypatch, script):
+    monkeypatch.setenv("SECRET", "of mine")
+    for text in ("${oc.env:SECRET}", "${slurm_job:}"):
+        file = changed(run, tmp_path / "a.ckpt",
+                       lambda c, text=text: c["dbb"]["settings"]["logger"].update(project=text))
+        done = call(script, f"ckpt={file}", "trainer.max_epochs=2", cwd=tmp_path)
+        assert done.returncode == 1
+        assert "was not written by train.py" in done.stderr
+        assert "of mine" not in done.stdout + done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_a_file_makes_no_folder_and_downloads_nothing(run, tmp_path, data):
+    def elsewhere(checkpoint):
+        checkpoint["dbb"]["settings"]["data"].update(name=data, root=str(tmp_path / "new"), image_size=None)
+    file = changed(run, tmp_path / "a.ckpt", elsewhere)
+    done = call("eval.py", f"ckpt={file}", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "say data.download=true" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["dbb"].update(classes=["x"] * (limits.CLASSES + 1)), lambda c: c["dbb"].update(classes=[]),
+    lambda c: c["dbb"].update(classes=[1, 2]), lambda c: c["dbb"].update(classes="ten"),
+    lambda c: c["dbb"].update(image_size=6000), lambda c: c["dbb"].update(image_size="8"),
+    lambda c: c["dbb"].update(settings=[]), lambda c: c.update(dbb=[]), lambda c: c.update(state_dict=[1]),
+    lambda c: c["state_dict"].update(a="b"), lambda c: c["dbb"].pop("classes"),
+    lambda c: c["state_dict"].update(big=torch.zeros(1).expand(10**9)),
+    lambda c: c["dbb"]["settings"]["model"].update(name="vit_7b_patch16_dinov3"),
+    lambda c: c["dbb"]["settings"]["model"].update(name=["resnet8"]),
+    lambda c: c["dbb"]["settings"].update(model=None), lambda c: c["dbb"]["settings"].update(seed="x"),
+    lambda c: c["dbb"]["settings"].update(more=1)])
+def test_checkpoints_of_other_forms(run, tmp_path, change):
+    done = call("eval.py", f"ckpt={changed(run, tmp_path / 'a.ckpt', change)}", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(run, tmp_path):
+    with zipfile.ZipFile(run / "checkpoints" / "last.ckpt") as source, \
+            zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(ValueError, match="it is compressed"):
+        load_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_header_that_names_a_giant(tmp_path):
+    about = {"model": "vit_7b_patch16_dinov3", "classes": ["a"], "image_size": 224, "resize": 256,
+             "mean": [0.5] * 3, "std": [0.5] * 3}
+    for more, message in (({}, "has 6,7.* parameters, the file 1"), ({"image_size": 6000}, "no header"),
+                          ({"classes": ["a"] * (limits.CLASSES + 1)}, "no header")):
+        save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", {"dbb": json.dumps(about | more)})
+        with pytest.raises(ValueError, match=message):
+            load_network(tmp_path / "a.safetensors")
+
+
+def test_images_that_would_fill_the_memory(tmp_path):
+    for size, name in (((1, 60_000), "long.png"), ((20_000, 10), "wide.jpg"), ((12_000, 12_000), "large.png"),
+                       ((13_000, 12_000), "large.jpg")):
+        Image.new("L", size).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} .* pixels"):
+            read_pixels(str(tmp_path / name))
+
+
+def test_an_alias_bomb_in_a_runs_folder(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="config.yaml is damaged"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "result.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="result.json is damaged"):
+        RunFolder(tmp_path).read_result()
+
+
+def test_names_that_would_forge_lines():
+    assert table(["a"], [["x | y\n| 1 <img src=x>"]]).splitlines()[-1] == \
+        "| x \\| y\\n\\| 1 &lt;img src=x> |"
+
+
+def test_predict_shows_names_as_they_are(run, tmp_path, capsys, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    names = [f"cat\n/etc/passwd  1.0\x1b[2J{i}" for i in range(10)]
+    net, about = load_network(run / "convert" / "model.safetensors")
+    monkeypatch.setattr(predict_script, "load_verified", lambda path: (net, about | {"classes": names}))
+    monkeypatch.setattr("sys.argv", ["predict.py", "model.onnx", str(tmp_path / "a.png")])
+    predict_script.main()
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 6
+    assert "\x1b" not in printed
+    assert r"cat\n/etc/passwd  1.0\x1b[2J" in printed
+
+
+@pytest.mark.parametrize("kind", ["another output", "a loop"])
+def test_onnx_files_of_other_forms(run, tmp_path, kind):
+    model = onnx.load(run / "convert" / "model.onnx")
+    if kind == "another output":
+        model.graph.output.append(model.graph.input[0])
+    else:
+        body = onnx.helper.make_graph([], "body", [], [])
+        limit = onnx.helper.make_node("Loop", ["", ""], [], body=body)
+        model.graph.node.append(limit)
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="no file of convert.py|cannot be read"):
+        OnnxNetwork(Path(tmp_path / "a.onnx"))
