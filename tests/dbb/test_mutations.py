@@ -75,11 +75,11 @@ def float32_box(self, first=None):
 
 
 MUTATIONS = {  # name: (where, attribute, the bug)
-    "drops running_mean": (branches, "norm_affine", drops_running_mean),
-    "drops beta": (branches, "norm_affine", drops_beta),
-    "drops gamma": (branches, "norm_affine", drops_gamma),
-    "var for std": (branches, "norm_affine", var_for_std),
-    "forgets eps": (branches, "norm_affine", forgets_eps),
+    "drops running_mean": (branch, "norm_affine", drops_running_mean),
+    "drops beta": (branch, "norm_affine", drops_beta),
+    "drops gamma": (branch, "norm_affine", drops_gamma),
+    "var for std": (branch, "norm_affine", var_for_std),
+    "forgets eps": (branch, "norm_affine", forgets_eps),
     "pads a shifted map with zeros": (block.ReparamConv2d, "summed", pads_a_shifted_map_with_zeros),
     "swaps H and W": (rows, "embed_kernel", swaps_height_and_width),
     "wrong tap": (rows, "embed_kernel", wrong_tap),
