@@ -50,6 +50,7 @@ class RunFolder:
         self.lock, self.config, self.error = (self.path / name for name in self.signs)
         self.result = self.path / "result.json"
         self.metrics = self.path / "metrics.csv"
+        self.metrics_before = self.path / "metrics-before-resume.csv"  # for a moment, while a logger starts
         self.convolutions = self.path / "convolutions.csv"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"

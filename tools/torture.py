@@ -1,6 +1,6 @@
 """Try to lose a run's work: kills at random moments, a disk that is full at every size, another file system.
 
-    python tools/torture.py            # an hour on two cores; make torture
+    python tools/torture.py            # half an hour; make torture; as root, to mount small disks
 
 Each trial is a small run of digits that is hurt, and then goes on by the same command. It must end with the
 weights of a run that was left alone, bit by bit. Prints a line a trial, and at the end a table.

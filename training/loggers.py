@@ -167,7 +167,7 @@ def _send_conversion(run: Any, report: dict, out: Path) -> None:
 
 def _csv(folder: RunFolder) -> CSVLogger:
     """Lightning's logger deletes an existing metrics.csv; this one appends to it."""
-    path, kept = folder.metrics, folder.path / "metrics-before-resume.csv"
+    path, kept = folder.metrics, folder.metrics_before
     if path.exists() and rank_zero_only.rank == 0:
         path.rename(kept)
     logger = CSVLogger(folder.path, name="", version="")

@@ -10,9 +10,124 @@ from torch.nn import functional as F
 from tests.helpers import relative_error
 
 
-def cosine(i, frequency, size):
-    """OREPA's `fre_init` along one side of a kernel."""
-    return math.cos(math.pi * (i + 0.5) * frequency / size)
+class Windows:
+    """What each tap of a block's kernel sees of a map, and convolutions tap by tap."""
+
+    def __init__(self, geometry, x):
+        self.g = g = geometry
+        (kh, kw), (sh, sw), (dh, dw) = g.kernel_size, g.stride, g.dilation
+        rows, columns = (0, 0), (0, 0)
+        if g.padding == "same":
+            rows, columns = ((d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2)
+                             for d, k in ((dh, kh), (dw, kw)))
+        elif g.padding != "valid":
+            rows, columns = ((p, p) for p in g.padding)
+        self.pads = (*columns, *rows)
+        self.height = (x.shape[2] + sum(rows) - dh * (kh - 1) - 1) // sh + 1
+        self.width = (x.shape[3] + sum(columns) - dw * (kw - 1) - 1) // sw + 1
+
+    def pad(self, x):
+        return F.pad(x, self.pads, mode="constant" if self.g.padding_mode == "zeros" else self.g.padding_mode)
+
+    def of(self, padded, i, j):
+        """The pixel that tap (i, j) sees, at every position of the output."""
+        (sh, sw), (dh, dw) = self.g.stride, self.g.dilation
+        rows = slice(i * dh, i * dh + (self.height - 1) * sh + 1, sh)
+        columns = slice(j * dw, j * dw + (self.width - 1) * sw + 1, sw)
+        return padded[:, :, rows, columns]
+
+    def middle(self, x):
+        kh, kw = self.g.kernel_size
+        return self.of(self.pad(x), (kh - 1) // 2, (kw - 1) // 2)
+
+    def convolve(self, x, weight):
+        """Tap by tap; a kernel of 1 row, 1 column or both lies on the middle of the block's window."""
+        (kh, kw), (h, w) = self.g.kernel_size, weight.shape[2:]
+        top, left = (0 if h == kh else (kh - 1) // 2), (0 if w == kw else (kw - 1) // 2)
+        padded = self.pad(x)
+
+        def tap(i, j):
+            seen = self.of(padded, top + i, left + j)
+            return F.conv2d(seen, weight[:, :, i:i + 1, j:j + 1], groups=self.g.groups)
+
+        return sum(tap(i, j) for i in range(h) for j in range(w))
+
+    def depthwise(self, x, kernels):
+        """A kernel `[KH, KW]` for every channel."""
+        padded, (kh, kw) = self.pad(x), self.g.kernel_size
+        return sum(self.of(padded, i, j) * kernels[:, i, j, None, None] for i in range(kh) for j in range(kw))
+
+    def average(self, x):
+        padded, (kh, kw) = self.pad(x), self.g.kernel_size
+        return sum(self.of(padded, i, j) for i in range(kh) for j in range(kw)) / (kh * kw)
+
+
+class Norms:
+    """Norms with the statistics of the batch, or running ones; `running` collects those after the step."""
+
+    def __init__(self, sample):
+        self.sample, self.running = sample, {}
+
+    def statistics(self, u, bn, name, running):
+        """Mean and variance to normalise with; the running ones of `name` are noted."""
+        if not (bn.training or bn.running_mean is None):
+            return running
+        seen = self.sample(u)
+        found = {"mean": u.mean((0, 2, 3)), "var": seen.var((0, 2, 3), unbiased=True)}
+        momentum = 1 / (int(bn.num_batches_tracked) + 1) if bn.momentum is None else bn.momentum
+        for key, before in running.items():
+            self.running[f"{name}.running_{key}"] = ((1 - momentum) * before + momentum * found[key]).detach()
+        return found | {"var": seen.var((0, 2, 3), unbiased=False)}
+
+    def inner(self, u, branch, name):
+        if branch.factor is not None:
+            return u
+        scale = branch.scale
+        var = self.statistics(u, branch.bn, f"branches.{name}.scale", {"var": scale.running_var})["var"]
+        return u * (scale.weight / (var + scale.eps).sqrt())[:, None, None]
+
+    def outer(self, y, bn, name):
+        running = {"mean": bn.running_mean, "var": bn.running_var}
+        self.running |= {f"{name}.running_{key}": value for key, value in running.items()}
+        found = self.statistics(y, bn, name, running)
+        mean, var, gamma, beta = (v[:, None, None] for v in (found["mean"], found["var"], bn.weight, bn.bias))
+        return (y - mean) / (var + bn.eps).sqrt() * gamma + beta
+
+
+def frequencies(g, dtype):
+    """OREPA's `fre_init`: vertical frequencies in half of the channels, then horizontal ones."""
+    (kh, kw), half = g.kernel_size, g.out_channels / 2
+
+    def cosine(i, frequency, size):
+        return math.cos(math.pi * (i + 0.5) * frequency / size)
+    prior = torch.tensor([[[cosine(i, o + 1, kh) if o < half else cosine(j, o + 1 - half, kw)
+                            for j in range(kw)] for i in range(kh)]
+                          for o in range(g.out_channels)], dtype=dtype)
+    prior[prior.abs() < 1e-12] = 0
+    return prior
+
+
+def branch_map(name, branch, x, windows, norms):
+    """The map of a branch in front of its outer norm, each step a map."""
+    g, kind = windows.g, re.sub(r"_\d+$", "", name)  # kxk_2 is a second kxk
+    if kind in ("kxk", "1x1", "1xk", "kx1"):
+        return windows.convolve(x, branch.weight)
+    if kind == "identity":
+        return windows.middle(x)
+    if kind == "avg":
+        return windows.average(x)
+    if kind == "dw_1x1":  # eight kernels an input channel
+        y = windows.depthwise(x.repeat_interleave(8, 1), branch.first[:, 0])
+        return F.conv2d(y, branch.second, groups=g.groups)
+    if kind == "1x1_prior":
+        return windows.depthwise(F.conv2d(x, branch.first, groups=g.groups), frequencies(g, x.dtype))
+    first = branch.first
+    if kind == "1x1_kxk" and len(first) == g.in_channels:
+        first = first.clone()
+        for i in range(g.in_channels):
+            first[i, i % (g.in_channels // g.groups)] += 1
+    u = norms.inner(F.conv2d(x, first, groups=g.groups), branch, name)
+    return windows.average(u) if kind == "1x1_avg" else windows.convolve(u, branch.second)
 
 
 def reference(block, x, sample=None):
@@ -31,100 +146,15 @@ def reference(block, x, sample=None):
     Returns:
         The output, and a dict of the running statistics after the step.
     """
-    g, total, stats = block.geometry, 0, {}
-    (kh, kw), (sh, sw), (dh, dw) = g.kernel_size, g.stride, g.dilation
-    rows, columns = (0, 0), (0, 0)
-    if g.padding == "same":
-        rows, columns = ((d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for d, k in ((dh, kh), (dw, kw)))
-    elif g.padding != "valid":
-        rows, columns = ((p, p) for p in g.padding)
-
-    def pad(x):
-        return F.pad(x, (*columns, *rows), mode="constant" if g.padding_mode == "zeros" else g.padding_mode)
-
-    height = (x.shape[2] + sum(rows) - dh * (kh - 1) - 1) // sh + 1
-    width = (x.shape[3] + sum(columns) - dw * (kw - 1) - 1) // sw + 1
-
-    def window(padded, i, j):
-        """The pixel that tap (i, j) sees, at every position of the output."""
-        return padded[:, :, i * dh:i * dh + (height - 1) * sh + 1:sh, j * dw:j * dw + (width - 1) * sw + 1:sw]
-
-    def convolve(x, weight):
-        """Tap by tap; a kernel of 1 row, 1 column or both lies on the middle of the block's window."""
-        h, w = weight.shape[2:]
-        top, left = (0 if h == kh else (kh - 1) // 2), (0 if w == kw else (kw - 1) // 2)
-        padded = pad(x)
-
-        def tap(i, j):
-            seen = window(padded, top + i, left + j)
-            return F.conv2d(seen, weight[:, :, i:i + 1, j:j + 1], groups=g.groups)
-
-        return sum(tap(i, j) for i in range(h) for j in range(w))
-
-    def depthwise(padded, kernels):
-        """A kernel `[KH, KW]` for every channel."""
-        return sum(window(padded, i, j) * kernels[:, i, j, None, None] for i in range(kh) for j in range(kw))
-
-    def average(x):
-        padded = pad(x)
-        return sum(window(padded, i, j) for i in range(kh) for j in range(kw)) / (kh * kw)
-
-    sample = sample or (lambda z: z)
-
-    def statistics(u, bn, name, running):
-        """Mean and variance to normalise with; the running ones of `name` are noted."""
-        if not (bn.training or bn.running_mean is None):
-            return running
-        seen = sample(u)
-        found = {"mean": u.mean((0, 2, 3)), "var": seen.var((0, 2, 3), unbiased=True)}
-        momentum = 1 / (int(bn.num_batches_tracked) + 1) if bn.momentum is None else bn.momentum
-        for key, before in running.items():
-            stats[f"{name}.running_{key}"] = ((1 - momentum) * before + momentum * found[key]).detach()
-        return found | {"var": seen.var((0, 2, 3), unbiased=False)}
-
-    def inner(u, branch, name):
-        if branch.factor is not None:
-            return u
-        scale = branch.scale
-        var = statistics(u, branch.bn, f"branches.{name}.scale", {"var": scale.running_var})["var"]
-        return u * (scale.weight / (var + scale.eps).sqrt())[:, None, None]
-
-    def norm(y, bn, name):
-        stats[f"{name}.running_mean"], stats[f"{name}.running_var"] = bn.running_mean, bn.running_var
-        found = statistics(y, bn, name, {"mean": bn.running_mean, "var": bn.running_var})
-        mean, var, gamma, beta = (v[:, None, None] for v in (found["mean"], found["var"], bn.weight, bn.bias))
-        return (y - mean) / (var + bn.eps).sqrt() * gamma + beta
-
+    windows, norms, total = Windows(block.geometry, x), Norms(sample or (lambda z: z)), 0
     for name, branch in block.branches.items():
-        kind = re.sub(r"_\d+$", "", name)  # kxk_2 is a second kxk
-        if kind in ("kxk", "1x1", "1xk", "kx1"):
-            y = convolve(x, branch.weight)
-        elif kind == "identity":
-            y = window(pad(x), (kh - 1) // 2, (kw - 1) // 2)
-        elif kind == "avg":
-            y = average(x)
-        elif kind == "dw_1x1":  # eight kernels an input channel
-            y = depthwise(pad(x).repeat_interleave(8, 1), branch.first[:, 0])
-            y = F.conv2d(y, branch.second, groups=g.groups)
-        elif kind == "1x1_prior":  # vertical frequencies in half of the channels, then horizontal ones
-            half = g.out_channels / 2
-            prior = torch.tensor([[[cosine(i, o + 1, kh) if o < half else cosine(j, o + 1 - half, kw)
-                                    for j in range(kw)] for i in range(kh)]
-                                  for o in range(g.out_channels)], dtype=x.dtype)
-            prior[prior.abs() < 1e-12] = 0
-            y = depthwise(pad(F.conv2d(x, branch.first, groups=g.groups)), prior)
+        y = branch_map(name, branch, x, windows, norms)
+        if branch.factor is None:
+            y = norms.outer(y, branch.bn, f"branches.{name}.bn")
         else:
-            first = branch.first
-            if kind == "1x1_kxk" and len(first) == g.in_channels:
-                first = first.clone()
-                for i in range(g.in_channels):
-                    first[i, i % (g.in_channels // g.groups)] += 1
-            u = inner(F.conv2d(x, first, groups=g.groups), branch, name)
-            y = average(u) if kind == "1x1_avg" else convolve(u, branch.second)
-        factor = branch.factor
-        y = norm(y, branch.bn, f"branches.{name}.bn") if factor is None else y * factor[:, None, None]
+            y = y * branch.factor[:, None, None]
         total = total + y
-    return (total if block.bn is None else norm(total, block.bn, "bn")), stats
+    return (total if block.bn is None else norms.outer(total, block.bn, "bn")), norms.running
 
 
 def check_training(block, x, sample=None):
