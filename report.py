@@ -13,8 +13,24 @@ from pathlib import Path
 
 from reports.compare import compare_variants, name_variants
 from reports.runs import read_runs
-from reports.study import draw_curves, markdown
+from reports.study import MARK, draw_curves, markdown
 from settings.cli import output_folder, plain_errors
+
+WRITTEN = ("report.md", "curves.png", "variants.csv", "runs.csv", "epochs.csv")
+
+
+def refuse_others(out: Path) -> None:
+    """Refuse to replace a file that no earlier report wrote.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    page = out / WRITTEN[0]
+    ours = page.is_file() and MARK in page.read_text(errors="replace")
+    there = [name for name in WRITTEN if (out / name).exists()]
+    if there and not ours:
+        raise ValueError(f"{out / there[0]} is to be written, but what stands there is of no earlier report: "
+                         "choose another folder with --out DIR")
 
 
 def main() -> None:
@@ -31,13 +47,14 @@ def main() -> None:
         variants = compare_variants(runs, options.baseline)
         epochs = epochs.merge(runs[["folder", "variant", "seed", "state"]], on="folder")
         out = output_folder(options.out or options.folders[0])
+        refuse_others(out)
         text = markdown(runs, variants, options.folders, options.baseline)
         (out / "report.md").write_text(text)
         draw_curves(epochs[epochs["state"] == "finished"], out / "curves.png")
         variants.to_csv(out / "variants.csv", index=False, float_format="%.6g")
         runs.drop(columns="settings").to_csv(out / "runs.csv", index=False, float_format="%.6g")
         epochs.to_csv(out / "epochs.csv", index=False, float_format="%.6g")
-        print(text, f"written to {out}: report.md, curves.png, variants.csv, runs.csv, epochs.csv", sep="\n")
+        print(text, f"written to {out}: {', '.join(WRITTEN)}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from evaluation.evaluate import sentence
 from runs.folder import RunFolder
+from runs.safety import newest
 from settings.cli import as_sentence, plain_errors
 from settings.command import Command, resolve
 from training import steps, sweep
@@ -38,7 +39,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     """
     folder, asked = RunFolder(run_dir), command.ckpt
     command, result = folder.take_up(command), folder.read_result()
-    if asked is None and result is not None:
+    if result is not None and (asked is None or command.ckpt != asked):
         print(f"{run_dir} is finished: {sentence(result, folder.last)}")
         return result
     steps.refuse_published(command)
@@ -50,6 +51,8 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     model = steps.make_model(command, data, start)
     trainer.loggers = make_loggers(command, folder)
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
+    if trainer.is_global_zero:
+        steps.log_missed_epoch(command, data, trainer, folder, start)
     trainer.fit(model, data, ckpt_path=command.ckpt, weights_only=True)
     if not trainer.is_global_zero or steps.stopped_by_time(command, folder):
         return {}
@@ -62,6 +65,8 @@ def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
     Returns:
         What a sweeper may select by: `val_top1`.
     """
+    if cfg.ckpt is not None and cfg.source is None:
+        cfg.ckpt = str(newest(Path(cfg.ckpt).expanduser()) or cfg.ckpt)
     command = resolve(cfg, HydraConfig.get().overrides.task)
     made_here = folder is None and command.out is None
     folder = folder or RunFolder.of(command)

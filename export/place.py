@@ -23,6 +23,7 @@ def written_before(out: Path) -> set[str]:
     for name in (REPORT, FAILED):
         try:
             report = json.loads((out / name).read_text())
+            _ = report["about"], report["relative_error"]  # which no other tool's report has
             entries = {*report["files"], *report.get("hub", []), *REPORTS} & KNOWN
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none there, or not ours
             continue
@@ -56,7 +57,7 @@ def staged(out: Path) -> Iterator[Path]:
         files = [path for path in Path(part).rglob("*") if path.is_file()]
         names = {str(path.relative_to(part)) for path in files}
         before = written_before(out)
-        for path in sorted(files, key=lambda path: path.name == REPORT):  # it says what the others are
+        for path in sorted(files, key=lambda path: path.name != REPORT):  # first: it says which are ours
             place = out / path.relative_to(part)
             place.parent.mkdir(exist_ok=True)
             path.chmod(0o666 & ~umask)  # safetensors writes for its owner only

@@ -76,6 +76,8 @@ def damage(path: Path) -> str | None:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
                 return "it is compressed, as train.py writes none"  # perhaps to fill a memory
             broken = file.testzip()
+    except (OSError, MemoryError):  # of the machine, perhaps for a moment
+        raise
     except Exception as error:  # of many kinds, depending on the bytes
         return str(error)
     return None if broken is None else f"the checksum of {broken} is wrong"

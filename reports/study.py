@@ -6,6 +6,8 @@ import pandas as pd
 
 from reports.markdown import table
 
+MARK = "Each row is a *variant*"  # by which report.py knows a page of its own
+
 
 def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path],
              baseline: str | None = None) -> str:
@@ -13,7 +15,7 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path],
     plain, more = baseline or "plain", len(folders) - 1
     others = {0: "", 1: " and 1 more folder"}.get(more, f" and {more} more folders")
     parts = [f"# {folders[0].name}{others}",
-             "Each row is a *variant*: all n runs that differ only in their seed. Its name is what tells it "
+             f"{MARK}: all n runs that differ only in their seed. Its name is what tells it "
              "from the others (`none` is the plain network), and differences are to "
              f"{baseline or 'the plain network of otherwise the same settings'}.",
              "![curves](curves.png)", "## After the same number of epochs",

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from models.checkpoint import load_checkpoint
-from runs.safety import newest, write_text
+from runs.safety import newest, previous, set_aside, write_text
 from runs.same import as_begun, differences
 from settings.cli import output_folder
 from settings.command import Command
@@ -133,6 +133,13 @@ class RunFolder:
         if not rank_zero_only.rank and {path.name for path in self.path.iterdir()} <= {self.lock.name}:
             shutil.rmtree(self.path)
 
+    def _set_damaged_aside(self) -> None:
+        """Make way for the next checkpoint, which must not push a damaged one over the good one before it."""
+        try:
+            load_checkpoint(self.last)
+        except ValueError:
+            set_aside(self.last)
+
     def read_config(self) -> dict[str, Any] | None:
         """The settings in config.yaml, as plain values; None where there is none.
 
@@ -180,18 +187,20 @@ class RunFolder:
         if there and not self.is_ours():
             raise FolderTakenError(f"{self.path} has {there[0]}, but no config.yaml of a run: it is somebody "
                                    "else's; choose another folder with out=DIR")
-        if command.ckpt is not None:
-            if self.last.exists() and Path(command.ckpt).resolve() != self.last.resolve():
-                raise FolderTakenError(f"{self.path} already holds another run than ckpt={command.ckpt}: "
-                                       "choose another folder with out=DIR")
+        own = {self.last.resolve(), previous(self.last).resolve()}
+        if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not self.last.exists()):
+            if Path(command.ckpt).resolve() == previous(self.last).resolve():
+                self._set_damaged_aside()
             return command
         stored = self.read_config()
         command = as_begun(command, stored)
         different = differences(stored, command)
         if stored is not None and not different:
-            identity = replace(command.logger, id=stored["logger"]["id"])
+            logger = replace(command.logger, id=stored["logger"]["id"])
             going_on = newest(self.last)
-            return replace(command, ckpt=None if going_on is None else str(going_on), logger=identity)
+            if going_on == previous(self.last):
+                self._set_damaged_aside()
+            return replace(command, ckpt=None if going_on is None else str(going_on), logger=logger)
         if self.last.exists() or self.result.exists():
             knobs = ", ".join(different[:4])
             text = (f"{self.path} already holds a run with another {knobs}: choose another folder with "

@@ -46,8 +46,7 @@ def previous(path: Path) -> Path:
 def newest(last: Path) -> Path | None:
     """The checkpoint to go on from, None if there is none.
 
-    That is `last`; where it is missing or damaged, the one before it, with a printed sentence. A damaged one
-    is renamed, so that it does not take the place of the good one at the next save.
+    That is `last`; where it is missing or damaged, the one before it, with a printed sentence.
     """
     try:
         load_checkpoint(last)
@@ -60,13 +59,17 @@ def newest(last: Path) -> Path | None:
     except ValueError:
         return last if last.exists() else None
     rank_zero_only(print)(f"{wrong}; going on from the one before, {before.name}")
+    return before
+
+
+def set_aside(last: Path) -> None:
+    """Rename a damaged checkpoint, so that it does not take the place of the one before at the next save."""
     if rank_zero_only.rank == 0 and last.exists():
         last.replace(last.with_name(f"{last.stem}-damaged{last.suffix}"))
-    return before
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a process that is killed leaves no half of one."""
-    part = path.with_name(f".{path.name}")
+    part = path.with_name(f".{path.name}.part")
     part.write_text(text)
     part.replace(path)

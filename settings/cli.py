@@ -28,10 +28,10 @@ warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended 
 EXPECTED = (ValueError, OSError, MisconfigurationException)
 MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
     r"No space left|PytorchStreamWriter|inline_container":
-        "the disk is full: make room, and give the same command again",
+        "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
     r"DataLoader worker .*(killed|exited)":
         "a process that loads images has died, mostly for want of memory: lower data.num_workers or "
-        "data.batch_size, and give the same command again",
+        "data.batch_size; the run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
 }
 
 

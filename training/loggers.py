@@ -169,6 +169,9 @@ def _csv(folder: RunFolder) -> CSVLogger:
     """Lightning's logger deletes an existing metrics.csv; this one appends to it."""
     path, kept = folder.metrics, folder.metrics_before
     if path.exists() and rank_zero_only.rank == 0:
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):  # a disk was full within a line
+            path.write_bytes(content[:content.rfind(b"\n") + 1])
         path.rename(kept)
     logger = CSVLogger(folder.path, name="", version="")
     with warnings.catch_warnings():

@@ -117,6 +117,11 @@ class Classifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         epoch, batches = self.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         place = (epoch + 1, 0) if batches == self.trainer.num_training_batches else (epoch, batches)
+        # Lightning does not count the first epoch after it has gone on from an epoch's last batch, and would
+        # take a later place within an epoch for another.
+        counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            progress.update(counts)
         checkpoint["dbb"] = {"place": place, "settings": self.settings.stored(), "classes": self.classes,
                              "image_size": self.image_size, "changed": self.changed}
 

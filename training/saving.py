@@ -70,8 +70,8 @@ class LastCheckpoint(Checkpoint):
             return
         asked = asked or signal.SIGTERM  # which another process got
         if trainer.is_global_zero:
-            print(f"stopped by {asked.name} {where}: {self.folder.last} has all that was done, and the same "
-                  "command goes on from there", file=sys.stderr)
+            print(f"stopped by {asked.name} {where}; what is done is saved: go on by python train.py "
+                  f"ckpt={self.folder.last}", file=sys.stderr)
             if asked is signal.SIGUSR1:
                 requeue()
         sys.exit(128 + asked)

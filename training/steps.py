@@ -16,6 +16,7 @@ from evaluation.evaluate import pick_device, predict, scores, sentence
 from evaluation.networks import load_network, restore
 from images.data import ImageData
 from models.checkpoint import load_checkpoint, place_of
+from reports.runs import read_epochs
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO
 from runs.same import changes
@@ -181,6 +182,28 @@ def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunF
     return {"parameters": parameters, "activations_mib": activations}
 
 
+def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, folder: RunFolder,
+                     start: Start) -> None:
+    """Evaluate the last epoch that is done, from its checkpoint, if the run was stopped before that was."""
+    evaluated = start.epochs % command.trainer.check_val_every_n_epoch == 0
+    if not start.epochs or start.batches or not evaluated or command.trainer.limit_val_batches != 1:
+        return
+    known = read_epochs(folder)
+    if known.loc[known["epoch"] == start.epochs, "test_top1"].notna().any():
+        return
+    net, device = load_network(start.checkpoint, command), pick_device(command.trainer.accelerator)
+    values = {f"test/{name}": value for name, value in scores(*predict(net, data, device, "missed")).items()}
+    if command.data.val_size:
+        held_out = scores(*predict(net, data, device, "missed", data.held_out_dataloader()))
+        values |= {f"val/{name}": value for name, value in held_out.items()}
+    loss = start.checkpoint["callbacks"].get("EpochLoss")
+    if loss is not None:  # of an older file
+        values["train/loss_epoch"] = loss["total"] / loss["count"]
+    for logger in trainer.loggers:
+        logger.log_metrics(values | {"epoch": start.epochs - 1}, start.checkpoint["global_step"] - 1)
+        logger.save()
+
+
 def stopped_by_time(command: Command, folder: RunFolder) -> bool:
     """Whether `trainer.max_time` ended the training before its last epoch; a line then says how to go on."""
     epochs, batches = place_of(load_checkpoint(folder.last))
@@ -210,11 +233,11 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
     result["converted_top1"] = scores(converted, targets)["top1"]
     result["predictions_changed"] = compare_logits([(logits, converted)]).predictions_changed
     result |= cost
-    changed = trainer.lightning_module.changed
-    folder.finish(result | ({"changed": changed} if changed else {}))
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
+    changed = trainer.lightning_module.changed
+    folder.finish(result | ({"changed": changed} if changed else {}))
     log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, folder.last),
           f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "

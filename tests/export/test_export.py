@@ -277,7 +277,9 @@ def test_a_conversion_does_not_take_the_place_of_something_else(trained, make_se
     (tmp_path / "report.md").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.onnx").write_text("somebody's")
-    for out in (tmp_path, tmp_path / "other"):
+    (tmp_path / "coverage").mkdir()
+    (tmp_path / "coverage" / "report.json").write_text('{"meta": {}, "files": {"a.py": {}}}')
+    for out in (tmp_path, tmp_path / "other", tmp_path / "coverage"):
         before = sorted(out.rglob("*"))
         with pytest.raises(ValueError, match="what stands there is of no earlier conversion"):
             convert_script.convert(make_settings(f"ckpt={trained}", config_name="convert"), out)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import report as report_script
 from reports.compare import compare_variants, name_variants
 from reports.runs import read_runs
-from reports.study import draw_curves, markdown
+from reports.study import MARK, draw_curves, markdown
 from tests.helpers import ROOT
 
 PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
@@ -288,3 +288,14 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
     folders = [Path(f"study_{name}"), *[Path("more")] * more]
     text = markdown(runs, variants, folders, baseline)
     assert text == (folder / "report.md").read_text()
+
+
+def test_a_report_replaces_no_file_of_somebody_elses(tmp_path):
+    (tmp_path / "runs.csv").write_text("mine")
+    with pytest.raises(ValueError, match="runs.csv is to be written, but what stands there is of no earlier"):
+        report_script.refuse_others(tmp_path)
+    (tmp_path / "report.md").write_text("# My notes")
+    with pytest.raises(ValueError, match="report.md is to be written"):
+        report_script.refuse_others(tmp_path)
+    (tmp_path / "report.md").write_text(f"# Runs\n\n{MARK}: ...")
+    report_script.refuse_others(tmp_path)

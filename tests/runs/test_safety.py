@@ -84,6 +84,10 @@ def test_a_damaged_checkpoint_costs_one_epoch(make_settings, tmp_path, capsys):
     assert all(torch.equal(ended[key], value) for key, value in expected.items())
     assert damage(previous(last)) is None
     assert damage(last.with_name("last-damaged.ckpt")) is not None
+    last.write_bytes(content)
+    done = call("train.py", f"ckpt={last}", "trainer.max_epochs=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on from the one before, last-previous.ckpt" in done.stdout
     last.unlink()
     assert newest(last) == previous(last)
     previous(last).unlink()
