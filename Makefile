@@ -18,7 +18,7 @@ test: .venv/ready lint
 	$(RUN) -m pytest -n auto --dist loadfile
 
 quick: .venv/ready  ## the essentials, in one process: about a minute
-	$(RUN) -m pytest -m "not slow" tests/dbb tests/settings tests/runs
+	$(RUN) -m pytest -m "not slow"
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -10,7 +10,7 @@ from torch import nn
 import convert as convert_script
 import eval as eval_script
 import train as train_script
-from dbb import branches
+from dbb import branch
 from models import build_model
 from models.checkpoint import load_checkpoint
 from reports.conversion import print_tables
@@ -62,6 +62,7 @@ def test_train_eval_and_convert_agree(trained, make_settings, convert):
     plain.load_state_dict(load_file(folder / "convert" / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(trained):
     folder, printed = trained
     assert {"config.yaml", "metrics.csv", "checkpoints", "wandb"} <= {path.name for path in folder.iterdir()}
@@ -81,6 +82,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert checkpoint["dbb"]["settings"]["logger"]["id"]
 
 
+@pytest.mark.slow
 def test_convert_from_the_command_line(trained, convert, tmp_path):
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     done = run("convert.py", f"ckpt={ckpt}", "export=[]", f"out={tmp_path}/out", cwd=tmp_path)
@@ -94,14 +96,16 @@ def test_convert_from_the_command_line(trained, convert, tmp_path):
     assert [path.name for path in (tmp_path / "strict").iterdir()] == ["report-failed.json"]
 
 
+@pytest.mark.slow
 def test_wrong_conversion_writes_no_weights(trained, convert, tmp_path, monkeypatch):
-    good = branches.norm_affine
-    monkeypatch.setattr(branches, "norm_affine", lambda mean, *rest: good(0 * mean, *rest))
+    good = branch.norm_affine
+    monkeypatch.setattr(branch, "norm_affine", lambda mean, *rest: good(0 * mean, *rest))
     with pytest.raises(ValueError, match="no weights were written"):
         convert(trained[0] / "checkpoints" / "last.ckpt", tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_bad_checkpoints(trained, make_settings, tmp_path):
     folder, _ = trained
     good = folder / "checkpoints" / "last.ckpt"
@@ -137,12 +141,14 @@ def test_bad_checkpoints(trained, make_settings, tmp_path):
     fails("callbacks", f"ckpt={tmp_path}/odd.ckpt")
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_overwrite_the_first(trained, make_settings):
     folder, _ = trained
     with pytest.raises(ValueError, match="already holds a run"):
         train_script.train(make_settings("model=resnet8", *TINY), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "message"), [
     (["data=digits", "data.batch_size=5000"], "error: data.batch_size=5000 is larger"),
     (["data=digits", "out=/proc/nothing/here"], "error: out: cannot write into /proc/nothing/here"),
@@ -156,6 +162,7 @@ def test_errors_are_sentences(tmp_path, overrides, message):
     assert not list(tmp_path.rglob("*.*"))
 
 
+@pytest.mark.slow
 def test_a_mistyped_checkpoint_takes_nothing_away(tmp_path):
     (tmp_path / "here").mkdir()
     done = run("train.py", "ckpt=nope", cwd=tmp_path / "here")
@@ -165,6 +172,7 @@ def test_a_mistyped_checkpoint_takes_nothing_away(tmp_path):
     assert (tmp_path / "here").is_dir()
 
 
+@pytest.mark.slow
 def test_a_list_of_branches_from_the_command_line(make_settings, convert, tmp_path, capsys):
     branches = ["block.branches=[kxk,1x1,1xk,kx1]", "block.layers=[{modules:blocks.0.*,branches:[]}]"]
     done = call("train.py", "model=resnet8", *TINY, "trainer.limit_train_batches=2", *branches, cwd=tmp_path)

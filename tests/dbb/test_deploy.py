@@ -13,6 +13,8 @@ from dbb import DiverseBranchBlock, branchwise, fold_norms, replace_convs, resto
 from models import build_model
 from tests.helpers import randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def float64():

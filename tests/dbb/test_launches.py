@@ -33,6 +33,7 @@ def test_how_many_operators_a_step_launches(mode, shape, budget):
     assert len(names) <= budget + 1, names  # and the ones
 
 
+@pytest.mark.slow
 def test_the_gpu_model_agrees_with_published_times():
     """ResNet-18 on a V100: the plain network's milliseconds, and the published block's ratio to them."""
     plain = build_model("resnet18", 1000, image_size=224)

@@ -16,6 +16,8 @@ from dbb import AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock, rep
 from models import build_model
 from tests.helpers import randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = [(kind, groups) for kind in (DiverseBranchBlock, AsymmetricConvBlock, OnlineReparamBlock)
           for groups in (1, 2, 8)]
 

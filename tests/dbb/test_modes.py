@@ -169,6 +169,7 @@ def test_channels_last(mode, channels):
     assert block(x).is_contiguous(), "kernels in another format do not turn the map"
 
 
+@pytest.mark.slow
 @EVERY
 def test_compiles_once_without_a_break(mode, channels):
     block, x = make(mode, channels, branches=("kxk", "1x1", "1x1_avg", "1x1_kxk"))

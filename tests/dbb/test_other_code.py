@@ -18,6 +18,8 @@ from dbb import (
 )
 from tests.helpers import pair, randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_norm_that_was_taken_in_is_still_true():
     """Code asks `if self.bn:`; an empty Sequential is false."""

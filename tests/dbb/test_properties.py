@@ -19,6 +19,8 @@ from tests.dbb.blocks import NAMES, build, cases, examples, sample_of
 from tests.dbb.reference import check_training, reference
 from tests.helpers import randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_branch_is_drawn():
     assert set(NAMES) == set(BRANCHES) - {"row"}  # the README's worked example

@@ -34,6 +34,8 @@ from dbb import (
 )
 from tests.helpers import EVERY_BRANCH, pair, randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 class Same(nn.Conv2d):
     """Prepares its input as timm's Conv2dSame does."""

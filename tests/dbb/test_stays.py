@@ -15,6 +15,8 @@ from dbb import (
     replace_convs,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 def test_hooks_of_the_backward_pass_keep_a_pair_plain(hook):

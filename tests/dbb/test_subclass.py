@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from dbb import branchwise, reparameterize, replace_convs
 from tests.helpers import randomize, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 def test_subclasses_that_prepare_their_input_are_kept():
     """Timm's dynamic "same" padding, and one of our own: the block sits in for the convolution inside."""

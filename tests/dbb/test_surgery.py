@@ -336,6 +336,7 @@ def test_report_is_a_table():
     assert lines[2].split()[:3] == ["1", "7x7", "stayed:"]
 
 
+@pytest.mark.slow
 def test_torchvision_and_timms_own_walker():
     net = torchvision.models.resnet18(num_classes=5).eval()
     new, report = replace_convs(net, "dbb", example_input=torch.zeros(1, 3, 64, 64))

@@ -81,8 +81,8 @@ def test_int8_arithmetic_does_not_overflow(tmp_path):
     for parameter in net.parameters():
         nn.init.uniform_(parameter, 0.8, 1)
     images = torch.rand(32, 3, 8, 8) * 0.2 + 0.8
-    about = {"model": "x", "classes": ["a"], "image_size": 8, "resize": 8, "interpolation": "bilinear",
-             "mean": [0.0] * 3, "std": [1.0] * 3}
+    about = {"model": "x", "classes": list("abcde"), "image_size": 8, "resize": 8,
+             "interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3}
     graph.export_onnx(net.eval(), images[:2], about, tmp_path / "float.onnx")
     int8.quantize(tmp_path / "float.onnx", tmp_path / "int8.onnx", images.split(8))
     with torch.no_grad():

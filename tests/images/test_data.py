@@ -21,6 +21,8 @@ from predict import prepare
 from tests.helpers import write_tree
 from training.module import Classifier
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cifar(tmp_path):

@@ -15,6 +15,8 @@ from reports.runs import read_runs
 from reports.study import MARK, draw_curves, markdown
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
 DBB = {"name": "dbb", "branches": ["kxk", "1x1"], "mode": "exact", "init": None}
 

@@ -19,6 +19,8 @@ from runs.safety import WholeCheckpointIO, newest, previous
 from settings.cli import plain_errors
 from tests.helpers import TINY, call, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
                                      RuntimeError("PytorchStreamWriter failed writing file data/0")])

@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from settings.command import Command, resolve
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 HUGE = "1" + 30 * "0"
 VALUES = {
     int: ["abc", "-1", "1.5", HUGE, "nan", "[1]", "{a: 1}", "''"],

@@ -21,6 +21,7 @@ from training.module import try_optimizer
 MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "knob"), [
     ("trainer.max_epochs=abc", "trainer.max_epochs"), ("trainer.max_epoch=3", "max_epoch"),
     ("+trainer.max_epoch=3", "max_epoch"), ("trainer.limit_train_batches=many", "limit_train_batches"),
@@ -53,6 +54,7 @@ def test_wrong_settings_fail_at_once(make_settings, override, knob):
     assert knob in f"{error.value} {error.value.__cause__}"
 
 
+@pytest.mark.slow
 def test_every_backbone_has_its_twin(make_settings):
     assert set(MODELS) == {*BACKBONES, *(f"{name}_dbb" for name in BACKBONES), "timm"}
     for name in BACKBONES:
@@ -69,6 +71,7 @@ def test_groups_compose(make_settings, data):
     assert settings.trainer.max_epochs < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "dense", "depthwise"), [
     *((name, "kxk + 1x1 + 1x1_avg + 1x1_kxk", "kxk + avg + 1x1_kxk") for name in ("dbb", "dbb_online")),
     ("dbb_lite", "kxk + 1x1 + 1x1_avg", "kxk + avg"),
