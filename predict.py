@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from export.reading import load_verified
-from images.sources import IMAGE_ENDINGS, is_image, read_pixels
+from images.reading import IMAGE_ENDINGS, is_image, read_pixels
 from settings.cli import plain_errors, printable
 
 BATCH_SIZE = 64

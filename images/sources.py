@@ -1,36 +1,25 @@
 """Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
 
 import os
-import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from images.random import generator, seed_of
-from models import limits
+from images.reading import is_image, read_pixels
 from settings.schema import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
-IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif",
-                 ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
-                 ".tga")
 SORT_IMAGENET = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
-UNREADABLE = (OSError, RuntimeError, SyntaxError, UnidentifiedImageError, ValueError, MemoryError, EOFError,
-              TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
-              struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
 Key = tuple[int, int, bool]  # see images.data
 
 
@@ -278,11 +267,6 @@ def _refuse_unreadable(error: OSError) -> None:
     raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror})") from error
 
 
-def is_image(path: str | Path) -> bool:
-    """Whether a file's name ends as that of an image does, in small letters or capitals."""
-    return Path(path).suffix.lower() in IMAGE_ENDINGS
-
-
 def _classes(folder: Path) -> list[str]:
     """The names of a split's classes: its folders.
 
@@ -308,50 +292,3 @@ def _root(conf: DataConf) -> Path:
     if conf.root is None:
         raise ValueError(f"data.root: data={conf.name} needs the folder that holds its images")
     return Path(conf.root)
-
-
-def read_pixels(path: str) -> Tensor:
-    """Read one image as RGB, uint8 `[3, H, W]`.
-
-    Raises:
-        ValueError: with the path, if it cannot be read.
-    """
-    image = _opened(path)
-    if image.format in ("JPEG", "MPO"):
-        try:  # faster than Pillow, to the same pixels (benchmarks/README.md)
-            return decode_jpeg(read_file(path), ImageReadMode.RGB)
-        except RuntimeError:
-            pass
-    return TF.pil_to_tensor(read_image(path))
-
-
-def _opened(path: str) -> Image.Image:
-    """Read the header of an image, and refuse one whose pixels would fill the memory."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except UNREADABLE as error:
-        raise ValueError(f"unreadable image: {path} ({error})") from error
-    if width * height > limits.IMAGE_PIXELS or max(width, height) > limits.IMAGE_SIDES * min(width, height):
-        raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
-    return image
-
-
-def read_image(path: str) -> Image.Image:
-    """Read one image as RGB.
-
-    Raises:
-        ValueError: with the path, if it cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-                darkest, brightest = image.getextrema()
-                if not 0 <= darkest <= brightest < 2**16:
-                    raise ValueError("more than 16 bits a pixel")
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("real numbers of an unknown range")
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        raise ValueError(f"unreadable image: {path} ({error})") from error

@@ -6,7 +6,6 @@ tells what it is. Layouts as in the authors' repositories DingXiaoH/DiverseBranc
 JUGGHM/OREPA_CVPR2022.
 """
 
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -66,9 +66,10 @@ class RunFolder:
         if os.environ.get("LOCAL_RANK", "0") != "0" and FOLDER_VARIABLE in os.environ:
             return cls(os.environ[FOLDER_VARIABLE])
         path = command.out
-        of_checkpoint = cls.of_checkpoint(command.ckpt) if command.ckpt is not None else None
-        if path is None and of_checkpoint is not None:
-            return of_checkpoint
+        if path is None and command.ckpt is not None:
+            folder = cls.of_checkpoint(command.ckpt)
+            if folder is not None:
+                return folder
         if rank_zero_only.rank:
             return cls(path or ".")
         if path is None:

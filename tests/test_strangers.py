@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import predict as predict_script
 from export.files import load_network
 from export.graph import OnnxNetwork
-from images.sources import read_pixels
+from images.reading import read_pixels
 from models import limits
 from models.checkpoint import load_checkpoint
 from reports.markdown import table

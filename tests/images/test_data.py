@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 
 import train as train_script
 from images.data import ImageData, KeySampler, crop_and_flip
-from images.sources import IMAGE_ENDINGS, is_image, lighting, read_image, read_pixels
+from images.reading import IMAGE_ENDINGS, is_image, read_image, read_pixels
+from images.sources import lighting
 from predict import prepare
 from tests.helpers import write_tree
 from training.module import Classifier

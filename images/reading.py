@@ -1,0 +1,71 @@
+"""One image file as RGB pixels; which endings images have."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms.v2 import functional as TF
+
+from models import limits
+
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif",
+                 ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
+                 ".tga")
+UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
+              TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
+              struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file's name ends as that of an image does, in small letters or capitals."""
+    return Path(path).suffix.lower() in IMAGE_ENDINGS
+
+
+def read_pixels(path: str) -> Tensor:
+    """Read one image as RGB, uint8 `[3, H, W]`.
+
+    Raises:
+        ValueError: with the path, if it cannot be read.
+    """
+    if _format(path) in ("JPEG", "MPO"):
+        try:  # faster than Pillow, to the same pixels (benchmarks/README.md)
+            return decode_jpeg(read_file(path), ImageReadMode.RGB)
+        except RuntimeError:
+            pass
+    return TF.pil_to_tensor(read_image(path))
+
+
+def _format(path: str) -> str:
+    """An image's format, by its header; refused is one whose pixels would fill the memory."""
+    try:
+        with Image.open(path) as image:
+            (width, height), kind = image.size, image.format
+    except UNREADABLE as error:
+        raise ValueError(f"unreadable image: {path} ({error})") from error
+    if width * height > limits.IMAGE_PIXELS or max(width, height) > limits.IMAGE_SIDES * min(width, height):
+        raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
+    return kind
+
+
+def read_image(path: str) -> Image.Image:
+    """Read one image as RGB.
+
+    Raises:
+        ValueError: with the path, if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+                darkest, brightest = image.getextrema()
+                if not 0 <= darkest <= brightest < 2**16:
+                    raise ValueError("more than 16 bits a pixel")
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("real numbers of an unknown range")
+            return image.convert("RGB")
+    except UNREADABLE as error:
+        raise ValueError(f"unreadable image: {path} ({error})") from error
