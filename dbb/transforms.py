@@ -23,7 +23,7 @@ def fill(target: Tensor, value: Tensor, name: str) -> None:
     """
     target.copy_(value)
     if torch.finfo(target.dtype).max < torch.finfo(value.dtype).max:
-        lost = value.isfinite() & ~target.isfinite()
+        lost = value.isfinite() & ~target.to(value.device).isfinite()
         if not lost.is_meta and lost.any():
             raise ValueError(f"{name} has the value {value[lost][0].item():.6g}, which {target.dtype} cannot "
                              "hold: convert the network to float32 first")

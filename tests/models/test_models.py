@@ -7,7 +7,6 @@ import timm
 import torch
 import torchvision
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbb import branchwise, reparameterize
 from models import build_model
@@ -33,27 +32,6 @@ def test_converted_network_is_the_same_function(name, block):
             rounding = relative_error(drawn[dtype], drawn[torch.float64])
             converted = reparameterize(net)(x.to(dtype))
             assert relative_error(converted, drawn[dtype]) < max(tolerance, 2 * rounding)
-
-
-@EVERY
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_nothing_is_left_on_the_cpu(name, block, training):
-    """A forward pass on a fake GPU fails where a tensor was made on the CPU."""
-    net = build(name, block).train(training)
-    with FakeTensorMode():
-        state = {key: torch.empty(value.shape, dtype=value.dtype, device="cuda")
-                 for key, value in [*net.named_parameters(), *net.named_buffers()]}
-        logits = torch.func.functional_call(net, state, (images(name, 4, device="cuda"),))
-    assert logits.device.type == "cuda"
-    assert logits.shape == (4, 10)
-
-
-def test_the_fake_gpu_catches_a_misplaced_tensor():
-    class Misplaced(nn.Module):
-        def forward(self, x):
-            return x + torch.ones(3)
-    with FakeTensorMode(), pytest.raises(RuntimeError, match="cuda.*cpu|two different devices"):
-        Misplaced()(torch.empty(3, device="cuda"))
 
 
 @pytest.mark.parametrize(("name", "small", "large"), [
