@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
@@ -114,11 +114,16 @@ class StackedConv(Function):
         groups = ctx.conv[3]
         d_x, d_stack = _gradients(d_y, x, _stack(x, kernels, groups), ctx.conv,
                                   [ctx.needs_input_grad[0], True])
+        if groups == 1:
+            parts = d_stack.chunk(len(kernels))
+            return d_x, None, *[part.to(kernel.dtype) for part, kernel in zip(parts, kernels, strict=True)]
         rows = d_stack.reshape(groups, len(kernels), -1, d_stack[0].numel())
         return d_x, None, *unstacked(rows, kernels, kernels[0].shape[2:])
 
 
 def _stack(x: Tensor, kernels: Sequence[Tensor], groups: int) -> Tensor:
+    if groups == 1:
+        return in_format_of(x, torch.cat(kernels))
     rows = stacked(kernels, groups, kernels[0].shape[2:])
     return in_format_of(x, rows.reshape(-1, *kernels[0].shape[1:]))
 
@@ -128,12 +133,13 @@ class FixedConv(Function):
 
     @staticmethod
     def forward(ctx, x, kernel, conv):
-        ctx.kernel, ctx.shape, ctx.conv = kernel, x.shape, conv
+        ctx.kernel, ctx.shape, ctx.conv, ctx.last = kernel, x.shape, conv, not x.is_contiguous()
         return F.conv2d(x, kernel, None, *conv)
 
     @staticmethod
     def backward(ctx, d_y):
-        stride, padding, dilation, groups = ctx.conv
-        kernel = ctx.kernel.to(d_y.dtype)
-        d_x = nn.grad.conv2d_input(ctx.shape, kernel, d_y, stride, padding, dilation, groups)
+        images, channels, *size = ctx.shape
+        # Nobody reads the input's values; its memory format is the gradient's.
+        x = d_y.new_empty(images, *size, channels).movedim(3, 1) if ctx.last else d_y.new_empty(ctx.shape)
+        d_x, _ = _gradients(d_y, x, ctx.kernel.to(d_y.dtype), ctx.conv, [True, False])
         return d_x, None, None

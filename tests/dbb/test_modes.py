@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from dbb import MODES, DiverseBranchBlock, ReparamConv2d, branchwise, modes
@@ -167,6 +169,36 @@ def test_channels_last(mode, channels):
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(y, expected) < 1e-4
     assert block(x).is_contiguous(), "kernels in another format do not turn the map"
+
+
+class Turned(TorchDispatchMode):
+    """The operators whose maps `[N, *, H, W]` are not in channels_last."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images, self.names = images, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        maps = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.ndim == 4
+                and len(t) == self.images and t.shape[2:] in {(9, 8), (5, 4)}]
+        if func.overloadpacket is not torch.ops.aten.slice and not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@EVERY
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_map_leaves_channels_last(mode, channels, stride):
+    """On a GPU every such map is copied by the next convolution or norm."""
+    branches = ("kxk", "1x1", "1x1_avg", "1x1_kxk")
+    block, x = make(mode, channels, torch.float32, stride=stride, branches=branches)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with Turned(len(x)) as turned:
+        y = block.to(memory_format=torch.channels_last)(x)
+        y.backward(y.detach())
+    assert y.shape[2:] == ((9, 8) if stride == 1 else (5, 4))
+    assert turned.names == []
 
 
 @pytest.mark.slow
