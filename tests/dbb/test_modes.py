@@ -182,7 +182,8 @@ class Turned(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         maps = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.ndim == 4
                 and len(t) == self.images and t.shape[2:] in {(9, 8), (5, 4)}]
-        if func.overloadpacket is not torch.ops.aten.slice and not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
+        view = func.overloadpacket is torch.ops.aten.slice
+        if not view and not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
             self.names.append(func.overloadpacket.__name__)
         return out
 
