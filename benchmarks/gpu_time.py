@@ -1,7 +1,7 @@
 """What a training step costs on the GPU at hand, for gpu_model.py's rows: `python benchmarks/gpu_time.py`.
 
 Forward, cross entropy and backward, channels_last, medians over rounds, all variants interleaved within each
-round. The ways: *eager*; *graph*, the same operators replayed as one CUDA graph, so that launches cost nothing;
+round. The ways: *eager*; *graph*, the same operators replayed as one CUDA graph: launches cost nothing;
 *compiled* (torch.compile), *cudagraphs* (its backend that captures and fuses nothing), *reduce-overhead*.
 "Kernels" are what the profiler sees the GPU run in one eager step. Prints ratios to plain, and writes all
 numbers to results/.
