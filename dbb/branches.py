@@ -150,11 +150,13 @@ class PointwiseKxK(Branch, name="1x1_kxk"):
         self._start_at_identity()
 
     def inner(self):
-        first = self.first
+        first, groups = self.first, self.geometry.groups
         if first.shape[0] != self.geometry.in_channels:
             return first
         identity = identity_kernel(first.shape[1], 1, first.dtype, first.device)
-        return (first.unflatten(0, (self.geometry.groups, -1)) + identity).flatten(0, 1)
+        if groups == 1:
+            return first + identity
+        return (first.unflatten(0, (groups, -1)) + identity).flatten(0, 1)
 
     def kernel(self, first=None):
         return merge_1x1_kxk(self.scaled(first), self.second, self.geometry.groups)[0]

@@ -73,11 +73,14 @@ def merge_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1, first_bias: Te
         Kernel `[O, I/G, KH, KW]` and bias `[O]`, None if both biases are.
     """
     # The 1x1 kernel runs over KxK ones as over images: few operators, forward and backward.
-    images = second.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [O/G, M, KH, KW]
-    points = first.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [I, M/G, 1, 1]
+    images, points = second, first.transpose(0, 1)
+    if groups > 1:
+        images = second.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [O/G, M, KH, KW]
+        points = first.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [I, M/G, 1, 1]
     with without_autocast(first.device):
         kernel = F.conv2d(images, points, groups=groups)
-    kernel = kernel.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    if groups > 1:
+        kernel = kernel.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
     if first_bias is None:
         return kernel, second_bias
     grouped = second.unflatten(0, (groups, -1))
