@@ -1,4 +1,4 @@
-"""What only a GPU can check: `make gpu`. Skipped where there is none; not run yet."""
+"""What only a GPU can check: `make gpu`. Skipped where there is none; run on an H100, 2026-11-26."""
 
 import pytest
 import torch

@@ -30,7 +30,9 @@ def expected_cost(settings: Settings, image_size: int, device: torch.device) -> 
         ms, source = _measured(settings, image_size), "measured on another CPU"
     elif device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
-        ms, source = _modelled(settings, image_size, gpu), "by a model of this GPU, not measured"
+        ms, source = _measured_on_gpu(settings, image_size, gpu), "measured on such a GPU, with Python's part"
+        if mode not in ms:
+            ms, source = _modelled(settings, image_size, gpu), "by a model of this GPU alone, not measured"
     if mode not in ms:
         return None
     return (f"block.mode={mode}: expect a training step of {ms[mode] / ms['plain']:.1f} times the plain "
@@ -51,13 +53,36 @@ def _measured(settings: Settings, image_size: int) -> dict[str, float]:
     return ms
 
 
-def _modelled(settings: Settings, image_size: int, gpu: str) -> dict[str, float]:
-    """Milliseconds by variant, from gpu_model.py's file, of about as many images; 5 us a launch."""
-    known = set(gpu.replace("-", " ").split()).intersection(GPUS)
+def _measured_on_gpu(settings: Settings, image_size: int, gpu: str) -> dict[str, float]:
+    """Milliseconds by variant, from gpu_time.py's file of such a GPU, of about as many images."""
+    known = _known(gpu)
     if not known or image_size < LARGE or settings.model.compile:
         return {}
-    kind = "bf16" if "16" in settings.trainer.precision else "TF32"
-    kind = f"{known.pop()} {kind}".replace("V100 TF32", "V100 float32")
+    times = {}
+    for path in sorted(RESULTS.glob(f"gpu_time_*{known}*.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                of = row["network"], row["precision"], row["way"]
+                if of == (settings.model.name, _kind(settings), "eager"):
+                    times.setdefault(int(row["batch"]), {})[row["variant"]] = float(row["ms"])
+    return times[min(times, key=lambda batch: abs(batch - settings.data.batch_size))] if times else {}
+
+
+def _known(gpu: str) -> str | None:
+    """The kind of GPU that a device's name has in it, of those that are known here."""
+    return next((name for name in GPUS if name in gpu.replace("-", " ").split()), None)
+
+
+def _kind(settings: Settings) -> str:
+    return "bf16" if "16" in settings.trainer.precision else "TF32"
+
+
+def _modelled(settings: Settings, image_size: int, gpu: str) -> dict[str, float]:
+    """Milliseconds by variant, from gpu_model.py's file, of about as many images; 5 us a launch."""
+    known = _known(gpu)
+    if not known or image_size < LARGE or settings.model.compile:
+        return {}
+    kind = f"{known} {_kind(settings)}".replace("V100 TF32", "V100 float32")
     images = min(BATCHES, key=lambda batch: abs(batch - settings.data.batch_size))
     with (RESULTS / "gpu_model.csv").open(newline="") as file:
         return {row["variant"]: float(row["modelled_ms"]) for row in csv.DictReader(file)

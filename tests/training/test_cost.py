@@ -28,6 +28,14 @@ GPU_FILE = """network and batch,variant,gpu,launch_us,operators,gb,tflop,modelle
 "resnet18, 64 images",plain,V100 float32,5,1,1,1,10,1
 "resnet18, 64 images",exact,V100 float32,5,1,1,1,24,2.4
 """
+MEASURED_FILE = """network,batch,precision,way,variant,ms,ratio,kernels,peak_mb
+resnet18,64,TF32,eager,plain,10,1,,
+resnet18,64,TF32,eager,exact,82,8.2,,
+resnet18,64,TF32,graph,plain,10,1,,
+resnet18,64,TF32,graph,exact,29,2.9,,
+resnet18,256,TF32,eager,plain,10,1,,
+resnet18,256,TF32,eager,exact,61,6.1,,
+"""
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -68,6 +76,19 @@ def test_on_a_gpu(make_settings, monkeypatch, gpu, overrides, found):
     said = expected_cost(settings, 224, torch.device("cuda"))
     assert (said is None) if found is None else (found in said)
     assert expected_cost(settings, 32, torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(("overrides", "found"), [
+    ((), "8.2 times the plain resnet18's time (measured on such a GPU"),
+    (("data.batch_size=200",), "6.1 times"),
+    (("trainer.precision=bf16-mixed",), "4.3 times the plain resnet18's time (by a model"),
+    (("model.compile=reduce-overhead",), None)])
+def test_what_was_measured_comes_before_the_model(make_settings, monkeypatch, tmp_path, overrides, found):
+    (tmp_path / "gpu_time_NVIDIA_H100_PCIe.csv").write_text(MEASURED_FILE)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
+    settings = make_settings("model=resnet18", "block=dbb", "data.batch_size=64", *overrides)
+    said = expected_cost(settings, 224, torch.device("cuda"))
+    assert (said is None) if found is None else (found in said)
 
 
 def test_what_was_run_elsewhere_breaks_nothing(make_settings, tmp_path):
