@@ -9,6 +9,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     print("loading PyTorch, onnx and W&B ...", file=sys.stderr, flush=True)  # which takes seconds
+    from settings.early import check_command_line
+    check_command_line("convert")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

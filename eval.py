@@ -3,6 +3,10 @@
     python eval.py ckpt=outputs/.../checkpoints/last.ckpt
 """
 
+if __name__ == "__main__":
+    from settings.early import check_command_line
+    check_command_line("eval")
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig

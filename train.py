@@ -5,6 +5,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     print("loading PyTorch, Lightning and W&B ...", file=sys.stderr, flush=True)  # which takes seconds
+    from settings.early import check_command_line
+    check_command_line("train")
 
 import hydra
 import pytorch_lightning as pl

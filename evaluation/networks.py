@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from dbb import ReparamConv2d
@@ -15,6 +14,7 @@ from models import build_model, load_weights
 from models.build import refuse_larger
 from models.published import translate
 from models.reading import PREPARED, read_weights
+from models.say import say
 
 
 def build_network(settings, num_classes: int, image_size: int, pretrained: bool = False,
@@ -44,7 +44,6 @@ def start_network(settings, classes: Sequence[str], image_size: int) -> nn.Modul
 
 def _tell_differences(about: dict[str, Any], data, classes: Sequence[str], image_size: int) -> None:
     """Print in what the images of a warm start differ from those that a file of ours was trained on."""
-    say = rank_zero_only(print)
     for key in PREPARED:
         ours = image_size if key == "image_size" else getattr(data, key)
         theirs = about.get(key, ours)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -16,6 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from images.random import generator, seed_of
 from images.reading import is_image, read_pixels
+from models.say import say
 from settings.schema import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -239,7 +239,7 @@ class Tree(datasets.ImageFolder):
         if not self.samples:
             raise ValueError(f"{folder} holds no images{self._left_out()}")
         count = len(set(self.targets))
-        rank_zero_only(print)(f"{folder}: {len(self.samples)} images of {count} classes{self._left_out()}")
+        say(f"{folder}: {len(self.samples)} images of {count} classes{self._left_out()}")
 
     def _take(self, path: str) -> bool:
         if any(part.startswith(".") for part in Path(path).relative_to(self.folder).parts):

@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from dbb import Report, replace_convs
@@ -16,6 +15,7 @@ from models.airbench import AirBench
 from models.alexnet import AlexNet
 from models.cifar_quick import CifarQuick
 from models.cifar_resnet import CifarResNet
+from models.say import say
 from models.vgg import VGG16, NarrowVGG16
 from models.weights import load_plain
 from models.wide_resnet import WideResNet
@@ -52,8 +52,8 @@ def _start_from_timms(make: Callable[..., nn.Module]) -> nn.Module:
     fresh = [key for key, value in net.state_dict().items()
              if value.is_floating_point() and torch.equal(value, untrained[key])]
     if fresh:
-        rank_zero_only(print)("model.pretrained=true: not from the file, so they start at random: "
-                              f"{', '.join(fresh)}")
+        say("model.pretrained=true: not from the file, so they start at random: "
+            f"{', '.join(fresh)}")
     return net
 
 
@@ -95,6 +95,14 @@ def named_start(init: str | None, trained: bool) -> str:
     return "single" if trained else {"auto": "mixed", None: "ones"}[init]
 
 
+def refuse_unknown(name: str) -> None:
+    """Raise a ValueError if a network's name is none of ours or timm's."""
+    if name not in BACKBONES and not timm.is_model(name):
+        nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4)
+        names = ", ".join(nearest or [*BACKBONES, "timm.list_models()"])
+        raise ValueError(f"model.name={name!r} is unknown here and to timm; nearest are {names}")
+
+
 def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn.Module:
     """The network of a name of ours or timm's, with timm's weights or at random."""
     if name in UNTRAINED:
@@ -102,12 +110,9 @@ def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn
         return make(*arguments, num_classes)
     if name in OF_TIMM:
         make = partial(OF_TIMM[name], num_classes, image_size)
-    elif timm.is_model(name):
-        make = partial(timm.create_model, name, num_classes=num_classes)
     else:
-        nearest = get_close_matches(name, {*BACKBONES, *timm.list_models()}, n=4)
-        names = ", ".join(nearest or [*BACKBONES, "timm.list_models()"])
-        raise ValueError(f"model.name={name!r} is unknown here and to timm; nearest are {names}")
+        refuse_unknown(name)
+        make = partial(timm.create_model, name, num_classes=num_classes)
     if not pretrained:
         return make(pretrained=False)
     try:
@@ -186,8 +191,8 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         load_plain(net, weights)
     if trained and hasattr(net, "unstrided"):
         theirs, changed = timms_name(name)[0], ", ".join(net.unstrided)
-        rank_zero_only(print)(f"at {image_size} pixels {changed} have stride 1, where timm's {theirs} has 2: "
-                              "its weights compute something else here")
+        say(f"at {image_size} pixels {changed} have stride 1, where timm's {theirs} has 2: "
+            "its weights compute something else here")
     training, example, report = net.training, torch.zeros(1, 3, image_size, image_size), Report()
     try:
         with torch.no_grad():

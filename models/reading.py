@@ -9,10 +9,11 @@ from typing import Any
 import h5py
 import timm
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from models.say import say
 
 AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
 WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
@@ -70,7 +71,7 @@ def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under "
                              "state_dict or model")
         if key in AVERAGED:
-            rank_zero_only(print)(f"{path}: its averaged weights are taken ({key})")
+            say(f"{path}: its averaged weights are taken ({key})")
         weights = inner[key]
     return weights
 

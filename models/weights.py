@@ -3,8 +3,9 @@
 import re
 from collections.abc import Mapping
 
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
+
+from models.say import say
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -55,8 +56,8 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if theirs is not None and theirs.ndim == ours.ndim and len(theirs) != len(ours) \
             and theirs.shape[1:] == ours.shape[1:]:
         fresh = {key: value for key, value in own.items() if key.startswith(head)}
-        rank_zero_only(print)(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
-                              f"so they start at random: {', '.join(fresh)}")
+        say(f"the file has {len(theirs)} classes, the data {len(ours)}: not from the file, "
+            f"so they start at random: {', '.join(fresh)}")
         weights |= fresh
     load_weights(net, weights)
 
@@ -72,7 +73,7 @@ def _without_prefix(weights: Mapping[str, Tensor], first: str) -> dict[str, Tens
     prefix = min(inside, key=len)
     left = [key for key in weights if not key.startswith(prefix)]
     more = f"; not taken: {', '.join(left)}" if left else ""
-    rank_zero_only(print)(f"model.weights: those under {prefix!r} are taken{more}")
+    say(f"model.weights: those under {prefix!r} are taken{more}")
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 

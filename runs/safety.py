@@ -10,6 +10,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
 from models.checkpoint import load_checkpoint
+from models.say import say
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -58,7 +59,7 @@ def newest(last: Path) -> Path | None:
         load_checkpoint(before)
     except ValueError:
         return last if last.exists() else None
-    rank_zero_only(print)(f"{wrong}; going on from the one before, {before.name}")
+    say(f"{wrong}; going on from the one before, {before.name}")
     return before
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-
 # A CUDA toolkit on a machine without a GPU; torch.utils.benchmark imports the module that says so.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 # "GPU available: False", advertisements, "`Trainer.fit` stopped": train.py prints what matters of it.
@@ -24,8 +22,6 @@ warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not emp
 # Our sampler starts where the run was saved.
 warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
-# What a user, a file or a disk can cause.
-EXPECTED = (ValueError, OSError, MisconfigurationException)
 MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
     r"No space left|PytorchStreamWriter|inline_container":
         "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
@@ -33,6 +29,17 @@ MACHINE = {  # what a machine can cause, by what libraries then say, in errors o
         "a process that loads images has died, mostly for want of memory: lower data.num_workers or "
         "data.batch_size; the run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
 }
+
+
+def of_lightning(name: str) -> tuple[type[Exception], ...]:
+    """An exception of Lightning's by its name; none where Lightning, slow to import, raised nothing yet."""
+    module = sys.modules.get("pytorch_lightning.utilities.exceptions")
+    return (getattr(module, name),) if module else ()
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether a user, a file or a disk can cause the error."""
+    return isinstance(error, (ValueError, OSError, *of_lightning("MisconfigurationException")))
 
 
 def of_the_machine(error: Exception) -> str | None:
@@ -47,7 +54,7 @@ def as_sentence(error: Exception) -> str:
     advice = of_the_machine(error)
     if advice is not None:
         return f"error: {advice} ({str(error).strip().splitlines()[0]})"
-    if not isinstance(error, EXPECTED):
+    if not is_expected(error):
         return f"error: {type(error).__name__}: {error}"
     text = str(error).strip()
     if "Original Traceback" in text:  # raised in a loader's worker: the sentence comes last
@@ -57,7 +64,7 @@ def as_sentence(error: Exception) -> str:
 
 def print_failure(name: str, error: Exception) -> None:
     """Say why a job failed, with a traceback where that may be a fault of ours."""
-    if not isinstance(error, EXPECTED) and of_the_machine(error) is None:
+    if not is_expected(error) and of_the_machine(error) is None:
         traceback.print_exception(error)
     print(f"{name}: {as_sentence(error)}", file=sys.stderr)
 
@@ -73,10 +80,10 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except SIGTERMException:  # which alone would exit with status 0
+    except of_lightning("SIGTERMException"):  # which alone would exit with status 0
         sys.exit(143)
     except Exception as error:
-        expected = isinstance(error, EXPECTED) or of_the_machine(error) is not None
+        expected = is_expected(error) or of_the_machine(error) is not None
         if not expected or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(as_sentence(error))

@@ -1,23 +1,19 @@
-"""What a command was asked: a run's settings, from the command line or a checkpoint, and what to do."""
+"""What a command was asked: a run's settings, from the command line or a checkpoint, and what to do.
+
+Modules that import timm or Lightning are imported where they are needed: a wrong knob is answered before.
+"""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import timm
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities import rank_zero_only
 
 import settings.folders  # noqa: F401  the configs name its functions
-from export.formats import FORMATS
-from models import timms_name
-from models.build import UNTRAINED
-from models.checkpoint import load_checkpoint
-from models.published import SOURCES
 from settings.overrides import changes_branches, named, parsed, wants_no_block
 from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name
 
@@ -41,9 +37,12 @@ class Command(Settings):
         """Check as `Settings` does, and what convert.py was asked for."""
         super().__post_init__()
         if self.source is not None:
+            from models.published import SOURCES
             check_name("source", self.source, list(SOURCES))
-        for kind in self.export:
-            check_name("export", kind, list(FORMATS))
+        if self.export != ["onnx"]:
+            from export.formats import FORMATS
+            for kind in self.export:
+                check_name("export", kind, list(FORMATS))
         if "int8" in self.export and self.data.name == "none":
             raise ValueError("export=[int8] needs training images to calibrate with, and data=none has none")
 
@@ -90,6 +89,10 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
 
 def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:
     """Prepare images as they were for timm's weights, except for what the command line gives."""
+    import timm
+
+    from models.build import UNTRAINED, timms_name
+    from models.say import say
     trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
     if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
         return
@@ -101,14 +104,15 @@ def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:
         setattr(settings.data, knob, value)
     told = " ".join(f"data.{knob}={value}" for knob, value in taken.items())
     weights = f"{trained.architecture}.{trained.tag}"
-    rank_zero_only(print)(f"model.pretrained=true: images as for timm's weights ({weights}): "
-                          f"{told or 'none; the command line sets them all'}")
+    say(f"model.pretrained=true: images as for timm's weights ({weights}): "
+        f"{told or 'none; the command line sets them all'}")
     if settings.data.name in FILE_SETS and trained.crop_mode != "center":
-        rank_zero_only(print)(f"timm's own crop_mode is {trained.crop_mode} for these weights: it is not "
-                              "followed, test images keep their proportions, and their centre is taken")
+        say(f"timm's own crop_mode is {trained.crop_mode} for these weights: it is not "
+            "followed, test images keep their proportions, and their centre is taken")
 
 
 def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
+    from models.checkpoint import load_checkpoint
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
     own = {key: cfg[key] for key in OF_THE_COMMAND if key in cfg}
     result = OmegaConf.merge(OmegaConf.structured(Command), stored, own)

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import timm.optim
 from omegaconf import MISSING
 
 from dbb import BRANCHES, INITS, MODES
@@ -179,7 +178,9 @@ class OptimConf:
 
     def check(self) -> None:
         """Check the name, and fractions."""
-        check_name("optim.name", self.name, timm.optim.list_optimizers())
+        if self.name not in ("sgd", "momentum"):  # timm takes seconds to import
+            from timm.optim import list_optimizers
+            check_name("optim.name", self.name, list_optimizers())
         for knob in ("label_smoothing", "momentum"):
             if not 0 <= getattr(self, knob) < 1:
                 raise ValueError(f"optim.{knob}={getattr(self, knob)} must be at least 0 and less than 1")

@@ -18,6 +18,7 @@ from dbb import Report
 from dbb.surgery import Row
 from export.place import REPORTS
 from images.data import ImageData
+from models.say import say
 from reports.conversion import rows
 from runs.folder import RunFolder
 from settings.command import Command
@@ -49,8 +50,8 @@ def _tried(logger: Logger, method: Callable, *args, **kwargs) -> None:
     except Exception as error:  # of many kinds: a disk's, a server's, those of a helper process that died
         logger.ended = True
         why = (str(error) or type(error).__name__).splitlines()[0]
-        rank_zero_only(print)(f"{type(logger).__name__} failed ({why}): the run goes on without it; "
-                              "metrics.csv has all of its metrics")
+        say(f"{type(logger).__name__} failed ({why}): the run goes on without it; "
+            "metrics.csv has all of its metrics")
 
 
 def finish() -> None:
@@ -69,8 +70,8 @@ def tensorboard_logger(settings: Settings, folder: RunFolder) -> TensorBoardLogg
     try:
         return TensorBoardLogger(folder.path, "", "")
     except ImportError:
-        rank_zero_only(print)("logger=tensorboard: it is not installed (pip install tensorboard): the run "
-                              "goes on without it; metrics.csv has all of its metrics")
+        say("logger=tensorboard: it is not installed (pip install tensorboard): the run "
+            "goes on without it; metrics.csv has all of its metrics")
         return None
 
 
@@ -110,7 +111,7 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
         except Exception as error:  # of many kinds, W&B's own and others'
             wandb.teardown()  # otherwise W&B would think that the run has started
             why = (str(error) or type(error).__name__).splitlines()[0]
-            rank_zero_only(print)(f"logger=wandb: W&B did not start ({why}): the run goes on {instead}")
+            say(f"logger=wandb: W&B did not start ({why}): the run goes on {instead}")
     return None
 
 
