@@ -57,13 +57,13 @@ def staged(out: Path) -> Iterator[Path]:
         files = [path for path in Path(part).rglob("*") if path.is_file()]
         names = {str(path.relative_to(part)) for path in files}
         before = written_before(out)
+        for name in before - names:  # while the earlier report still says that they are ours
+            (out / name).unlink(missing_ok=True)  # a failed one's report among them
         for path in sorted(files, key=lambda path: path.name != REPORT):  # first: it says which are ours
             place = out / path.relative_to(part)
             place.parent.mkdir(exist_ok=True)
             path.chmod(0o666 & ~umask)  # safetensors writes for its owner only
             path.replace(place)
-        for name in before - names:  # a failed one's report among them
-            (out / name).unlink(missing_ok=True)
 
 
 def _runs(name: str) -> bool:

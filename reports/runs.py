@@ -55,6 +55,8 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
                 for key, value in of_the_training(config).items()}
     if "seed" not in settings or "trainer.max_epochs" not in settings:
         return None, None  # a config.yaml of something else, as W&B writes one into its own folder
+    if not isinstance(settings["seed"], int):
+        raise ValueError(f"{folder.config} is damaged: its seed is {settings['seed']!r}")
     run = {"seed": settings.pop("seed"), "settings": settings, "epochs": len(rows)}
     if changed := (result or {}).pop("changed", None):
         return run | {"state": f"went on with other settings ({'; '.join(changed)})"}, rows
@@ -62,7 +64,8 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
         why = why if failed else "not finished"
         return run | {"state": f"{why} ({len(rows)} of {settings['trainer.max_epochs']} epochs)"}, rows
     unknown = dict.fromkeys(("train_loss", "seconds_per_step", "seconds"), np.nan)
-    return run | {"state": "finished"} | unknown | result | _cost(rows, settings), rows
+    numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    return run | {"state": "finished"} | unknown | numbers | _cost(rows, settings), rows
 
 
 def _cost(rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, float]:

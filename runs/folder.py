@@ -18,12 +18,13 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from models.checkpoint import load_checkpoint
 from runs.safety import newest, previous, set_aside, write_text
-from runs.same import as_begun, differences
+from runs.same import GROUPS, as_begun, differences
 from settings.cli import output_folder
 from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
+DAMAGED = "{} is damaged: remove it, and go on with the run by ckpt={}/checkpoints/last.ckpt"
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -43,7 +44,8 @@ class RunFolder:
     """The folder of a run, at `path`; it need not exist yet."""
 
     signs = (".lock", "config.yaml", "error.txt")  # that a run began here, or was to
-    writes = ("config.yaml", "result.json", "metrics.csv", "convolutions.csv", "checkpoints")
+    writes = ("config.yaml", "result.json", "metrics.csv", "metrics-before-resume.csv", "convolutions.csv",
+              "checkpoints")
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -111,7 +113,7 @@ class RunFolder:
         os.environ[FOLDER_VARIABLE] = str(self.path.absolute())
         lock, holder = FileLock(self.lock, blocking=False), ""
         if self.lock.exists():
-            holder = self.lock.read_text()  # to lock a file is to empty it
+            holder = _text(self.lock)  # to lock a file is to empty it
         if not f"{holder}process ".startswith("process "):
             raise FolderTakenError(f"{self.lock} is of no run: choose another folder with out=DIR")
         try:
@@ -119,6 +121,9 @@ class RunFolder:
             self.lock.write_text(f"process {os.getpid()} of {platform.node()}")
         except NotImplementedError:
             pass  # a file system without locks cannot keep others out
+        except PermissionError as error:
+            raise ValueError(f"cannot write into {self.path} ({error.strerror}): choose another folder with "
+                             "out=DIR") from error
         except Timeout as error:
             self.lock.write_text(holder)
             raise FolderTakenError(f"another process is training in {self.path} ({holder}): let it finish, "
@@ -149,13 +154,21 @@ class RunFolder:
         """
         return _read(self.config, lambda text: yaml.load(text, PlainLoader))
 
+    def _own_config(self) -> dict[str, Any] | None:
+        """As `read_config`, where the file must be a run's."""
+        stored = self.read_config()
+        groups = (*GROUPS, "logger")
+        if stored is not None and not all(isinstance(stored.get(group), dict) for group in groups):
+            raise ValueError(DAMAGED.format(self.config, self.path))
+        return stored
+
     def read_result(self) -> dict[str, Any] | None:
         """What a finished run's result.json holds; None if it is not finished.
 
         Raises:
             ValueError: if it is damaged.
         """
-        return _read(self.result, json.loads)
+        return _read(self.result, _result)
 
     def begin(self, command: Command) -> None:
         """Write the settings, and clear what an earlier session left of its end."""
@@ -168,8 +181,12 @@ class RunFolder:
         write_text(self.result, json.dumps(result, indent=2) + "\n")
 
     def fail(self, sentence: str) -> None:
-        """Write error.txt, which says why the run stopped."""
-        write_text(self.error, f"{sentence}\n")
+        """Write error.txt, which says why the run stopped; not over one of somebody else's."""
+        if not self._has_others_error():
+            write_text(self.error, f"{sentence}\n")
+
+    def _has_others_error(self) -> bool:
+        return self.error.exists() and not _text(self.error).startswith("error: ")
 
     def take_up(self, command: Command) -> Command:
         """Go on where the folder's run stopped, if it is the run that a command describes.
@@ -183,7 +200,7 @@ class RunFolder:
             FolderTakenError: if the folder holds another run, or what no run has written.
         """
         there = [name for name in self.writes if (self.path / name).exists()]
-        if self.error.exists() and not self.error.read_text().startswith("error: "):
+        if self._has_others_error():
             there.append(self.error.name)
         if there and not self.is_ours():
             raise FolderTakenError(f"{self.path} has {there[0]}, but no config.yaml of a run: it is somebody "
@@ -193,7 +210,7 @@ class RunFolder:
             if Path(command.ckpt).resolve() == previous(self.last).resolve():
                 self._set_damaged_aside()
             return command
-        stored = self.read_config()
+        stored = self._own_config()
         command = as_begun(command, stored)
         different = differences(stored, command)
         if stored is not None and not different:
@@ -218,5 +235,16 @@ def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
     try:
         return dict(parse(path.read_text()))
     except Exception as error:  # of many kinds, depending on the text
-        raise ValueError(f"{path} is damaged: remove it, and go on with the run by "
-                         f"ckpt={path.parent}/checkpoints/last.ckpt") from error
+        raise ValueError(DAMAGED.format(path, path.parent)) from error
+
+
+def _result(text: str) -> dict[str, Any]:
+    """What result.json says, which has numbers at least for these."""
+    result = json.loads(text)
+    _ = [float(result[name]) for name in ("top1", "top5", "loss")]
+    return result
+
+
+def _text(path: Path) -> str:
+    """What a small file says; of a folder in its place, nothing that is ours."""
+    return path.read_bytes().decode(errors="replace") if path.is_file() else "a folder"

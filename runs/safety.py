@@ -2,6 +2,8 @@
 
 import copy
 import os
+from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 path.replace(previous(path))
             part.replace(path)
         except (OSError, RuntimeError) as error:  # the latter is torch's, for a disk that is full
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             why = getattr(error, "strerror", None) or "the disk may be full"
-            raise OSError(f"{path} could not be written ({why}): make room, and the same command goes on "
+            first = "let this user write there" if isinstance(error, PermissionError) else "make room"
+            raise OSError(f"{path} could not be written ({why}): {first}, and the same command goes on "
                           "from the checkpoint before") from error
 
     def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict[str, Any]:
@@ -58,6 +62,8 @@ def newest(last: Path) -> Path | None:
     try:
         load_checkpoint(before)
     except ValueError:
+        if last.exists() and before.exists():
+            say(f"{before} cannot be read either")
         return last if last.exists() else None
     say(f"{wrong}; going on from the one before, {before.name}")
     return before
@@ -66,7 +72,9 @@ def newest(last: Path) -> Path | None:
 def set_aside(last: Path) -> None:
     """Rename a damaged checkpoint, so that it does not take the place of the one before at the next save."""
     if rank_zero_only.rank == 0 and last.exists():
-        last.replace(last.with_name(f"{last.stem}-damaged{last.suffix}"))
+        numbers = chain([""], count(2))
+        names = (last.with_name(f"{last.stem}-damaged{number}{last.suffix}") for number in numbers)
+        last.rename(next(name for name in names if not name.exists()))
 
 
 def write_text(path: Path, text: str) -> None:

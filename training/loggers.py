@@ -2,7 +2,6 @@
 
 import csv
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dbb import Report
@@ -23,6 +21,7 @@ from reports.conversion import rows
 from runs.folder import RunFolder
 from settings.command import Command
 from settings.schema import LoggerConf, Settings
+from training.metrics import csv_logger
 
 WANDB_WAIT = 10  # seconds, at the start
 WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server without end
@@ -32,7 +31,7 @@ def make_loggers(settings: Settings, folder: RunFolder) -> list[Logger]:
     """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped."""
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, folder) for make in more[settings.logger.name]]
-    return [_csv(folder), *(_harmless(logger) for logger in made if logger is not None)]
+    return [csv_logger(folder), *(_harmless(logger) for logger in made if logger is not None)]
 
 
 def _harmless(logger: Logger) -> Logger:
@@ -164,22 +163,3 @@ def _send_conversion(run: Any, report: dict, out: Path) -> None:
         if (out / name).exists():
             artifact.add_file(str(out / name), name)
     run.log_artifact(artifact)
-
-
-def _csv(folder: RunFolder) -> CSVLogger:
-    """Lightning's logger deletes an existing metrics.csv; this one appends to it."""
-    path, kept = folder.metrics, folder.metrics_before
-    if path.exists() and rank_zero_only.rank == 0:
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):  # a disk was full within a line
-            path.write_bytes(content[:content.rfind(b"\n") + 1])
-        path.rename(kept)
-    logger = CSVLogger(folder.path, name="", version="")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")  # its metrics.csv was moved away
-        writer = logger.experiment
-    if kept.exists():
-        kept.rename(path)
-        with path.open(newline="") as file:
-            writer.metrics_keys = next(csv.reader(file), [])
-    return logger

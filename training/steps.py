@@ -204,10 +204,17 @@ def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, fol
         logger.save()
 
 
-def stopped_by_time(command: Command, folder: RunFolder) -> bool:
-    """Whether `trainer.max_time` ended the training before its last epoch; a line then says how to go on."""
+def stopped_by_time(command: Command, folder: RunFolder, start: Start) -> bool:
+    """Whether `trainer.max_time` ended the training before its last epoch; a line then says how to go on.
+
+    Raises:
+        ValueError: if that time, which counts all sessions, had been used up before.
+    """
     epochs, batches = place_of(load_checkpoint(folder.last))
     if epochs < command.trainer.max_epochs:
+        if (epochs, batches) == (start.epochs, start.batches):
+            raise ValueError(f"trainer.max_time={command.trainer.max_time} is the time of all sessions of "
+                             "this run, and used up: give more, or none")
         print(f"stopped by trainer.max_time={command.trainer.max_time} after {epochs} of "
               f"{command.trainer.max_epochs} epochs and {batches} batches: the same command with a longer "
               f"time, or none, goes on from {folder.last}")

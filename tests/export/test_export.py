@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 import convert as convert_script
 from dbb import DiverseBranchBlock
 from export import files, formats, graph
+from export.place import require_place, staged
 from export.reading import load_verified
 from tests.helpers import ROOT, TINY, call, relative_error, run, write_tree
 
@@ -322,3 +323,30 @@ def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_
     assert not (tmp_path / "convert").exists()
 
 
+
+
+def test_a_conversion_that_is_killed_while_files_take_their_places(tmp_path, monkeypatch):
+    """The next one knows them all for a conversion's own."""
+    report = {"about": {}, "relative_error": 0.0, "hub": []}
+
+    def write(names):
+        with staged(tmp_path) as part:
+            for name in names:
+                (part / name).write_text("weights")
+            (part / "report.json").write_text(json.dumps(report | {"files": dict.fromkeys(names, {})}))
+    write(["model.safetensors", "model.onnx"])
+    placed, replace = [], Path.replace
+
+    def killed(self, place):
+        if placed:
+            raise KeyboardInterrupt
+        placed.append(place)
+        return replace(self, place)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(["model.safetensors"])
+    assert placed == [tmp_path / "report.json"]
+    require_place(tmp_path, ["model.safetensors", "model.onnx"])
+    write(["model.safetensors", "model.onnx"])
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "model.onnx", "report.json"}

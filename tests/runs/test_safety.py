@@ -15,7 +15,7 @@ import runs.folder
 import train as train_script
 from models.checkpoint import damage, load_checkpoint
 from runs.folder import RunFolder
-from runs.safety import WholeCheckpointIO, newest, previous
+from runs.safety import WholeCheckpointIO, newest, previous, set_aside
 from settings.cli import plain_errors
 from tests.helpers import TINY, call, relative_error
 
@@ -139,7 +139,7 @@ def test_who_trains_in_a_folder_is_named(tmp_path):
 def test_what_no_run_has_written_stays(make_settings, tmp_path):
     """A folder of somebody else's is refused; a checkpoint that lies there starts a folder of its own."""
     settings = make_settings("model=resnet8", *TINY)
-    for name in ("config.yaml", "result.json", "metrics.csv"):
+    for name in ("config.yaml", "result.json", "metrics.csv", "metrics-before-resume.csv", "error.txt"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("somebody: else")
@@ -184,3 +184,43 @@ def test_a_job_of_a_sweep_that_never_began_says_why(tmp_path):
     [error] = tmp_path.rglob("error.txt")
     assert "vgg16 cannot take images of 8 pixels" in error.read_text()
     assert len(list(tmp_path.rglob("result.json"))) == 1
+
+
+def test_damaged_checkpoints_are_all_kept(tmp_path):
+    last = tmp_path / "last.ckpt"
+    for text in ("one", "two", "three"):
+        last.write_text(text)
+        set_aside(last)
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {"last-damaged.ckpt": "one", "last-damaged2.ckpt": "two", "last-damaged3.ckpt": "three"}
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("config.yaml", "model: {}\nblock: {}\ndata: {}\noptim: {}\ntrainer: {}\n"),
+    ("config.yaml", "model: {}\nblock: x\ndata: {}\noptim: {}\ntrainer: {}\nlogger: null\n"),
+    ("result.json", "{}"), ("result.json", "[]"), ("result.json", '{"top1": "x", "top5": 1, "loss": null}')])
+def test_files_of_another_shape_are_damaged(make_settings, tmp_path, name, text):
+    groups = ("model", "block", "data", "optim", "trainer", "logger")
+    (tmp_path / "config.yaml").write_text("".join(f"{group}: {{}}\n" for group in groups))
+    (tmp_path / name).write_text(text)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is damaged: remove it"):
+        folder.read_result() or folder.take_up(make_settings("model=resnet8", *TINY))
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_lock_of_another_kind(tmp_path):
+    folder = RunFolder(tmp_path)
+    for make in (lambda: folder.lock.write_bytes(b"\xff\xfe"), folder.lock.mkdir):
+        make()
+        with pytest.raises(ValueError, match="lock is of no run"), folder.alone():
+            pass
+        if folder.lock.is_file():
+            folder.lock.unlink()
+
+
+def test_an_error_of_somebody_elses_stays(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.error.write_text("mine")
+    folder.fail("error: ours")
+    assert folder.error.read_text() == "mine"

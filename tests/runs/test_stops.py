@@ -155,6 +155,10 @@ def test_the_time_of_a_run_ends_within_an_epoch(make_settings, train_with, tmp_p
     assert not (tmp_path / "parts" / "result.json").exists()
     assert "stopped by trainer.max_time=00:01:00:00 after 1 of 2 epochs and 2 batches" in \
         capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "time_elapsed", lambda self, *stage: 3600)
+        with pytest.raises(ValueError, match="of all sessions .* and used up"):
+            train_with(make_settings(*SHORT, "trainer.max_time=00:01:00:00"), tmp_path / "parts")
     train_with(make_settings(*SHORT, "trainer.max_time=00:05:00:00"), tmp_path / "parts")
     check_same(tmp_path / "whole", tmp_path / "parts")
 

@@ -1,0 +1,47 @@
+"""metrics.csv: what a kill or a full disk leaves of it, and how a run goes on with it."""
+
+from pathlib import Path
+
+import pytest
+
+from runs.folder import RunFolder
+from training.metrics import csv_logger
+
+
+def test_new_columns_leave_the_file_whole(tmp_path, monkeypatch):
+    """As at the end of a run: killed in the middle of it, the rows before are all there."""
+    logger, path = csv_logger(RunFolder(tmp_path)), tmp_path / "metrics.csv"
+    for epoch in range(3):
+        logger.log_metrics({"loss": 0.5 + epoch}, epoch)
+        logger.save()
+    before = path.read_bytes()
+    logger.log_metrics({"final/top1": 0.9}, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *args: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            logger.save()
+    assert path.read_bytes() == before
+    logger = csv_logger(RunFolder(tmp_path))
+    logger.log_metrics({"final/top1": 0.9}, 3)
+    logger.save()
+    assert path.read_text().split() == ["final/top1,loss,step", ",0.5,0", ",1.5,1", ",2.5,2", "0.9,,3"]
+
+
+@pytest.mark.parametrize("damage", ["0.5,0\n1.5,1\n2.5", "0.5,0\n1,2,3,4\n1.5,1\n", "0.5,0\n\n1.5,1\n9",
+                                    '0.5,0\n"7\n1.5,1\n'])
+def test_damaged_lines_are_left_out(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"loss,step\n{damage}")
+    logger = csv_logger(RunFolder(tmp_path))
+    logger.log_metrics({"loss": 3.5, "more": 1}, 3)
+    logger.save()
+    assert path.read_text().split() == ["loss,more,step", "0.5,,0", "1.5,,1", "3.5,1,3"]
+    assert "metrics.csv: damaged lines are left out" in capsys.readouterr().out
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "metrics.csv").touch()
+    logger = csv_logger(RunFolder(tmp_path))
+    logger.log_metrics({"loss": 3.5}, 3)
+    logger.save()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["loss,step", "3.5,3"]
