@@ -41,8 +41,8 @@ def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, 
             writer.writerow({"epoch": epoch, "step": step, "train/loss_epoch": loss + 5 - epoch,
                              "train/seconds_per_step": seconds})
     if top1 is not None:
-        result = {"top1": top1, "top5": 1.0, "loss": 1.0, "converted_top1": top1 - 0.01, "predictions_changed": 2,
-                  "activations_mib": 2.0 if block is PLAIN else 5.0}
+        result = {"top1": top1, "top5": 1.0, "loss": 1.0, "converted_top1": top1 - 0.01,
+                  "predictions_changed": 2, "activations_mib": 2.0 if block is PLAIN else 5.0}
         (folder / "result.json").write_text(json.dumps(result))
 
 
