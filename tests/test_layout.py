@@ -18,3 +18,10 @@ def test_dbb_imports_torch_and_nothing_else(path):
             [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             assert name.split(".")[0] in {"dbb", "torch", *sys.stdlib_module_names}, name
+
+
+def test_the_hashed_lock_has_the_same_versions():
+    lock, hashed = (Path(ROOT, f"requirements.{name}").read_text() for name in ("lock", "hashes.txt"))
+    entries = hashed.replace(" \\\n", "").splitlines()
+    assert [entry.split(" ")[0] for entry in entries] == lock.split()
+    assert all("--hash=sha256:" in entry for entry in entries)
