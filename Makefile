@@ -15,7 +15,7 @@ demo: .venv/ready  ## train on real handwritten digits, convert, print the table
 	$(RUN) convert.py ckpt=outputs/demo/checkpoints/last.ckpt
 
 test: .venv/ready lint
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 quick: .venv/ready  ## the essentials, in one process: about a minute
 	$(RUN) -m pytest -m "not slow"

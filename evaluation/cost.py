@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+TIMED = 0.3  # seconds that a latency is measured for
+
 
 @torch.no_grad()
 def cost(net: nn.Module, image_size: int) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def latency_ms(net: nn.Module, images: Tensor) -> float:
     from torch.utils.benchmark import Timer  # late: it speaks of CUDA, unless settings.cli has silenced it
 
     timer = Timer("net(images)", globals={"net": net, "images": images}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.3).median * 1e3
+    return timer.blocked_autorange(min_run_time=TIMED).median * 1e3
 
 
 class Allocations(TorchDispatchMode):
@@ -52,7 +54,6 @@ class Allocations(TorchDispatchMode):
         """Bytes of the storages made inside this context that are still alive, the `known` ones left out."""
         made_here = {storage: size for storage, size in self.made.items() if storage not in self.known}
         return sum(size for storage, size in made_here.items() if not storage.expired())
-
 
 def activation_bytes(net: nn.Module, images: Tensor) -> int:
     """Bytes that a forward pass in training mode leaves for backward, the images included.

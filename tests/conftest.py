@@ -10,8 +10,15 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest
 from hydra import compose, initialize_config_dir
 
+from evaluation import cost
 from settings.command import resolve
 from tests.helpers import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _no_time_for_latencies(monkeypatch):
+    """No test looks at a latency's value."""
+    monkeypatch.setattr(cost, "TIMED", 0.01)
 
 
 @pytest.fixture

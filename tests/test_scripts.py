@@ -70,7 +70,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert {"train/loss_epoch", "test/loss", "test/top1", "test/top5", "train/images_per_second",
             "train/seconds_per_step", "train/peak_memory_mib", "final/top1"} <= set(header)
     offline = list((folder / "wandb").glob("offline-run-*/*.wandb"))
-    assert offline, "without a key W&B runs offline, and asks nobody"
+    assert offline, f"without a key W&B runs offline, and asks nobody: {printed}"
     assert "epoch 1/1" in printed
     assert "7 of 7 convolutions became blocks" in printed
     assert "=" not in "".join(str(path.relative_to(folder)) for path in folder.rglob("*.ckpt"))

@@ -1,6 +1,9 @@
 """Files of somebody who means harm: a sentence each, and neither memory, a secret nor a file is lost."""
 
+import contextlib
 import json
+import os
+import random
 import zipfile
 from pathlib import Path
 
@@ -150,3 +153,30 @@ def test_onnx_files_of_other_forms(run, tmp_path, kind):
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="no file of convert.py|cannot be read"):
         OnnxNetwork(Path(tmp_path / "a.onnx"))
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """Bytes changed at a few places, or cut."""
+    changed = bytearray(content)
+    for _ in range(draw.randint(1, 8)):
+        changed[draw.randrange(len(changed))] = draw.randrange(256)
+    return bytes(changed[:draw.randrange(len(changed))] if draw.random() < 0.2 else changed)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it finds
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "tif", "bmp", "webp", "safetensors", "ckpt"])
+def test_damaged_files_are_read_or_refused(run, tmp_path, kind):
+    """More with FUZZ=COUNT."""
+    file, read = tmp_path / f"a.{kind}", read_pixels
+    if kind == "safetensors":
+        content, read = (run / "convert" / "model.safetensors").read_bytes(), load_network
+    elif kind == "ckpt":
+        content, read = (run / "checkpoints" / "last.ckpt").read_bytes(), load_checkpoint
+    else:
+        Image.effect_noise((24, 16), 90).convert("RGB").save(file)
+        content = file.read_bytes()
+    draw = random.Random(0)
+    for _ in range(int(os.environ.get("FUZZ", 30))):
+        file.write_bytes(damaged(content, draw))
+        with contextlib.suppress(ValueError):
+            read(str(file))

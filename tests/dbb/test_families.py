@@ -12,8 +12,11 @@ pytestmark = pytest.mark.slow
 SLOW = {"resnet18", "resnet50d", "res2net50_14w_8s", "inception_resnet_v2", "inception_v4", "cspdarknet53",
         "xception41", "cspresnet50", "mobileone_s0", "dm_nfnet_f0", "resnetv2_50", "selecsls42b", "darknet17",
         "tf_efficientnetv2_b0", "ghostnetv2_100", "dla34", "inception_v3", "hrnet_w18_small", "seresnet18",
-        "vgg11_bn", "ecaresnet26t", "dpn48b", "hgnetv2_b0", "skresnet18", "dla46x_c"}
-SLOW_OF_TORCHVISION = {"vgg11", "vgg11_bn", "wide_resnet50_2", "alexnet", "inception_v3", "resnet18"}
+        "vgg11_bn", "ecaresnet26t", "dpn48b", "hgnetv2_b0", "skresnet18", "dla46x_c", "resnetv2_50x1_bit",
+        "efficientformer_l1", "tf_efficientnet_b0", "fbnetc_100", "regnetz_005", "efficientnet_b0",
+        "semnasnet_075", "spnasnet_100"}
+SLOW_OF_TORCHVISION = {"vgg11", "vgg11_bn", "wide_resnet50_2", "alexnet", "inception_v3", "resnet18",
+                       "resnext50_32x4d"}
 FAMILIES = [("timm", name) for name in TIMM if name not in SLOW] + \
     [("torchvision", name) for name in TORCHVISION if name not in SLOW_OF_TORCHVISION]
 

@@ -26,7 +26,7 @@ def test_every_branch_is_drawn():
     assert set(NAMES) == set(BRANCHES) - {"row"}  # the README's worked example
 
 
-@examples(400)
+@examples(250)
 @given(cases(), st.sampled_from([0.1, None]))
 def test_block_is_the_reference(case, momentum):
     block, x = build(case)
@@ -43,7 +43,7 @@ def test_block_is_the_reference(case, momentum):
         assert relative_error(block.fuse()(x), expected) < 1e-12
 
 
-@examples(300)
+@examples(200)
 @given(cases(largest=7), st.booleans())
 def test_surgery_takes_any_convolution(case, bias):
     arguments, size = case

@@ -1,17 +1,23 @@
 """Every knob with values of every wrong kind: an error that names the knob, or a value that harms nothing."""
 
+import contextlib
 import copy
 import os
+import string
 import typing
 from dataclasses import fields, is_dataclass
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from settings.command import Command, resolve
+from tests.dbb.blocks import examples
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
@@ -68,15 +74,15 @@ def composed():
     return OmegaConf.merge(OmegaConf.structured(Command), cfg)
 
 
-def take(composed, word: str) -> Command:
+def take(composed, *words: str) -> Command:
     """As the command line does, without composing anew."""
     cfg = copy.deepcopy(composed)
-    [override] = OverridesParser.create().parse_overrides([word])
-    try:
-        OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
-    except OmegaConfBaseException as error:  # which Hydra shows with the knob's name
-        raise ValueError(f"{override.key_or_group}: {error}") from error
-    return resolve(cfg, [word])
+    for override in OverridesParser.create().parse_overrides(words):
+        try:
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
+        except OmegaConfBaseException as error:  # which Hydra shows with the knob's name
+            raise ValueError(f"{override.key_or_group}: {error}") from error
+    return resolve(cfg, words)
 
 
 def test_there_are_enough_of_them():
@@ -96,3 +102,16 @@ def test_wrong_values(composed):
             if word not in HARMLESS:
                 wrong.append(f"{word} is taken")
     assert not wrong, "\n".join(wrong)
+
+
+NAMES = [knob for knob, _ in knobs(Command) if knob != "ckpt"]
+WORDS = st.builds("{}={}".format, st.sampled_from(NAMES), st.one_of(
+    st.sampled_from(sorted({value for values in VALUES.values() for value in values})), st.integers(),
+    st.floats(), st.booleans(), st.text(string.printable, max_size=8)))
+
+
+@examples(150)
+@given(words=st.lists(WORDS, min_size=1, max_size=5, unique_by=lambda word: word.partition("=")[0]))
+def test_random_overrides_are_taken_or_refused(composed, words):
+    with contextlib.suppress(ValueError, HydraException):  # the latter says what its grammar cannot read
+        take(composed, *words)

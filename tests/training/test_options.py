@@ -29,7 +29,7 @@ def convert(make_settings):
 def test_a_mode_is_a_choice_of_training_alone(make_settings, convert, tmp_path, capsys):
     """It is told, stored, and may be another one afterwards; OREPA's block has weights of its own."""
     short = (*TINY, "trainer.limit_train_batches=2")
-    online = make_settings("model=resnet20_dbb", "block.mode=online", "block.positions=64", *short)
+    online = make_settings("model=resnet8_dbb", "block.mode=online", "block.positions=64", *short)
     trained = train_script.train(online, tmp_path / "online")
     assert "block.mode=online: expect a training step of" in capsys.readouterr().out
     ckpt = f"ckpt={tmp_path}/online/checkpoints/last.ckpt"
