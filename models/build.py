@@ -123,17 +123,22 @@ def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn
                          "model.weights=FILE starts from a file") from error
 
 
+def parameter_count(name: str, num_classes: int) -> int:
+    """Parameters of a network of timm's, counted without taking memory; 0 for ours, which are small."""
+    if name in UNTRAINED or not timm.is_model(timms_name(name)[0]):
+        return 0
+    with torch.device("meta"):
+        net = timm.create_model(timms_name(name)[0], num_classes=num_classes)
+    return sum(p.numel() for p in net.parameters())
+
+
 def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor]) -> None:
     """Check, before it takes memory, that the network that a file names is about as large as what it holds.
 
     Raises:
         ValueError: if it has far more parameters.
     """
-    if name in UNTRAINED or not timm.is_model(timms_name(name)[0]):
-        return
-    with torch.device("meta"):
-        net = timm.create_model(timms_name(name)[0], num_classes=num_classes)
-    needed, held = sum(p.numel() for p in net.parameters()), sum(value.numel() for value in weights.values())
+    needed, held = parameter_count(name, num_classes), sum(value.numel() for value in weights.values())
     if needed > limits.PARAMETERS * held:
         raise ValueError(f"these weights are those of another network: {name} has {needed:,} parameters, the "
                          f"file {held:,}")

@@ -85,7 +85,7 @@ def test_a_run_leaves_what_it_promises(trained):
 @pytest.mark.slow
 def test_convert_from_the_command_line(trained, convert, tmp_path):
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
-    done = run("convert.py", f"ckpt={ckpt}", "export=[]", f"out={tmp_path}/out", cwd=tmp_path)
+    done = call("convert.py", f"ckpt={ckpt}", "export=[]", f"out={tmp_path}/out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 of 360 predictions changed" in done.stdout
     written = ["model.safetensors", "report.json", "report.md", "report.png"]

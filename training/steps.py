@@ -15,6 +15,7 @@ from evaluation.cost import activations_of_a_batch
 from evaluation.evaluate import pick_device, predict, scores, sentence
 from evaluation.networks import load_network, restore
 from images.data import ImageData
+from models.build import parameter_count
 from models.checkpoint import load_checkpoint, place_of
 from reports.runs import read_epochs
 from runs.folder import RunFolder
@@ -101,12 +102,30 @@ def load_data(command: Command, start: Start) -> ImageData:
     return data
 
 
+def refuse_what_does_not_fit(command: Command, data: ImageData) -> None:
+    """Refuse, before it takes memory, what this machine's memory cannot hold.
+
+    Raises:
+        ValueError: with the knob, and both sizes in GiB.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    width = 2 if command.trainer.precision in ("bf16-true", "16-true") else 4  # bytes
+    network = 2 * width * parameter_count(command.model.name, len(data.classes))
+    batch = width * 3 * data.image_size**2 * command.data.batch_size
+    for what, size in ((f"model.name={command.model.name} with its gradients", network),
+                       (f"data.batch_size={command.data.batch_size} of {data.image_size} pixels", batch)):
+        if size > memory:
+            raise ValueError(f"{what} takes {size / 2**30:.0f} GiB, and this machine has "
+                             f"{memory / 2**30:.0f}")
+
+
 def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
     """The network in its Lightning module.
 
     Raises:
         ValueError: if it cannot be built, or is not the checkpoint's.
     """
+    refuse_what_does_not_fit(command, data)
     model = Classifier(command, data.classes, data.image_size, start.changed)
     if start.checkpoint is not None:
         restore(model.net, start.checkpoint)  # says what does not fit, before Lightning would

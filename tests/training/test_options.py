@@ -129,3 +129,11 @@ def test_what_lightning_cannot_train_with(make_settings, tmp_path, override):
 def test_no_step_is_logged(make_settings, tmp_path):
     train_script.train(make_settings("model=resnet8", *TINY, "trainer.log_every_n_steps=0"), tmp_path)
     assert "train/loss_step" not in (tmp_path / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (("data.batch_size=1000000", "data.image_size=224"), "data.batch_size=1000000 of 224 pixels takes 561 GiB"),
+    (("model=timm", "model.name=vit_7b_patch16_dinov3"), "model.name=vit_7b_patch16_dinov3 with its grad")])
+def test_what_does_not_fit_into_memory(make_settings, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=f"{message}.*, and this machine has"):
+        train_script.train(make_settings("model=resnet8", *TINY, *wrong), tmp_path)

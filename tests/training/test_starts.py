@@ -118,7 +118,7 @@ def test_a_published_file_converts_without_data(make_settings, tmp_path):
     weights, expected = published_model("dbb", "resnet18")
     weights = {f"module.{key}": value.float() for key, value in weights.items()}
     torch.save({"state_dict": weights}, tmp_path / "dbb.pth.tar")
-    command = ["ckpt=dbb.pth.tar", "model=resnet18_dbb", "data=none", "data.image_size=64",
+    command = ["ckpt=dbb.pth.tar", "model=resnet18_dbb", "data=none", "data.image_size=96",
                "logger=csv", "export=[]"]
     done = call("convert.py", *command, "source=dbb", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
