@@ -80,5 +80,8 @@ def set_aside(last: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a process that is killed leaves no half of one."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)

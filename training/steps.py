@@ -203,22 +203,27 @@ def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunF
 
 def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, folder: RunFolder,
                      start: Start) -> None:
-    """Evaluate the last epoch that is done, from its checkpoint, if the run was stopped before that was."""
-    evaluated = start.epochs % command.trainer.check_val_every_n_epoch == 0
-    if not start.epochs or start.batches or not evaluated or command.trainer.limit_val_batches != 1:
+    """Log what metrics.csv lacks of the last epoch that is done, if the run was stopped before that.
+
+    The checkpoint has its training loss. It is evaluated as it would have been, if on all images.
+    """
+    if not start.epochs or start.batches:
         return
-    known = read_epochs(folder)
-    if known.loc[known["epoch"] == start.epochs, "test_top1"].notna().any():
-        return
-    net, device = load_network(start.checkpoint, command), pick_device(command.trainer.accelerator)
-    values = {f"test/{name}": value for name, value in scores(*predict(net, data, device, "missed")).items()}
-    if command.data.val_size:
-        held_out = scores(*predict(net, data, device, "missed", data.held_out_dataloader()))
-        values |= {f"val/{name}": value for name, value in held_out.items()}
-    loss = start.checkpoint["callbacks"].get("EpochLoss")
-    if loss is not None:  # of an older file
+    known, values = read_epochs(folder), {}
+    known = known[known["epoch"] == start.epochs]
+    loss = start.checkpoint["callbacks"].get("EpochLoss")  # an older file has none
+    if loss is not None and known["train_loss"].isna().all():
         values["train/loss_epoch"] = loss["total"] / loss["count"]
-    for logger in trainer.loggers:
+    conf = command.trainer
+    due = start.epochs % conf.check_val_every_n_epoch == 0 and conf.limit_val_batches == 1
+    if due and known["test_top1"].isna().all():
+        net, device = load_network(start.checkpoint, command), pick_device(command.trainer.accelerator)
+        found = scores(*predict(net, data, device, "missed"))
+        values |= {f"test/{name}": value for name, value in found.items()}
+        if command.data.val_size:
+            found = scores(*predict(net, data, device, "missed", data.held_out_dataloader()))
+            values |= {f"val/{name}": value for name, value in found.items()}
+    for logger in trainer.loggers if values else ():
         logger.log_metrics(values | {"epoch": start.epochs - 1}, start.checkpoint["global_step"] - 1)
         logger.save()
 

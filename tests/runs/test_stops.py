@@ -199,3 +199,21 @@ def test_a_state_is_saved_at_an_interval(make_settings, train_with, tmp_path, mo
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", watched)
     train_with(make_settings(*SHORT, "checkpoint.train_time_interval=00:00:01:00"), tmp_path)
     assert saved == [3, 5, 8, 10]
+
+
+@pytest.mark.parametrize(("extra", "lost"), [
+    ((), ["train/loss_epoch"]), ((), ["train/loss_epoch", "test/top1"]),
+    (("trainer.check_val_every_n_epoch=2",), ["train/loss_epoch"]),
+    (("trainer.limit_val_batches=3",), ["train/loss_epoch"])])
+def test_what_metrics_lack_of_an_epoch_is_made_up(make_settings, train_with, tmp_path, extra, lost):
+    """Lightning writes the test's row, then the loss's; a run may be killed between them."""
+    command = make_settings(*SHORT, "trainer.max_epochs=1", *extra)
+    train_with(command, tmp_path)
+    path = tmp_path / "metrics.csv"
+    rows = pd.read_csv(path)
+    before = rows[lost].max()
+    rows = rows[rows[lost].isna().all(axis=1) & rows["final/top1"].isna()]
+    rows.to_csv(path, index=False)
+    (tmp_path / "result.json").unlink()
+    train_with(command, tmp_path)
+    assert pd.read_csv(path)[lost].max().tolist() == pytest.approx(before.tolist(), rel=1e-5)
