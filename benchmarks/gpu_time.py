@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--matmul", choices=("highest", "high"), default="high")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--profiles", type=Path, help="folder for the profiler's lists of kernels")
-    parser.add_argument("--to", type=Path, help="CSV file to add to; default: in results/, by torch and GPU")
+    parser.add_argument("--to", type=Path, help="CSV file to add to; default: in results/, named by the GPU")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(options.matmul)

@@ -210,7 +210,6 @@ def _normed_together(branches: list[Branch], padded: Tensor,
 
 def _summed(maps: Tensor, groups: int, branches: int) -> Tensor:
     """The sum over branches of `StackedConv`'s maps, in their memory format, which torch's `sum` loses."""
-    last = not maps.is_contiguous()
-    at = 3 if last else 1
+    at = 1 if maps.is_contiguous() else 3
     maps = maps.movedim(1, at).unflatten(at, (groups, branches, -1))
     return maps.sum(at + 1).flatten(at, at + 1).movedim(at, 1)

@@ -55,6 +55,7 @@ class Allocations(TorchDispatchMode):
         made_here = {storage: size for storage, size in self.made.items() if storage not in self.known}
         return sum(size for storage, size in made_here.items() if not storage.expired())
 
+
 def activation_bytes(net: nn.Module, images: Tensor) -> int:
     """Bytes that a forward pass in training mode leaves for backward, the images included.
 

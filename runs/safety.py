@@ -2,10 +2,11 @@
 
 import copy
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -23,10 +24,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         part = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with _to_the_disk(part, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
             if path.exists():
                 path.replace(previous(path))
             part.replace(path)
@@ -80,8 +79,15 @@ def set_aside(last: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a process that is killed leaves no half of one."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w") as file:
+    with _to_the_disk(part, "w") as file:
         file.write(text)
+    part.replace(path)
+
+
+@contextmanager
+def _to_the_disk(path: Path, mode: str) -> Iterator[IO]:
+    """Open a file whose content is on the disk itself, not in a cache, when it is closed."""
+    with path.open(mode) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)

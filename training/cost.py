@@ -28,11 +28,13 @@ def expected_cost(settings: Settings, image_size: int, device: torch.device) -> 
     ms, source = {}, ""
     if device.type == "cpu":
         ms, source = _measured(settings, image_size), "measured on another CPU"
-    elif device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device)
-        ms, source = _measured_on_gpu(settings, image_size, gpu), "measured on such a GPU, with Python's part"
+    elif device.type == "cuda" and image_size >= LARGE and not settings.model.compile:
+        known = _known(torch.cuda.get_device_name(device))
+        if known is None:
+            return None
+        ms, source = _measured_on_gpu(settings, known), "measured on such a GPU, with Python's part"
         if mode not in ms:
-            ms, source = _modelled(settings, image_size, gpu), "by a model of this GPU alone, not measured"
+            ms, source = _modelled(settings, known), "by a model of this GPU alone, not measured"
     if mode not in ms:
         return None
     return (f"block.mode={mode}: expect a training step of {ms[mode] / ms['plain']:.1f} times the plain "
@@ -53,11 +55,8 @@ def _measured(settings: Settings, image_size: int) -> dict[str, float]:
     return ms
 
 
-def _measured_on_gpu(settings: Settings, image_size: int, gpu: str) -> dict[str, float]:
+def _measured_on_gpu(settings: Settings, known: str) -> dict[str, float]:
     """Milliseconds by variant, from gpu_time.py's file of such a GPU, of about as many images."""
-    known = _known(gpu)
-    if not known or image_size < LARGE or settings.model.compile:
-        return {}
     times = {}
     for path in sorted(RESULTS.glob(f"gpu_time_*{known}*.csv")):
         with path.open(newline="") as file:
@@ -77,11 +76,8 @@ def _kind(settings: Settings) -> str:
     return "bf16" if "16" in settings.trainer.precision else "TF32"
 
 
-def _modelled(settings: Settings, image_size: int, gpu: str) -> dict[str, float]:
+def _modelled(settings: Settings, known: str) -> dict[str, float]:
     """Milliseconds by variant, from gpu_model.py's file, of about as many images; 5 us a launch."""
-    known = _known(gpu)
-    if not known or image_size < LARGE or settings.model.compile:
-        return {}
     kind = f"{known} {_kind(settings)}".replace("V100 TF32", "V100 float32")
     images = min(BATCHES, key=lambda batch: abs(batch - settings.data.batch_size))
     with (RESULTS / "gpu_model.csv").open(newline="") as file:

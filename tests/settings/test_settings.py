@@ -59,8 +59,8 @@ def test_every_backbone_has_its_twin(make_settings):
     assert set(MODELS) == {*BACKBONES, *(f"{name}_dbb" for name in BACKBONES), "timm"}
     for name in BACKBONES:
         assert make_settings(f"model={name}_dbb") == make_settings(f"model={name}", "block=dbb")
-    assert make_settings(f"model={name}") == make_settings(f"model={name}_dbb", "block=none")
-    assert make_settings(f"model={name}_dbb", "block=acb").block.name == "acb"
+    assert make_settings("model=resnet8") == make_settings("model=resnet8_dbb", "block=none")
+    assert make_settings("model=resnet8_dbb", "block=acb").block.name == "acb"
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100", "imagenet", "digits"])
