@@ -165,7 +165,7 @@ def test_errors_are_sentences(tmp_path, overrides, message):
 @pytest.mark.slow
 def test_a_mistyped_checkpoint_takes_nothing_away(tmp_path):
     (tmp_path / "here").mkdir()
-    done = run("train.py", "ckpt=nope", cwd=tmp_path / "here")
+    done = call("train.py", "ckpt=nope", cwd=tmp_path / "here")
     assert done.returncode == 1
     assert "error: ckpt=nope: there is no such file" in done.stderr
     assert "Traceback" not in done.stderr
