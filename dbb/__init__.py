@@ -7,9 +7,10 @@ from dbb.deploy import fold_norms, reparameterize, restore_norms
 from dbb.modes import MODES
 from dbb.proof import Comparison, branch_shares, compare, compare_logits
 from dbb.published import BLOCKS, AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock
+from dbb.sgs import SpatialGradientScaling, spatial_gradient_scale
 from dbb.surgery import INITS, NothingSwappedError, Report, replace_convs
 
 __all__ = ["BLOCKS", "BRANCHES", "INITS", "MODES", "POSITIONS", "AsymmetricConvBlock", "Branch", "Comparison",
            "DiverseBranchBlock", "NothingSwappedError", "OnlineReparamBlock", "ReparamConv2d", "Report",
-           "branch_shares", "branchwise", "compare", "compare_logits", "fold_norms", "reparameterize",
-           "replace_convs", "restore_norms"]
+           "SpatialGradientScaling", "branch_shares", "branchwise", "compare", "compare_logits", "fold_norms",
+           "reparameterize", "replace_convs", "restore_norms", "spatial_gradient_scale"]

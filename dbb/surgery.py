@@ -113,13 +113,16 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
     names = {module: name for name, module in traced.named_modules()}
     held = {part for m in names if isinstance(m, ReparamConv2d) for part in (m.outer, m.reparam)}
     convs = {name: m for m, name in names.items() if isinstance(m, AnyConv) and m not in held}
-    _check_patterns(convs, include=include, exclude=exclude, block=[p for p in makers if p != "*"])
+    check_patterns(convs, include=include, exclude=exclude, block=[p for p in makers if p != "*"])
     flow.run(traced, _black_image(names) if example_input is None else example_input)
 
     report, replacements = Report(), {}
     for name, conv in convs.items():
         try:
-            make = _wanted(name, conv, makers, include, exclude, kernel_sizes)
+            check_wanted(name, conv, include, exclude, kernel_sizes)
+            make = next((makers[key] for key in reversed(makers) if fnmatchcase(name, key)), None)
+            if make is None:
+                raise Stays("no block is meant for it")
             host = merges_itself(result, name, convs)
             if host is not None and include is None:
                 raise Stays(host)
@@ -168,7 +171,8 @@ def _black_image(modules: Iterable[nn.Module]) -> Tensor:
     return first.weight.new_zeros(1, first.in_channels, 224, 224)
 
 
-def _check_patterns(names: Collection[str], **knobs: Sequence[str] | None) -> None:
+def check_patterns(names: Collection[str], **knobs: Sequence[str] | None) -> None:
+    """A ValueError if a glob pattern matches no convolution's name."""
     for knob, patterns in knobs.items():
         if isinstance(patterns, str):
             raise ValueError(f"{knob}={patterns!r} is one pattern: give a list of them, [{patterns!r}]")
@@ -179,22 +183,18 @@ def _check_patterns(names: Collection[str], **knobs: Sequence[str] | None) -> No
                                  f"{', '.join(nearest)} ({len(names)} in all)")
 
 
-def _wanted(name: str, conv: AnyConv, makers: Mapping[str, Maker | None], include: Sequence[str] | None,
-            exclude: Sequence[str] | None, kernel_sizes: Container[int]) -> Maker:
-    """What makes the block that the arguments of `replace_convs` want for a convolution; `Stays` if none."""
+def check_wanted(name: str, conv: AnyConv, include: Sequence[str] | None, exclude: Sequence[str] | None,
+                 kernel_sizes: Container[int]) -> None:
+    """`Stays` if the arguments of `replace_convs` leave a convolution as it is."""
     matches = partial(fnmatchcase, name)
     if include is not None and not any(map(matches, include)):
         raise Stays("not included")
     if any(map(matches, exclude or ())):
         raise Stays("excluded")
-    make = next((makers[pattern] for pattern in reversed(makers) if matches(pattern)), None)
-    if make is None:
-        raise Stays("no block is meant for it")
     if not isinstance(conv, nn.Conv2d):
         raise Stays(f"{type(conv).__name__} is no Conv2d")
     if max(conv.kernel_size) not in kernel_sizes:
         raise Stays(f"only kernel sizes {', '.join(map(str, kernel_sizes))} become blocks")
-    return make
 
 
 def merges_itself(model: nn.Module, name: str, convs: Collection[str]) -> str | None:

@@ -93,6 +93,8 @@ class BlockConf:
     include: list[str] | None = None
     exclude: list[str] | None = None
     layers: list[LayersConf] = field(default_factory=list)
+    sgs_every_n_epochs: int | None = at_least(1, None)
+    sgs_batches: int = at_least(1, 2, most=10**4)
 
     def check(self) -> None:
         """Check names, sizes, and that there are branches to which the rest belongs."""
@@ -108,10 +110,21 @@ class BlockConf:
                              "block=none")
         if min(self.kernel_sizes) < 1:
             raise ValueError(f"block.kernel_sizes={min(self.kernel_sizes)} must be at least 1")
-        if not (self.branches or self.layers) and replace(self, init="auto") != BlockConf():
+        if self.sgs_every_n_epochs is not None:
+            self._check_sgs()
+        elif not (self.branches or self.layers) and replace(self, init="auto") != BlockConf():
             raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: "
                              "block=dbb takes the list of configs/block/dbb.yaml, block.branches=[kxk,1x1] "
                              "one of your own, block=none leaves plain convolutions")
+
+
+    def _check_sgs(self) -> None:
+        ours = "name", "init", "kernel_sizes", "include", "exclude", "sgs_every_n_epochs", "sgs_batches"
+        others = [part.name for part in fields(self) if part.name not in ours
+                  and getattr(self, part.name) != getattr(BlockConf(), part.name)]
+        if others:
+            raise ValueError(f"block.sgs_every_n_epochs={self.sgs_every_n_epochs} scales the gradients of "
+                             f"plain convolutions, and block.{others[0]} is of blocks: leave one of them out")
 
 
 @dataclass
@@ -289,6 +302,11 @@ class Settings:
         for part in (self.model, self.block, self.data, self.optim, self.trainer, self.checkpoint,
                      self.logger):
             part.check()
+        sharded = any(kind in self.trainer.strategy for kind in ("fsdp", "deepspeed"))
+        if sharded and self.block.sgs_every_n_epochs is not None:
+            raise ValueError(f"block.sgs_every_n_epochs={self.block.sgs_every_n_epochs}: with "
+                             f"trainer.strategy={self.trainer.strategy} no process sees a whole gradient: "
+                             "take trainer.strategy=ddp")
         if self.optim.warmup_epochs > self.trainer.max_epochs:
             raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs} must be at most "
                              f"trainer.max_epochs={self.trainer.max_epochs}")

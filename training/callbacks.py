@@ -13,6 +13,7 @@ from runs.folder import RunFolder
 from settings.schema import Settings
 from training.divergence import StopAtNaN
 from training.saving import LastCheckpoint
+from training.sgs import ScaleGradients
 
 
 class Speed(Callback):
@@ -112,6 +113,8 @@ def make_callbacks(settings: Settings, folder: RunFolder) -> list[Callback]:
     ]
     if settings.logger.name != "csv" and (settings.block.branches or settings.block.layers):
         callbacks.append(Branches())
+    if settings.block.sgs_every_n_epochs is not None:
+        callbacks.append(ScaleGradients(settings.block, settings.data.batch_size))
     if not shows_progress_bar(settings):
         callbacks.append(EpochLine())
     if settings.optim.ema_decay is not None:

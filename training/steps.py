@@ -26,6 +26,7 @@ from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
 from training.loggers import log_convolutions, log_predictions
 from training.module import Classifier, rough_start, try_optimizer
+from training.sgs import scaled_layers
 from training.sweep import in_a_sweep
 
 # What decides which images an epoch's batches have, and after which of them the optimiser takes a step.
@@ -123,10 +124,11 @@ def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
     """The network in its Lightning module.
 
     Raises:
-        ValueError: if it cannot be built, or is not the checkpoint's.
+        ValueError: if it cannot be built, is not the checkpoint's, or has no gradient to scale.
     """
     refuse_what_does_not_fit(command, data)
     model = Classifier(command, data.classes, data.image_size, start.changed)
+    scaled_layers(command.block, model.net)
     if start.checkpoint is not None:
         restore(model.net, start.checkpoint)  # says what does not fit, before Lightning would
     elif command.model.weights is None and hasattr(model.net, "whiten"):
@@ -195,7 +197,8 @@ def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunF
     reduced = f", images of {size} pixels reduced {net.total_stride} times" if net.total_stride else ""
     print(f"{command.model.name} with block={command.block.name}, on {device}: "
           f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}")
-    said = [expected_cost(command, size, device), net.report, rough_start(command)]
+    said = [expected_cost(command, size, device), net.report, scaled_layers(command.block, net),
+            rough_start(command)]
     print(*filter(None, said), f"run folder: {folder.path}", sep="\n")
     log_convolutions(trainer.loggers[-1], net.report, folder)
     return {"parameters": parameters, "activations_mib": activations}

@@ -239,9 +239,9 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path, monkeypatch):
         "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    command = [os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.devices=1",
-               "trainer.max_epochs=12", "optim.lr=0.01", "model=resnet8", "data=digits", "data.max_images=320",
-               "data.batch_size=16"]
+    command = [os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu",
+               "trainer.devices=1", "trainer.max_epochs=12", "optim.lr=0.01",
+               "model=resnet8", "data=digits", "data.max_images=320", "data.batch_size=16"]
     folder = tmp_path / "outputs" / "slurm-4242"
     folder.mkdir(parents=True)
     (folder / "hpc_ckpt_1.ckpt").write_text("of a job that was stopped within its first epoch")

@@ -24,6 +24,7 @@ SHORT = ("model=resnet8_dbb", "data=digits", "data.max_images=320", "data.batch_
          "trainer.check_val_every_n_epoch=1")
 EXTRAS = {"plain": (), "mixup": ("data.mixup=0.2", "data.cutmix=1.0"), "workers": ("data.num_workers=2",),
           "ema": ("optim.ema_decay=0.9", "optim.warmup_epochs=1"),
+          "sgs": ("block=sgs", "block.sgs_every_n_epochs=1"),
           "accumulation": ("trainer.accumulate_grad_batches=2", "optim.ema_decay=0.9")}
 
 
