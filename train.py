@@ -51,7 +51,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     start = steps.start_of(command, folder, result)
     data = steps.load_data(command, start)
     model = steps.make_model(command, data, start)
-    trainer.loggers = make_loggers(command, folder)
+    trainer.loggers = make_loggers(command, folder, start.epochs, start.step)
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     if trainer.is_global_zero:
         steps.log_missed_epoch(command, data, trainer, folder, start)

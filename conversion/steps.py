@@ -14,7 +14,7 @@ from evaluation.evaluate import exact_arithmetic, predict, scores
 from export import graph, int8
 from export.files import HUB, sha256
 from export.formats import FORMATS, Converted, wanted
-from export.place import FAILED
+from export.place import FAILED, GRAPHS
 from images.data import ImageData
 from models import build_model, of_timm, recipe
 from reports.conversion import draw_graphs, draw_report, markdown, print_tables
@@ -22,8 +22,9 @@ from settings.command import Command
 
 
 def names_of(command: Command) -> list[str]:
-    """The files of networks that a command asks for."""
-    return [kind.file for kind in wanted(command.export)] + [name for name in HUB if command.hub]
+    """The files that a command asks for, besides the report."""
+    drawn = [GRAPHS] if {"onnx", "training_onnx"} <= {*command.export} else []
+    return [kind.file for kind in wanted(command.export)] + [name for name in HUB if command.hub] + drawn
 
 
 def refuse_settings(command: Command, data: ImageData, about: dict) -> None:
@@ -110,7 +111,7 @@ def compare_graphs(converted: Converted, read: dict[str, nn.Module], part: Path,
         costs = {"macs": report[when]["macs"], "latency_ms": latency_ms(read[name], converted.example[:1])}
         report["graphs"][title] = graph.summary(part / name) | costs
     block = graph.first_block(converted.branched, converted.example)
-    draw_graphs(block, report["graphs"], part / "graphs.png")
+    draw_graphs(block, report["graphs"], part / GRAPHS)
 
 
 def refuse_changes(report: dict, out: Path) -> None:

@@ -241,3 +241,28 @@ class DepthwiseSeparable(Branch, name="dw_1x1"):
     def drawn(self, x):
         u = self.geometry.conv(x, self.first, groups=self.geometry.in_channels)
         return F.conv2d(u, self.second, groups=self.geometry.groups)
+
+
+class Expanded(Branch, name="1x1_kxk_1x1"):
+    """1x1, KxK, 1x1, with four times the channels in between and no norms (ExpandNets, NeurIPS 2020)."""
+
+    expansion = 4
+
+    def __init__(self, geometry: Geometry, device=None, dtype=None):
+        super().__init__(geometry, device, dtype)
+        inputs, outputs = (self.expansion * n for n in (geometry.in_channels, geometry.out_channels))
+        self.first = self.new_kernel((1, 1), outputs=inputs)
+        self.second = self.new_kernel(geometry.kernel_size, inputs=inputs, outputs=outputs)
+        self.third = self.new_kernel((1, 1), inputs=outputs)
+
+    def kernel(self, first=None):
+        groups = self.geometry.groups
+        wide = merge_1x1_kxk(self.first, self.second, groups)[0].unflatten(0, (groups, -1))
+        third = self.third.reshape(groups, -1, wide.shape[1])  # [G, O/G, 4 * O/G]
+        with without_autocast(third.device):
+            return (third @ wide.flatten(2)).reshape(-1, *wide.shape[2:])
+
+    def drawn(self, x):
+        groups = self.geometry.groups
+        u = self.geometry.conv(F.conv2d(x, self.first, groups=groups), self.second)
+        return F.conv2d(u, self.third, groups=groups)

@@ -25,8 +25,10 @@ def fill(target: Tensor, value: Tensor, name: str) -> None:
     if torch.finfo(target.dtype).max < torch.finfo(value.dtype).max:
         lost = value.isfinite() & ~target.to(value.device).isfinite()
         if not lost.is_meta and lost.any():
+            way_out = "the training has diverged" if target.dtype == torch.float32 else \
+                "convert the network to float32 first"
             raise ValueError(f"{name} has the value {value[lost][0].item():.6g}, which {target.dtype} cannot "
-                             "hold: convert the network to float32 first")
+                             f"hold: {way_out}")
 
 
 def fuse_conv_norm(kernel: Tensor, bias: Tensor | float, mean: Tensor, var: Tensor, weight: Tensor,

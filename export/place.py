@@ -13,8 +13,9 @@ from export.files import HUB
 from export.formats import FORMATS
 
 REPORT, FAILED = "report.json", "report-failed.json"
-REPORTS = ("report.md", "report.png", "graphs.png", REPORT)
-KNOWN = {*(kind.file for kind in FORMATS.values()), *HUB, *REPORTS}  # all that a conversion may write
+REPORTS = ("report.md", "report.png", REPORT)
+GRAPHS = "graphs.png"  # where both graphs were exported
+KNOWN = {*(kind.file for kind in FORMATS.values()), *HUB, *REPORTS, GRAPHS}  # all that a conversion may write
 
 
 def written_before(out: Path) -> set[str]:
@@ -24,7 +25,8 @@ def written_before(out: Path) -> set[str]:
         try:
             report = json.loads((out / name).read_text())
             _ = report["about"], report["relative_error"]  # which no other tool's report has
-            entries = {*report["files"], *report.get("hub", []), *REPORTS} & KNOWN
+            graphs = [GRAPHS] if "graphs" in report else []
+            entries = {*report["files"], *report.get("hub", []), *REPORTS, *graphs} & KNOWN
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none there, or not ours
             continue
         written |= entries if name == REPORT else {FAILED}

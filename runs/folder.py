@@ -134,6 +134,11 @@ class RunFolder:
         finally:
             lock.release()
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a checkpoint to go on from; of a kill or of damage, the one before may be all."""
+        return self.last.exists() or previous(self.last).exists()
+
     def remove_if_unused(self) -> None:
         """Remove the folder, if a run of ours was to begin in it and did not."""
         if not rank_zero_only.rank and {path.name for path in self.path.iterdir()} <= {self.lock.name}:
@@ -172,8 +177,9 @@ class RunFolder:
 
     def begin(self, command: Command) -> None:
         """Write the settings, and clear what an earlier session left of its end."""
-        for path in (self.result, self.error):
-            path.unlink(missing_ok=True)
+        self.result.unlink(missing_ok=True)
+        if not self._has_others_error():
+            self.error.unlink(missing_ok=True)
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(command.stored())))
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -203,10 +209,10 @@ class RunFolder:
         if self._has_others_error():
             there.append(self.error.name)
         if there and not self.is_ours():
-            raise FolderTakenError(f"{self.path} has {there[0]}, but no config.yaml of a run: it is somebody "
-                                   "else's; choose another folder with out=DIR")
+            raise FolderTakenError(f"{self.path} has a {there[0]} that no run wrote: it is somebody else's; "
+                                   "choose another folder with out=DIR")
         own = {self.last.resolve(), previous(self.last).resolve()}
-        if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not self.last.exists()):
+        if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not self.has_state):
             if Path(command.ckpt).resolve() == previous(self.last).resolve():
                 self._set_damaged_aside()
             return command
@@ -219,11 +225,11 @@ class RunFolder:
             if going_on == previous(self.last):
                 self._set_damaged_aside()
             return replace(command, ckpt=None if going_on is None else str(going_on), logger=logger)
-        if self.last.exists() or self.result.exists():
+        if self.has_state or self.result.exists():
             knobs = ", ".join(different[:4])
             text = (f"{self.path} already holds a run with another {knobs}: choose another folder with "
                     "out=DIR")
-            if self.last.exists():
+            if self.has_state:
                 text += f", or go on with that run by ckpt={self.last}"
             raise FolderTakenError(text)
         return command

@@ -25,6 +25,11 @@ warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended 
 MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
     r"No space left|PytorchStreamWriter|inline_container":
         "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
+    r"File too large":
+        "a file would be larger than is allowed here (ulimit -f): allow more, and try again; a run goes on "
+        "by ckpt=FOLDER/checkpoints/last.ckpt",
+    r"\[Errno (1|13|30)\]":
+        "this user may not write there: change that, or choose another folder with out=DIR",
     r"DataLoader worker .*(killed|exited)":
         "a process that loads images has died, mostly for want of memory: lower data.num_workers or "
         "data.batch_size; the run goes on by ckpt=FOLDER/checkpoints/last.ckpt",

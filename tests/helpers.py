@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "identity", "avg", "1xk", "kx1")
+EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "1x1_kxk_1x1", "identity", "avg", "1xk",
+                "kx1")
 TINY = ("data=digits", "trainer.max_epochs=1", "trainer.limit_train_batches=8", "optim.lr=0.02", "logger=csv")
 
 
@@ -72,8 +73,11 @@ def write_tree(root, splits, classes, count, size, seed=0):
 def run(script, *overrides, cwd, env=()):
     """Start a script as a user does."""
     env = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"} | {"OMP_NUM_THREADS": "1"} | dict(env)
-    return subprocess.run([sys.executable, os.path.join(ROOT, script), *overrides], cwd=cwd, env=env,
-                          capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    try:
+        return subprocess.run([sys.executable, os.path.join(ROOT, script), *overrides], cwd=cwd, env=env,
+                              capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"it hung, and had printed: {error.stderr.decode()[-5000:]}")
 
 
 def call(script, *overrides, cwd):

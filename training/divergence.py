@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class DivergedError(ValueError):
-    """The training loss is not finite any more."""
+    """The training loss or the weights are not finite any more."""
 
 
 class StopAtNaN(Callback):
-    """Stop when the loss is not finite, before any checkpoint holds what came of it.
+    """Stop when the loss, or a weight, is not finite, before any checkpoint holds what came of it.
 
     The first such step is kept on the device. It is read every `log_every_n_steps`, and before anything is
     saved, so that no step waits for the GPU.
@@ -31,8 +31,16 @@ class StopAtNaN(Callback):
         """Raise in all processes at once: one that went on would wait for the others."""
         first = trainer.strategy.reduce(self.first, reduce_op="min")
         if first.isfinite():
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
-            raise DivergedError(
-                f"the training loss is not finite from step {int(first)} on (learning rate now {rate:g}): "
-                "nothing was saved after it. Lower optim.lr, or set optim.warmup_epochs or "
-                "trainer.gradient_clip_val")
+            self._stop(trainer, f"the training loss is not finite from step {int(first)} on")
+
+    def check_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The same of the weights, which a step with a finite loss may have ruined."""
+        whole = all(torch.stack([p.isfinite().all() for p in module.parameters()]).tolist())
+        if trainer.strategy.reduce_boolean_decision(not whole, all=False):
+            self._stop(trainer, f"the weights are not finite after step {trainer.global_step}")
+
+    @staticmethod
+    def _stop(trainer: pl.Trainer, what: str) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        raise DivergedError(f"{what} (learning rate now {rate:g}): nothing was saved after it. Lower "
+                            "optim.lr, or set optim.warmup_epochs or trainer.gradient_clip_val")

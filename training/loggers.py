@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dbb import Report
 from dbb.surgery import Row
-from export.place import REPORTS
+from export.place import GRAPHS, REPORTS
 from images.data import ImageData
 from models.say import say
 from reports.conversion import rows
@@ -27,11 +27,14 @@ WANDB_WAIT = 10  # seconds, at the start
 WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server without end
 
 
-def make_loggers(settings: Settings, folder: RunFolder) -> list[Logger]:
-    """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped."""
+def make_loggers(settings: Settings, folder: RunFolder, epochs: int = 0, step: int = 0) -> list[Logger]:
+    """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped.
+
+    `epochs` and `step` as in `csv_logger`.
+    """
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, folder) for make in more[settings.logger.name]]
-    return [csv_logger(folder), *(_harmless(logger) for logger in made if logger is not None)]
+    return [csv_logger(folder, epochs, step), *(_harmless(logger) for logger in made if logger is not None)]
 
 
 def _harmless(logger: Logger) -> Logger:
@@ -159,7 +162,7 @@ def _send_conversion(run: Any, report: dict, out: Path) -> None:
     compared = ("predictions_changed", "ties", "relative_error")
     run.summary.update({f"convert/{name}": report[name] for name in compared})
     artifact = wandb.Artifact(f"converted-{run.id}", "model", metadata=report["about"])
-    for name in (*report["files"], *report["hub"], *REPORTS):
+    for name in (*report["files"], *report["hub"], *REPORTS, GRAPHS):
         if (out / name).exists():
             artifact.add_file(str(out / name), name)
     run.log_artifact(artifact)

@@ -15,11 +15,17 @@ from runs.folder import RunFolder
 from runs.safety import write_text
 
 
-def csv_logger(folder: RunFolder) -> CSVLogger:
-    """A logger that appends to a run's metrics.csv; Lightning's own deletes it."""
+def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
+    """A logger that goes on with a run's metrics.csv, which Lightning's own deletes.
+
+    Args:
+        folder: of the run.
+        epochs: that are done, where the run goes on from.
+        step: of the optimiser, likewise. Rows of later ones go: they are done again.
+    """
     path, kept = folder.metrics, folder.metrics_before
     if path.exists() and rank_zero_only.rank == 0:
-        _leave_out_damaged_lines(path)
+        _keep_until(path, epochs, step)
         path.rename(kept)
     logger = CSVLogger(folder.path, name="", version="")
     with warnings.catch_warnings():
@@ -33,24 +39,51 @@ def csv_logger(folder: RunFolder) -> CSVLogger:
     return logger
 
 
-def _leave_out_damaged_lines(path: Path) -> None:
-    """Keep the lines with as many cells as the first. A disk that was full within a line has cut it."""
-    *lines, rest = path.read_bytes().decode(errors="replace").splitlines(keepends=True) or [""]
-    whole = [*lines, rest] if rest.endswith("\n") else lines
-    cells = [len(next(csv.reader([line]))) for line in whole]
-    kept = [line for line, count in zip(whole, cells, strict=True) if count == cells[0]]
-    left_out = len(lines) + bool(rest) - len(kept)
-    if left_out:
-        say(f"{path}: damaged lines are left out: {left_out}")
-        write_text(path, "".join(kept))
+def _keep_until(path: Path, epochs: int, step: int) -> None:
+    """Leave out damaged lines, and rows of what comes after; a file without a header is set aside."""
+    lines = path.read_bytes().decode("utf-8-sig", errors="replace").splitlines(keepends=True)
+    parsed = [next(csv.reader([line])) for line in lines if line.endswith("\n")]  # a full disk cuts the last
+    first = next((place for place, cells in enumerate(parsed) if "step" in cells), None)
+    if first is None:
+        if lines:
+            aside = path.with_name("metrics-damaged.csv")
+            say(f"{path} has no line of names with step in it: it is now {aside.name}")
+            path.rename(aside)
+        path.touch()
+        return
+    names = parsed[first]
+    whole = [cells for cells in parsed[first + 1:] if len(cells) == len(names)]
+    if len(whole) < len(lines) - 1:
+        say(f"{path}: damaged lines are left out: {len(lines) - 1 - len(whole)}")
+    rows = [dict(zip(names, cells, strict=True)) for cells in whole]
+    kept = [row for row in rows if not _comes_after(row, epochs, step)]
+    if len(kept) < len(rows):
+        say(f"{path}: rows of what is done again are left out: {len(rows) - len(kept)}")
+    write_text(path, _csv(sorted(names), kept))  # the logger adds columns to a sorted list
+
+
+def _comes_after(row: dict[str, str], epochs: int, step: int) -> bool:
+    """Whether a row is of a step, or says something of an epoch, that is not done at that place."""
+    def number(name):
+        try:
+            return float(row.get(name, ""))
+        except ValueError:
+            return -1.0
+    of_steps = ("train/loss_step", "lr-", "epoch", "step")
+    of_an_epoch = any(value for name, value in row.items() if not name.startswith(of_steps))
+    return number("step") >= step or (of_an_epoch and number("epoch") >= epochs)
 
 
 def _widen(path: Path, columns: Sequence[str]) -> None:
     """Add columns, as Lightning's `_rewrite_with_new_header` does, which a kill leaves with an empty file."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    write_text(path, _csv(columns, rows))
+
+
+def _csv(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()

@@ -49,6 +49,7 @@ class LastCheckpoint(Checkpoint):
             trainer.should_stop = False  # trainer.max_time says so again after the next batch
         elif last or self._agreed(trainer, asked is not None or self._due(trainer)):
             self.divergence.check(trainer)
+            self.divergence.check_weights(trainer, module)
             trainer.save_checkpoint(self.folder.last, weights_only=False)  # the optimiser's state, too
             self.saved_at = time.monotonic()
             self._stop(trainer, asked, f"in epoch {trainer.current_epoch + 1}, after {done} batches of it")

@@ -36,11 +36,12 @@ FORKS = ("spawn", "fork", "notebook")  # in the names of strategies that train i
 
 
 class Start(NamedTuple):
-    """What training goes on from: a checkpoint, epochs done, batches of the next; what has changed since."""
+    """What training goes on from: a checkpoint, what is done by then, and the settings that have changed."""
 
     checkpoint: dict[str, Any] | None = None
     epochs: int = 0
     batches: int = 0
+    step: int = 0
     changed: Sequence[str] = ()
 
 
@@ -58,7 +59,7 @@ def refuse_published(command: Command) -> None:
 
 def with_identity(command: Command, folder: RunFolder, fresh: bool) -> Command:
     """The command with an id for W&B; `fresh` where `ckpt` is another folder's, to which its id belongs."""
-    if command.logger.id is not None and not (fresh and not folder.last.exists()):
+    if command.logger.id is not None and not (fresh and not folder.has_state):
         return command
     return replace(command, logger=replace(command.logger, id=secrets.token_hex(4)))
 
@@ -73,7 +74,7 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
         return Start()
     checkpoint = load_checkpoint(command.ckpt)
     stored, (done, batches) = checkpoint["dbb"]["settings"], place_of(checkpoint)
-    evaluated = result is not None or not folder.last.exists()  # else it stopped in its last evaluation
+    evaluated = result is not None or not folder.has_state  # else it stopped in its last evaluation
     if done >= command.trainer.max_epochs and evaluated:
         raise ValueError(f"trainer.max_epochs={command.trainer.max_epochs}: the checkpoint already has "
                          f"{done} epochs; set more to continue")
@@ -86,7 +87,8 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
             raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
                              f"within epoch {done + 1}, after {batches} batches: go on without it until the "
                              "epoch's end")
-    return Start(checkpoint, done, batches, [*checkpoint["dbb"].get("changed", []), *now])
+    all_changes = [*checkpoint["dbb"].get("changed", []), *now]
+    return Start(checkpoint, done, batches, checkpoint["global_step"], all_changes)
 
 
 def load_data(command: Command, start: Start) -> ImageData:

@@ -14,7 +14,8 @@ ALL = ("kxk", "1x1", "1x1_kxk", "1x1_avg", "avg", "1xk", "kx1", "identity")
 # in, out, groups: dense, dense, grouped, depthwise, depthwise with a multiplier
 CHANNELS = [(8, 8, 1), (6, 10, 1), (8, 12, 4), (8, 8, 8), (4, 8, 4)]
 SHAPES = {"dense": (8, 8, 1), "depthwise": (8, 8, 8)}
-NAMES = ("kxk", "1x1", "1xk", "kx1", "identity", "avg", "1x1_kxk", "1x1_avg", "1x1_prior", "dw_1x1")
+NAMES = ("kxk", "1x1", "1xk", "kx1", "identity", "avg", "1x1_kxk", "1x1_avg", "1x1_prior", "dw_1x1",
+         "1x1_kxk_1x1")
 MODES = ("exact", "online", "linear")
 FUZZ = "FUZZ" in os.environ
 

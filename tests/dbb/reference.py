@@ -116,6 +116,9 @@ def branch_map(name, branch, x, windows, norms):
         return windows.middle(x)
     if kind == "avg":
         return windows.average(x)
+    if kind == "1x1_kxk_1x1":
+        wide = windows.convolve(F.conv2d(x, branch.first, groups=windows.g.groups), branch.second)
+        return F.conv2d(wide, branch.third, groups=windows.g.groups)
     if kind == "dw_1x1":  # eight kernels an input channel
         y = windows.depthwise(x.repeat_interleave(8, 1), branch.first[:, 0])
         return F.conv2d(y, branch.second, groups=g.groups)

@@ -303,10 +303,12 @@ def test_a_later_conversion_replaces_what_an_earlier_one_wrote(trained, make_set
     (tmp_path / "report.json").write_text(json.dumps(report))
     outside = tmp_path.parent / "outside"
     outside.write_text("somebody's")
+    (tmp_path / "graphs.png").write_text("somebody's")
     convert_script.convert(make_settings(f"ckpt={trained}", "export=[]", config_name="convert"), tmp_path)
     assert outside.exists()
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
-        "hub", "hub/config.json", "model.pt2", "model.safetensors", "report.md", "report.json", "report.png"}
+        "hub", "hub/config.json", "model.pt2", "model.safetensors", "report.md", "report.json", "report.png",
+        "graphs.png"}
     assert (tmp_path / "model.pt2").read_text() == "somebody's"
 
 

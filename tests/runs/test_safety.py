@@ -18,6 +18,8 @@ from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO, newest, previous, set_aside
 from settings.cli import plain_errors
 from tests.helpers import TINY, call, relative_error
+from training.divergence import DivergedError
+from training.module import Classifier
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +118,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not list(tmp_path.glob("runs/two/checkpoints/*"))
 
 
+def test_weights_that_are_not_finite_are_not_saved(make_settings, tmp_path, monkeypatch):
+    """The loss before the step that ruined them is."""
+    step = Classifier.training_step
+
+    def ruin(module, batch, batch_idx):
+        loss = step(module, batch, batch_idx)
+        next(module.net.parameters()).data[0] = torch.inf
+        return loss
+    monkeypatch.setattr(Classifier, "training_step", ruin)
+    settings = make_settings("model=resnet8_dbb", *TINY, "trainer.limit_train_batches=1")
+    with pytest.raises(DivergedError, match="the weights are not finite after step 1 .*Lower optim.lr"):
+        train_script.train(settings, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
 @pytest.mark.parametrize(("error", "advice"), [
+    (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+    (PermissionError(errno.EPERM, "Operation not permitted", "metrics.csv"), "may not write there"),
     (OSError(errno.ENOSPC, "No space left on device"), "make room"),
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "make room"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower data.num_workers"),
@@ -143,7 +162,7 @@ def test_what_no_run_has_written_stays(make_settings, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("somebody: else")
-        with pytest.raises(ValueError, match=f"{name}, but no config.yaml of a run: it is somebody else's"):
+        with pytest.raises(ValueError, match=f"has a {name} that no run wrote: it is somebody else's"):
             train_script.train(settings, folder)
         assert [path.name for path in folder.iterdir()] == [name]
         assert (folder / name).read_text() == "somebody: else"
@@ -219,8 +238,12 @@ def test_a_lock_of_another_kind(tmp_path):
             folder.lock.unlink()
 
 
-def test_an_error_of_somebody_elses_stays(tmp_path):
+def test_an_error_of_somebody_elses_stays(make_settings, tmp_path):
     folder = RunFolder(tmp_path)
     folder.error.write_text("mine")
     folder.fail("error: ours")
+    folder.begin(make_settings("model=resnet8", *TINY))
     assert folder.error.read_text() == "mine"
+    folder.error.write_text("error: ours")
+    folder.begin(make_settings("model=resnet8", *TINY))
+    assert not folder.error.exists()

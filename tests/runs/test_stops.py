@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback, Timer
 
 import train as train_script
 from models.checkpoint import load_checkpoint, place_of
+from runs.safety import previous
 from tests.helpers import write_tree
 from training import saving
 from training import steps as train_steps
@@ -84,15 +85,19 @@ def place(folder: Path) -> tuple[int, int]:
 
 
 def check_same(one: Path, other: Path) -> None:
-    """The weights, bit by bit, and the mean training loss of every epoch."""
+    """The weights, bit by bit, and what metrics.csv says of steps and epochs, once each."""
     first, second = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (one, other))
     for name in ("state_dict", "current_model_state"):
         assert first.get(name, {}).keys() == second.get(name, {}).keys()
         for key, value in first.get(name, {}).items():
             assert torch.equal(value, second[name][key]), key
-    losses = [pd.read_csv(folder / "metrics.csv").groupby("epoch")["train/loss_epoch"].last().tolist()
-              for folder in (one, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    tables = [pd.read_csv(folder / "metrics.csv") for folder in (one, other)]
+    for name in ("train/loss_step", "lr-SGD", "train/loss_epoch", "test/top1", "test/loss", "final/top1"):
+        whole, found = (table.dropna(subset=[name])[["step", name]] for table in tables)
+        if name in ("train/loss_step", "lr-SGD"):  # the row of the step after which it stopped may be missing
+            assert len(whole) - len(found) in (0, 1), name
+            whole = whole[whole["step"].isin(found["step"])]
+        assert found.to_numpy() == pytest.approx(whole.to_numpy(), rel=1e-6), name
 
 
 @pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
@@ -185,7 +190,8 @@ def test_what_cannot_change_within_an_epoch(make_settings, train_with, tmp_path)
     train_with(make_settings(ckpt, "optim.weight_decay=0.1"), tmp_path)
 
 
-def test_a_run_that_began_from_another_goes_on_by_the_same_command(make_settings, train_with, tmp_path):
+def test_a_run_that_began_from_another_goes_on_by_the_same_command(make_settings, train_with, tmp_path,
+                                                                   capsys):
     """With `ckpt=A out=B`, from B's own state; a line of metrics.csv that a full disk cut is left out."""
     train_with(make_settings(*SHORT, "trainer.max_epochs=1"), tmp_path / "a")
     command = [f"ckpt={tmp_path}/a/checkpoints/last.ckpt", "trainer.max_epochs=3"]
@@ -194,7 +200,11 @@ def test_a_run_that_began_from_another_goes_on_by_the_same_command(make_settings
         train_with(make_settings(*command), tmp_path / "b", At(2, 2, terminate))
     metrics = tmp_path / "b" / "metrics.csv"
     metrics.write_bytes(metrics.read_bytes()[:-7])
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    last.rename(previous(last))  # killed while the next one took its place
+    capsys.readouterr()
     result = train_with(make_settings(*command), tmp_path / "b")
+    assert "epoch 2/3" not in capsys.readouterr().out, "which b has done"
     check_same(tmp_path / "whole", tmp_path / "b")
     assert train_with(make_settings(*command), tmp_path / "b")["loss"] == result["loss"], "it is finished"
     with pytest.raises(ValueError, match="already holds a run with another trainer.max_epochs"):

@@ -77,12 +77,14 @@ def test_groups_compose(make_settings, data):
     ("dbb_lite", "kxk + 1x1 + 1x1_avg", "kxk + avg"),
     ("acb", "kxk + 1xk + kx1", "kxk + 1xk + kx1"), ("repvgg", "kxk + 1x1", "kxk + 1x1 + identity"),
     ("mobileone", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1", "kxk + kxk_2 + kxk_3 + kxk_4 + 1x1 + identity"),
-    ("orepa", *["kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1"] * 2), ("none", None, None)])
+    ("orepa", *["kxk + 1x1_avg + 1x1_prior + 1x1_kxk + 1x1 + dw_1x1"] * 2),
+    ("expand", *["1x1_kxk_1x1"] * 2), ("none", None, None), ("sgs", None, None)])
 def test_every_block_is_a_list(make_settings, block, dense, depthwise):
     net = build_network(make_settings("data=digits", "model=mobilenet_v1", f"block={block}"), 10, 8)
     assert [row.block for row in net.report][:2] == ([dense, depthwise] if dense else [])
     assert {path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} == {
-        "dbb", "dbb_lite", "dbb_online", "acb", "repvgg", "mobileone", "orepa", "none"}, "each is tested here"
+        "dbb", "dbb_lite", "dbb_online", "acb", "repvgg", "mobileone", "orepa", "expand", "none",
+        "sgs"}, "each is tested here"
 
 
 def test_a_list_from_the_command_line(make_settings):

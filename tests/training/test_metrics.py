@@ -21,22 +21,48 @@ def test_new_columns_leave_the_file_whole(tmp_path, monkeypatch):
         with pytest.raises(pytest.fail.Exception):
             logger.save()
     assert path.read_bytes() == before
-    logger = csv_logger(RunFolder(tmp_path))
+    logger = csv_logger(RunFolder(tmp_path), 3, 3)
     logger.log_metrics({"final/top1": 0.9}, 3)
     logger.save()
     assert path.read_text().split() == ["final/top1,loss,step", ",0.5,0", ",1.5,1", ",2.5,2", "0.9,,3"]
 
 
-@pytest.mark.parametrize("damage", ["0.5,0\n1.5,1\n2.5", "0.5,0\n1,2,3,4\n1.5,1\n", "0.5,0\n\n1.5,1\n9",
-                                    '0.5,0\n"7\n1.5,1\n'])
+@pytest.mark.parametrize("damage", [
+    "loss,step\n0.5,0\n1.5,1\n2.5", "loss,step\n0.5,0\n1,2,3,4\n1.5,1\n", "loss,step\n0.5,0\n\n1.5,1\n9",
+    'loss,step\n0.5,0\n"7\n1.5,1\n', "# my best run\nloss,step\n0.5,0\n1.5,1\n"])
 def test_damaged_lines_are_left_out(tmp_path, capsys, damage):
     path = tmp_path / "metrics.csv"
-    path.write_text(f"loss,step\n{damage}")
-    logger = csv_logger(RunFolder(tmp_path))
+    path.write_text(damage)
+    logger = csv_logger(RunFolder(tmp_path), 3, 3)
     logger.log_metrics({"loss": 3.5, "more": 1}, 3)
     logger.save()
     assert path.read_text().split() == ["loss,more,step", "0.5,,0", "1.5,,1", "3.5,1,3"]
     assert "metrics.csv: damaged lines are left out" in capsys.readouterr().out
+
+
+def test_edited_files(tmp_path, capsys):
+    """A column of somebody's stays, in its place by name; what cannot be read at all is kept elsewhere."""
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"\xef\xbb\xbfloss,step,A note\n0.5,0,mine\n")
+    logger = csv_logger(RunFolder(tmp_path), 3, 3)
+    logger.log_metrics({"loss": 3.5}, 3)
+    logger.save()
+    assert path.read_text().splitlines() == ["A note,loss,step", "mine,0.5,0", ",3.5,3"]
+    path.write_text("loss;step\n0.5;0\n")
+    csv_logger(RunFolder(tmp_path), 3, 3)
+    assert "metrics.csv has no line of names with step in it" in capsys.readouterr().out
+    assert (tmp_path / "metrics-damaged.csv").read_text() == "loss;step\n0.5;0\n"
+
+
+def test_rows_of_what_is_done_again_are_left_out(tmp_path, capsys):
+    """Of later steps, and of an epoch that is not done, which trainer.max_time had evaluated."""
+    rows = ["epoch,step,test/top1,train/loss_epoch,train/loss_step", "0,9,,,0.7", "0,19,0.5,,", "0,19,,0.6,",
+            "1,20,,,0.5", "1,20,0.4,,", "1,20,,0.5,", "1,29,,,0.4", "2,40,0.9,,"]
+    path = tmp_path / "metrics.csv"
+    path.write_text("\n".join(rows) + "\n")
+    csv_logger(RunFolder(tmp_path), 1, 21)
+    assert path.read_text().split() == rows[:5]
+    assert "rows of what is done again are left out: 4" in capsys.readouterr().out
 
 
 def test_an_empty_file(tmp_path):

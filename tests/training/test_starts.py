@@ -25,7 +25,7 @@ from training.module import Classifier, rough_start
 
 pytestmark = pytest.mark.slow
 
-BLOCKS = sorted({path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} - {"none"})
+BLOCKS = sorted({path.stem for path in Path(ROOT, "configs", "block").glob("*.yaml")} - {"none", "sgs"})
 
 
 @pytest.mark.parametrize(("channels", "options"), [
