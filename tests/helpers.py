@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "1x1_kxk_1x1", "identity", "avg", "1xk",
-                "kx1")
+EVERY_BRANCH = ("kxk", "1x1", "1x1_avg", "1x1_kxk", "1x1_prior", "dw_1x1", "1x1_kxk_1x1", "identity", "avg",
+                "1xk", "kx1")
 TINY = ("data=digits", "trainer.max_epochs=1", "trainer.limit_train_batches=8", "optim.lr=0.02", "logger=csv")
 
 
