@@ -58,7 +58,7 @@ def convert(command: Command, out: Path) -> dict:
     require(command.export)
     require_place(out, names_of(command))
     net, data, about = load_run(command, train=True)
-    refuse_settings(command, data, about)
+    refuse_settings(command, net, data, about)
     output_folder(out)
     device = pick_device(command.trainer.accelerator)
     converted, report, logits = fold(net, data, about, device, command)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbb import branch_shares, branchwise, compare_logits, fold_norms, restore_norms
+from dbb import biases, branch_shares, branchwise, compare_logits, fold_norms, restore_norms
 from evaluation.cost import cost, latency_ms
 from evaluation.evaluate import exact_arithmetic, predict, scores
 from export import graph, int8
@@ -27,7 +27,7 @@ def names_of(command: Command) -> list[str]:
     return [kind.file for kind in wanted(command.export)] + [name for name in HUB if command.hub] + drawn
 
 
-def refuse_settings(command: Command, data: ImageData, about: dict) -> None:
+def refuse_settings(command: Command, net: nn.Module, data: ImageData, about: dict) -> None:
     """Refuse what this network cannot be converted to.
 
     Raises:
@@ -41,6 +41,11 @@ def refuse_settings(command: Command, data: ImageData, about: dict) -> None:
         raise ValueError(f"hub=true: timm does not build {about['model']} for {data.image_size} pixels as it "
                          "is here (it has another stem, or none), so that there is no folder for it to load; "
                          "report.md has the lines that rebuild the network")
+    alone = [row.module for row in net.report if row.block is not None and not row.norm]
+    if command.hub and alone:
+        raise ValueError(f"hub=true: timm's {about['model']} may have no bias in {alone[0]}, where a block "
+                         "of block.without_norm=true needs one: leave hub out; report.md has the lines that "
+                         "rebuild the network")
 
 
 def measured(logits: Tensor, targets: Tensor, data: ImageData) -> dict[str, float]:
@@ -76,6 +81,7 @@ def fold(net: nn.Module, data: ImageData, about: dict, device: torch.device,
     with exact_arithmetic():
         images = (batch.to(device) for batch in data.calibration_images())
         stock = restore_norms(net, net.report, plain, images)
+    report["biases"] = biases(net.report, plain)
     converted = Converted(net.cpu(), folded.cpu(), stock.cpu(), about, data.calibration_images)
     return converted, report, logits
 
@@ -136,6 +142,6 @@ def write_report(report: dict, part: Path) -> None:
     """Write report.md, report.json and report.png."""
     about = report["about"]
     draw_report(report, part / "report.png")
-    lines = recipe(about["model"], len(about["classes"]), about["image_size"])
+    lines = recipe(about["model"], len(about["classes"]), about["image_size"], report["biases"])
     (part / "report.md").write_text(markdown(report, lines))
     (part / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -3,7 +3,7 @@
 from dbb import branches  # noqa: F401  puts the branches into BRANCHES
 from dbb.block import POSITIONS, ReparamConv2d, branchwise
 from dbb.branch import BRANCHES, Branch
-from dbb.deploy import fold_norms, reparameterize, restore_norms
+from dbb.deploy import biases, fold_norms, reparameterize, restore_norms
 from dbb.modes import MODES
 from dbb.proof import Comparison, branch_shares, compare, compare_logits
 from dbb.published import BLOCKS, AsymmetricConvBlock, DiverseBranchBlock, OnlineReparamBlock
@@ -12,5 +12,5 @@ from dbb.surgery import INITS, NothingSwappedError, Report, replace_convs
 
 __all__ = ["BLOCKS", "BRANCHES", "INITS", "MODES", "POSITIONS", "AsymmetricConvBlock", "Branch", "Comparison",
            "DiverseBranchBlock", "NothingSwappedError", "OnlineReparamBlock", "ReparamConv2d", "Report",
-           "SpatialGradientScaling", "branch_shares", "branchwise", "compare", "compare_logits", "fold_norms",
-           "reparameterize", "replace_convs", "restore_norms", "spatial_gradient_scale"]
+           "SpatialGradientScaling", "biases", "branch_shares", "branchwise", "compare", "compare_logits",
+           "fold_norms", "reparameterize", "replace_convs", "restore_norms", "spatial_gradient_scale"]

@@ -53,6 +53,7 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
     A merged convolution `y + b` goes into the convolution and the norm behind it: its mean m and variance v
     over `batches` become the norm's statistics, sqrt(v + eps) its weight and m its bias. In eval that is
     `y + b` again; in training too, as far as a batch has the same statistics: fine-tuning starts from there.
+    A convolution that no norm follows gets `b` as its bias, and thus has one if it had none.
 
     Args:
         model: in eval.
@@ -70,10 +71,13 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
         raise ValueError("batches: give a list of batches, [images] for one")
     merged, plain = reparameterize(model), copy.deepcopy(plain)
     plain.eval()
-    rows = [row for row in report if row.block is not None]
+    rows = [row for row in report if row.block is not None and row.norm]
     moments = _output_moments(merged, [row.module for row in rows], batches)
     try:
         handled = set()
+        for name in biases(report, plain):
+            conv = plain.get_submodule(name)
+            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))  # filled below
         for row, (mean, variance) in zip(rows, moments, strict=True):
             source, conv = merged.get_submodule(row.module), plain.get_submodule(row.module)
             rest, norm = merged.get_submodule(row.norm), plain.get_submodule(row.norm)
@@ -91,6 +95,12 @@ def restore_norms(model: nn.Module, report: Report, plain: nn.Module, batches: I
     except (AttributeError, KeyError, RuntimeError) as error:
         raise ValueError(f"plain is not the network that the blocks were put into: {error}") from error
     return plain
+
+
+def biases(report: Report, plain: nn.Module) -> list[str]:
+    """The convolutions of `plain` that a block without a norm behind it gives a bias, by module name."""
+    return [row.module for row in report if row.block is not None and not row.norm
+            and plain.get_submodule(row.module).bias is None]
 
 
 def _output_moments(model: nn.Module, names: list[str],

@@ -158,12 +158,16 @@ def _held(pair: tuple[Any, Tensor]) -> bool:
     return sys.getrefcount(pair[1]) > sys.getrefcount(unheld[1])
 
 
-def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Module:
-    """The norm that alone takes a convolution's output; `Stays` if a block cannot stand for the two."""
+def refuse_odd(conv: nn.Conv2d, flow: Flow) -> None:
+    """`Stays` if a block cannot stand for a convolution, whatever follows it."""
     if conv not in flow.norms:
         raise Stays("not reached by the example input")
     if conv in flow.odd:
         raise Stays("it is called with more than one input, or it or its weight is used elsewhere too")
+
+
+def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Module:
+    """The norm that alone takes a convolution's output; `Stays` if a block cannot stand for the two."""
     norms, others = set(flow.norms[conv]), ", ".join(sorted(flow.others[conv]))
     if not norms:
         raise Stays(f"no BatchNorm2d follows, but {others or 'nothing'}")
@@ -177,12 +181,16 @@ def partner(conv: nn.Conv2d, flow: Flow, names: dict[nn.Module, str]) -> nn.Modu
                     "parameters are used elsewhere too")
     if norm.weight is None or norm.bias is None or norm.running_mean is None:
         raise Stays(f"{names[norm]} has no gamma, no bias or no running statistics")
+    return norm
+
+
+def refuse_hooks(*modules: nn.Module) -> None:
+    """`Stays` if one has hooks or methods of its own."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if any(getattr(m, kind) for m in (conv, norm) for kind in hooks) \
-            or any(callable(value) and hasattr(type(m), name) for m in (conv, norm)
+    if any(getattr(m, kind) for m in modules for kind in hooks) \
+            or any(callable(value) and hasattr(type(m), name) for m in modules
                    for name, value in vars(m).items()):
         raise Stays("it or its norm has hooks, or methods of its own, which a block would not run")
-    return norm
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dbb.block import ReparamConv2d, copied
-from dbb.flow import Flow, Inputs, after_norm, partner
+from dbb.flow import Flow, Inputs, after_norm, partner, refuse_hooks, refuse_odd
 from dbb.private import AnyConv
 from dbb.published import BLOCKS
 from dbb.subclass import Rest, Stays, inner_convolution, with_weight
@@ -30,7 +30,7 @@ Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 class Row(NamedTuple):
-    """What became of a convolution: the branches of its `block`, which took in `norm`; or a `reason`."""
+    """What became of a convolution: its `block`, which took in `norm` (if one follows), or a `reason`."""
 
     module: str
     kernel_size: tuple[int, ...]
@@ -45,7 +45,8 @@ class Report(list[Row]):
     def __str__(self) -> str:
         groups = defaultdict(list)
         for row in sorted(self, key=lambda row: row.block is None):
-            outcome = f"became {row.block}" if row.block is not None else f"stayed: {row.reason}"
+            own = "" if row.norm else ", with norms of its own"
+            outcome = f"stayed: {row.reason}" if row.block is None else f"became {row.block}{own}"
             groups["x".join(map(str, row.kernel_size)), outcome].append(row.module)
         lines = [f"{sum(row.block is not None for row in self)} of {len(self)} convolutions became blocks"]
         for (size, outcome), modules in groups.items():
@@ -69,7 +70,7 @@ class NothingSwappedError(ValueError):
 def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
                   include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
                   example_input: Inputs | None = None, kernel_sizes: Container[int] = range(2, 7),
-                  init: str = "mixed") -> tuple[nn.Module, Report]:
+                  init: str = "mixed", without_norm: bool = False) -> tuple[nn.Module, Report]:
     """Swap K x K convolutions, each with the BatchNorm fed by it, for blocks.
 
     Pairs are found by where tensors flow, in one forward pass in eval on `example_input`: what a network does
@@ -96,6 +97,8 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
             start from trained weights; "mixed", "single" in depthwise blocks that have a `kxk` branch and
             "mean" in all others, which measured best (benchmarks/README.md, "The first steps"). A block in
             mode "linear" has one norm behind the sum, and starts as OREPA's with "mean" and "mixed".
+        without_norm: convolutions that no norm follows, or not one of their own, become blocks too. These
+            bring norms of their own, which start as new ones; the converted convolution has a bias.
 
     Returns:
         A new model, and a report with a row per convolution.
@@ -118,29 +121,31 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
 
     report, replacements = Report(), {}
     for name, conv in convs.items():
+        ours = result.get_submodule(name)
         try:
-            check_wanted(name, conv, include, exclude, kernel_sizes)
-            make = next((makers[key] for key in reversed(makers) if fnmatchcase(name, key)), None)
-            if make is None:
-                raise Stays("no block is meant for it")
+            make = _wanted(name, conv, makers, include, exclude, kernel_sizes)
             host = merges_itself(result, name, convs)
             if host is not None and include is None:
                 raise Stays(host)
-            norm = partner(conv, flow, names)
-            ours, our_norm = result.get_submodule(name), result.get_submodule(names[norm])
-            rest = after_norm(our_norm)
+            refuse_odd(conv, flow)
+            norm, rest = _norm_behind(conv, flow, names, result, without_norm)
             arguments = inner_convolution(conv, flow.inputs[conv])
         except Stays as reason:
             report.append(Row(name, conv.kernel_size, None, str(reason)))
             continue
-        if host is not None:  # whose own step must fail, since it would leave out the merged bias
-            rest = nn.Sequential(*rest)
+        our_norm = _new_norm(ours) if norm is None else result.get_submodule(names[norm])
+        if norm is None and init == "single":
+            raise ValueError(f"{name}: init=single, a warm start, needs the norm that follows, and there is "
+                             "none: leave out without_norm, or exclude this convolution")
         replacements[conv] = _make(name, make, ours, arguments, our_norm, init)
-        replacements[norm] = rest.train(our_norm.training)
         replacements[conv].keep_attributes(_added_attributes(ours, STOCK_CONV))
-        vars(rest).update(_added_attributes(our_norm, STOCK_NORM))
+        if norm is not None:
+            # A host's own step must fail, since it would leave out the merged bias.
+            rest = rest if host is None else nn.Sequential(*rest)
+            replacements[norm] = rest.train(our_norm.training)
+            vars(rest).update(_added_attributes(our_norm, STOCK_NORM))
         branches = " + ".join(replacements[conv].branches)
-        report.append(Row(name, conv.kernel_size, branches, norm=names[norm]))
+        report.append(Row(name, conv.kernel_size, branches, norm=names.get(norm, "")))
     if not replacements:
         raise NothingSwappedError(report)
 
@@ -148,6 +153,31 @@ def replace_convs(model: nn.Module, block: Block | Mapping[str, Block] = "dbb",
         if module in replacements:
             result.set_submodule(alias, replacements[module])
     return result, report
+
+
+def _norm_behind(conv: nn.Conv2d, flow: Flow, names: Mapping[nn.Module, str], result: nn.Module,
+                 without_norm: bool) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norm that a block takes in, and what stays in its place; None if it may do without; or `Stays`."""
+    norm = rest = None
+    try:
+        norm = partner(conv, flow, names)
+        rest = after_norm(result.get_submodule(names[norm]))
+    except Stays:
+        if not without_norm:
+            raise
+        norm = None
+    refuse_hooks(*filter(None, (conv, norm)))
+    return norm, rest
+
+
+def _new_norm(conv: nn.Conv2d) -> nn.BatchNorm2d:
+    """A norm as if it had followed a convolution, whose bias, if it has one, is the norm's."""
+    norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
+    norm.requires_grad_(conv.weight.requires_grad)
+    if conv.bias is not None:
+        norm.bias.data.copy_(conv.bias)
+        norm.running_mean.copy_(conv.bias)
+    return norm.train(conv.training)
 
 
 def _added_attributes(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
@@ -195,6 +225,15 @@ def check_wanted(name: str, conv: AnyConv, include: Sequence[str] | None, exclud
         raise Stays(f"{type(conv).__name__} is no Conv2d")
     if max(conv.kernel_size) not in kernel_sizes:
         raise Stays(f"only kernel sizes {', '.join(map(str, kernel_sizes))} become blocks")
+
+
+def _wanted(name: str, conv: AnyConv, makers: Mapping[str, Maker | None], *chosen) -> Maker:
+    """What makes the block that the arguments of `replace_convs` want for a convolution; `Stays` if none."""
+    check_wanted(name, conv, *chosen)
+    make = next((makers[pattern] for pattern in reversed(makers) if fnmatchcase(name, pattern)), None)
+    if make is None:
+        raise Stays("no block is meant for it")
+    return make
 
 
 def merges_itself(model: nn.Module, name: str, convs: Collection[str]) -> str | None:

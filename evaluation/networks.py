@@ -23,7 +23,7 @@ def build_network(settings, num_classes: int, image_size: int, pretrained: bool 
     block = settings.block
     return build_model(settings.model.name, num_classes, blocks_of(block), image_size, pretrained, weights,
                        block.init, weights_of=weights_of, include=block.include, exclude=block.exclude,
-                       kernel_sizes=block.kernel_sizes)
+                       kernel_sizes=block.kernel_sizes, without_norm=block.without_norm)
 
 
 def start_network(settings, classes: Sequence[str], image_size: int) -> nn.Module:

@@ -42,6 +42,9 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
     about = parse_about(header, path)
     refuse_larger(about["model"], len(about["classes"]), weights)
     net = build_model(about["model"], len(about["classes"]), image_size=about["image_size"])
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d) and module.bias is None and f"{name}.bias" in weights:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_channels))  # see dbb.restore_norms
     load_weights(net, weights)
     return net.eval(), about
 

@@ -1,5 +1,7 @@
 """The lines that rebuild a plain network without this repository."""
 
+from collections.abc import Sequence
+
 from models.build import OF_TIMM, SMALL_IMAGE, UNTRAINED, timms_name
 
 SMALL_STEM = {
@@ -20,14 +22,19 @@ def of_timm(name: str, image_size: int) -> tuple[str, dict] | None:
     return timms_name(name)
 
 
-def recipe(name: str, num_classes: int, image_size: int) -> str:
+def recipe(name: str, num_classes: int, image_size: int, biases: Sequence[str] = ()) -> str:
     """Python that builds `net`, with model.safetensors' keys and shapes, from timm or one file of `models/`.
 
     Args:
-        name: see `models.build_model`; the same for the others.
+        name: see `models.build_model`; the same for the next two.
         num_classes: see there.
         image_size: see there.
+        biases: convolutions that have a bias, which the plain network has not.
     """
+    if biases:
+        return "\n".join([recipe(name, num_classes, image_size), "import torch",
+                          f"for name in {list(biases)}:", "    conv = net.get_submodule(name)",
+                          "    conv.bias = torch.nn.Parameter(torch.zeros(conv.out_channels))"])
     if name in UNTRAINED:
         network, *arguments = UNTRAINED[name]
         module = network.__module__.removeprefix("models.")

@@ -41,8 +41,18 @@ def print_tables(report: dict) -> None:
         print(f"{name:12s}{before:>16s}{after:>16s}")
     print(f"{report['predictions_changed']} of {report['images']} predictions changed, "
           f"{report['ties']} ties, largest relative logit error {report['relative_error']:.1e}")
+    if report["biases"]:
+        print(f"{_of_biases(report)}; report.md has the lines that build it")
     if "top1" not in report["before"]:
         print("data=none: compared on seeded noise images; no accuracy was measured")
+
+
+def _of_biases(report: dict) -> str:
+    """What the network is where blocks without a norm behind them became convolutions."""
+    first, *others = report["biases"]
+    more = f" and {len(others)} more" if others else ""
+    return (f"model.safetensors is {report['about']['model']} with a bias in convolutions that have none "
+            f"there ({first}{more})")
 
 
 def markdown(report: dict, recipe: str) -> str:
@@ -58,6 +68,8 @@ def markdown(report: dict, recipe: str) -> str:
              table(["file", "bytes", "top-1", "predictions changed", "ties", "largest relative logit error"],
                    file_rows(report)),
              f"SHA-256:\n\n{hashes}"]
+    if report["biases"]:
+        parts.append(f"{_of_biases(report)}: no norm follows them that could hold the bias of their block.")
     if "graphs" in report:
         graphs = report["graphs"].values()
         kinds = sorted({kind for graph in graphs for kind in graph["nodes"]})

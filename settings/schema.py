@@ -93,6 +93,7 @@ class BlockConf:
     include: list[str] | None = None
     exclude: list[str] | None = None
     layers: list[LayersConf] = field(default_factory=list)
+    without_norm: bool = False
     sgs_every_n_epochs: int | None = at_least(1, None)
     sgs_batches: int = at_least(1, 2, most=10**4)
 
@@ -119,7 +120,8 @@ class BlockConf:
 
 
     def _check_sgs(self) -> None:
-        ours = "name", "init", "kernel_sizes", "include", "exclude", "sgs_every_n_epochs", "sgs_batches"
+        ours = ("name", "init", "kernel_sizes", "include", "exclude", "without_norm", "sgs_every_n_epochs",
+                "sgs_batches")  # a recipe may set some of them for any block
         others = [part.name for part in fields(self) if part.name not in ours
                   and getattr(self, part.name) != getattr(BlockConf(), part.name)]
         if others:

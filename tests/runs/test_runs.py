@@ -227,7 +227,7 @@ def test_a_run_that_is_told_to_stop_does_not_look_finished():
     assert stop.value.code == 143
 
 
-def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path, monkeypatch):
+def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path):
     """A stand-in for SLURM: environment variables, a signal, and an scontrol that records its arguments."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -235,18 +235,16 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path, monkeypatch):
     scontrol.chmod(0o755)
     slurm = {"JOB_ID": "4242", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0",
              "NODEID": "0", "NODELIST": "localhost"}
-    env = {f"SLURM_{name}": value for name, value in slurm.items()} | {
+    env = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()} | {
         "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    command = [os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu",
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "trainer=slurm", "trainer.accelerator=cpu",
                "trainer.devices=1", "trainer.max_epochs=12", "optim.lr=0.01",
                "model=resnet8", "data=digits", "data.max_images=320", "data.batch_size=16"]
     folder = tmp_path / "outputs" / "slurm-4242"
     folder.mkdir(parents=True)
     (folder / "hpc_ckpt_1.ckpt").write_text("of a job that was stopped within its first epoch")
     with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen([sys.executable, *command], cwd=tmp_path, stdout=log, stderr=log)
+        job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
         while not (folder / "checkpoints" / "last.ckpt").exists() and job.poll() is None:
             time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
@@ -256,7 +254,7 @@ def test_a_job_put_back_into_the_queue_is_the_same_run(tmp_path, monkeypatch):
     assert "stopped by SIGUSR1 " in (tmp_path / "log").read_text()
     assert (tmp_path / "asked").read_text() == "requeue 4242\n", (tmp_path / "log").read_text()[-2000:]
     assert not (folder / "result.json").exists()
-    again = call(*command, cwd=tmp_path)
+    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "epoch 1/12" not in again.stdout
     assert "epoch 12/12" in again.stdout
