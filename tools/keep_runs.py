@@ -1,0 +1,44 @@
+"""Make finished runs of a study fit to be committed: `python tools/keep_runs.py results/rivals/runs`.
+
+Of each folder with a result.json, config.yaml loses where its data lie, and metrics.csv keeps a row an epoch.
+Checkpoints stay on this disk (.gitignore). The sweep's command goes on from a clone of these files, and
+repeats no run that is there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from reports.runs import METRICS
+from runs.folder import RunFolder
+from runs.safety import write_text
+
+
+def keep(folder: RunFolder) -> None:
+    """Rewrite the small files of a finished run; harmless the second time."""
+    config = folder.read_config()
+    config["data"]["root"] = None  # of the sets in memory, no part of what a run is
+    write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
+    rows = pd.read_csv(folder.metrics).reindex(columns=["epoch", "step", *METRICS])
+    rows = rows.dropna(subset=list(METRICS), how="all").groupby("epoch", as_index=False).last()
+    rows = rows.astype({"epoch": int, "step": int})
+    write_text(folder.metrics, rows.to_csv(index=False, float_format="%.6g"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    found = [path for folder in parser.parse_args().folders for path in sorted(folder.rglob("result.json"))]
+    for path in found:
+        keep(RunFolder(path.parent))
+    print(f"{len(found)} finished runs")
+
+
+if __name__ == "__main__":
+    main()
