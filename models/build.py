@@ -16,6 +16,7 @@ from models.alexnet import AlexNet
 from models.cifar_quick import CifarQuick
 from models.cifar_resnet import CifarResNet
 from models.say import say
+from models.smallnet import SmallNet
 from models.vgg import VGG16, NarrowVGG16
 from models.weights import load_plain
 from models.wide_resnet import WideResNet
@@ -65,6 +66,7 @@ UNTRAINED = {  # of our own, with no weights to fetch: the class, its arguments 
     "vgg16": (VGG16,),
     "vgg16_narrow": (NarrowVGG16,),
     "cifar_quick": (CifarQuick,),
+    "smallnet": (SmallNet,),
     "alexnet": (AlexNet,),
     "airbench": (AirBench,),
 }

@@ -1,0 +1,37 @@
+"""A study of rivals: blocks and scaled gradients in one report, and its runs kept as small files."""
+
+import shutil
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from runs.folder import RunFolder
+from tests.helpers import TINY, call
+from tools.keep_runs import keep
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_study_goes_on_from_what_was_kept(tmp_path):
+    command = ["-m", "model=resnet8", *TINY, "trainer.limit_train_batches=2", "seed=0,1", "out=study/runs"]
+    for block in (["block=none,dbb"], ["block=sgs", "block.sgs_every_n_epochs=1"]):
+        done = call("train.py", *command, *block, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert call("report.py", "study/runs", "--out", "before", cwd=tmp_path).returncode == 0
+    runs = sorted(path.parent for path in tmp_path.glob("study/runs/*/result.json"))
+    assert len(runs) == 6
+    for run in runs:
+        keep(RunFolder(run))
+        shutil.rmtree(run / "checkpoints")
+        metrics = pd.read_csv(run / "metrics.csv")
+        assert metrics["epoch"].tolist() == [0]
+        assert str(tmp_path) not in (run / "config.yaml").read_text()
+        assert OmegaConf.load(run / "config.yaml").data.root is None
+    again = call("train.py", *command, "block=none,dbb", "data.root=elsewhere", cwd=tmp_path)
+    assert again.stdout.count("is finished: test top1") == 4
+    assert call("report.py", "study/runs", "--out", "after", cwd=tmp_path).returncode == 0
+    before, after = (pd.read_csv(tmp_path / name / "variants.csv") for name in ("before", "after"))
+    pd.testing.assert_frame_equal(before, after, rtol=1e-3)
+    assert sorted(after["variant"]) == ["dbb", "none", "sgs"]
+    assert after.set_index("variant").loc[["dbb", "sgs"], "pairs"].tolist() == [2, 2]
