@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from export.reading import load_verified
 from images.reading import IMAGE_ENDINGS, is_image, read_pixels
+from models import limits
 from settings.cli import plain_errors, printable
 
 BATCH_SIZE = 64
@@ -32,8 +33,12 @@ def prepare(path: str, about: dict) -> Tensor:
     """
     if not is_image(path):  # as in training
         raise ValueError(f"{path} does not end as an image does: {' '.join(sorted(IMAGE_ENDINGS))}")
-    mode = InterpolationMode(about["interpolation"])
-    pixels = TF.resize(read_pixels(path), [about["resize"]], mode, antialias=True)
+    pixels, mode = read_pixels(path), InterpolationMode(about["interpolation"])
+    short, long = sorted(pixels.shape[1:])
+    if about["resize"]**2 * long > limits.IMAGE_PIXELS * short:
+        raise ValueError(f"{path} has sides of {short} and {long} pixels: resized to {about['resize']}, it "
+                         f"would have more than {limits.IMAGE_PIXELS:,}")
+    pixels = TF.resize(pixels, [about["resize"]], mode, antialias=True)
     pixels = TF.center_crop(pixels, [about["image_size"]])
     return TF.normalize(pixels / 255, about["mean"], about["std"])
 
@@ -69,10 +74,10 @@ def main() -> None:
         for path, result in predictions(*load_verified(arguments.model), arguments.images):
             if isinstance(result, str):
                 failed += 1
-                print(f"error: {result}", file=sys.stderr)
+                print(f"error: {printable(result)}", file=sys.stderr)
             else:
                 lines = (f"  {probability:.4f}  {printable(name)}" for probability, name in result)
-                print(path, *lines, sep="\n")
+                print(printable(path), *lines, sep="\n")
         if failed:
             sys.exit(f"error: {failed} of {len(arguments.images)} images could not be read")
 

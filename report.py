@@ -9,6 +9,7 @@ curves.png.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from reports.compare import compare_variants, name_variants
@@ -49,11 +50,15 @@ def main() -> None:
         out = output_folder(options.out or options.folders[0])
         refuse_others(out)
         text = markdown(runs, variants, options.folders, options.baseline)
-        (out / "report.md").write_text(text)
-        draw_curves(epochs[epochs["state"] == "finished"], out / "curves.png")
-        variants.to_csv(out / "variants.csv", index=False, float_format="%.6g")
-        runs.drop(columns="settings").to_csv(out / "runs.csv", index=False, float_format="%.6g")
-        epochs.to_csv(out / "epochs.csv", index=False, float_format="%.6g")
+        with tempfile.TemporaryDirectory(dir=out) as folder:  # what takes a link's place does not follow it
+            part = Path(folder)
+            (part / "report.md").write_text(text)
+            draw_curves(epochs[epochs["state"] == "finished"], part / "curves.png")
+            runs = runs.drop(columns="settings")
+            for name, rows in {"variants.csv": variants, "runs.csv": runs, "epochs.csv": epochs}.items():
+                rows.to_csv(part / name, index=False, float_format="%.6g")
+            for name in WRITTEN:
+                (part / name).replace(out / name)
         print(text, f"written to {out}: {', '.join(WRITTEN)}", sep="\n")
 
 

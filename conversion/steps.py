@@ -18,6 +18,7 @@ from export.place import FAILED, GRAPHS
 from images.data import ImageData
 from models import build_model, of_timm, recipe
 from reports.conversion import draw_graphs, draw_report, markdown, print_tables
+from runs.safety import write_text
 from settings.command import Command
 
 
@@ -131,7 +132,7 @@ def refuse_changes(report: dict, out: Path) -> None:
         exact = entry["predictions_changed"] == 0 and entry["relative_error"] <= report["tolerance"]
         if not exact and name not in inexact:
             print_tables(report)
-            (out / FAILED).write_text(json.dumps(report, indent=2) + "\n")
+            write_text(out / FAILED, json.dumps(report, indent=2) + "\n")
             raise ValueError(f"{name} changed the network: {entry['predictions_changed']} of "
                              f"{entry['images']} predictions, largest relative logit error "
                              f"{entry['relative_error']:.1e} (tolerance={report['tolerance']:g}); no weights "

@@ -70,11 +70,11 @@ def parse_about(text: str | None, path: Path) -> dict:
     """
     try:
         about = {"interpolation": "bilinear"} | json.loads(text or "null")  # older files do not say
-        good = (isinstance(about["model"], str)
+        good = (isinstance(about["model"], str) and isinstance(about["classes"], list)
                 and all(isinstance(name, str) for name in about["classes"])
                 and 0 < len(about["classes"]) <= limits.CLASSES
                 and about["interpolation"] in ("bilinear", "bicubic")
-                and all(isinstance(about[key], int) and 0 < about[key] <= 10 * limits.IMAGE_SIZE
+                and all(isinstance(about[key], int) and 0 < about[key] <= 2 * limits.IMAGE_SIZE
                         for key in ("image_size", "resize"))
                 and about["image_size"] <= limits.IMAGE_SIZE
                 and all(len(about[key]) == 3 and all(isinstance(value, float) for value in about[key])

@@ -77,6 +77,7 @@ class OnnxNetwork(nn.Module):
         import onnx
         import onnxruntime
 
+        self.path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         try:
@@ -93,7 +94,10 @@ class OnnxNetwork(nn.Module):
             raise ValueError(f"{path} is no file of convert.py: its graph has other inputs, outputs or loops")
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(None, {"images": images.cpu().numpy()})[0])
+        try:
+            return torch.from_numpy(self.session.run(None, {"images": images.cpu().numpy()})[0])
+        except Exception as error:  # as above; for want of memory, say
+            raise ValueError(f"{self.path} cannot be run: {str(error).splitlines()[0]}") from error
 
 
 class Node(NamedTuple):

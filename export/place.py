@@ -30,7 +30,7 @@ def written_before(out: Path) -> set[str]:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none there, or not ours
             continue
         written |= entries if name == REPORT else {FAILED}
-    return written
+    return {name for name in written if not (out / name).parent.is_symlink() or "/" not in name}
 
 
 def require_place(out: Path, names: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ def load_verified(path: Path) -> tuple[nn.Module, dict]:
     else:
         try:
             known = json.loads(report.read_text())["files"][path.name]["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{report} does not say what {path.name} is: convert the checkpoint "
                              "again") from error
         if sha256(path) != known:

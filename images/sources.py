@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from images.random import generator, seed_of
 from images.reading import is_image, read_pixels
 from models.say import say
+from settings.cli import printable
 from settings.schema import DataConf
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -247,7 +248,7 @@ class Tree(datasets.ImageFolder):
             return False
         if is_image(path):
             return True
-        self.skipped[Path(path).suffix.lower() or "without an ending"] += 1
+        self.skipped[printable(Path(path).suffix.lower()) or "without an ending"] += 1
         return False
 
     def _left_out(self) -> str:

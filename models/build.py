@@ -24,6 +24,16 @@ from models.wide_resnet import WideResNet
 SMALL_IMAGE = 64  # pixels; up to here ImageNet backbones get the stem that is usual for CIFAR
 
 
+def _timms(name: str, pretrained: bool = False, **arguments) -> nn.Module:
+    """A network of timm's; a ValueError if it cannot be built."""
+    try:
+        return timm.create_model(name, pretrained, **arguments)
+    except RuntimeError as error:
+        if pretrained:
+            raise  # the weights could not be fetched
+        raise ValueError(f"model.name={name!r} cannot be built by timm: {error}") from error
+
+
 def _timm_resnet(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn.Module:
     # The papers' networks start every gamma at 1; timm would start the last one of each residual block at 0.
     net = timm.create_model(name, pretrained, num_classes=num_classes, zero_init_last=False)
@@ -114,7 +124,7 @@ def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn
         make = partial(OF_TIMM[name], num_classes, image_size)
     else:
         refuse_unknown(name)
-        make = partial(timm.create_model, name, num_classes=num_classes)
+        make = partial(_timms, name, num_classes=num_classes)
     if not pretrained:
         return make(pretrained=False)
     try:
@@ -126,11 +136,15 @@ def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn
 
 
 def parameter_count(name: str, num_classes: int) -> int:
-    """Parameters of a network of timm's, counted without taking memory; 0 for ours, which are small."""
-    if name in UNTRAINED or not timm.is_model(timms_name(name)[0]):
+    """Parameters of a plain network, counted without taking memory; 0 if there is none of that name."""
+    if name not in UNTRAINED and not timm.is_model(timms_name(name)[0]):
         return 0
     with torch.device("meta"):
-        net = timm.create_model(timms_name(name)[0], num_classes=num_classes)
+        if name in UNTRAINED:
+            make, *arguments = UNTRAINED[name]
+            net = make(*arguments, num_classes)
+        else:
+            net = _timms(timms_name(name)[0], num_classes=num_classes)
     return sum(p.numel() for p in net.parameters())
 
 

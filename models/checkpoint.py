@@ -9,6 +9,9 @@ import torch
 
 from models import limits
 
+OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list,
+                "lr_schedulers": list}  # that train.py goes on with
+
 
 def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
     """Load a checkpoint of train.py onto the CPU; whoever asks for the same file again gets the same object.
@@ -45,20 +48,45 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
 
 def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Refuse what train.py never writes, and what would take more memory than the file has."""
+    wrong = strange(checkpoint)
+    if wrong is not None:
+        raise ValueError(f"ckpt={path} was not written by train.py: {wrong}")
     about, weights = checkpoint["dbb"], checkpoint.get("state_dict")
     classes, size = about.get("classes"), about.get("image_size")
+    place = about.get("place", (0, 0))
     good = (isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
             and all(isinstance(name, str) for name in classes)
             and isinstance(size, int) and 0 < size <= limits.IMAGE_SIZE
             and isinstance(weights, dict)
+            and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
+            and all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
             and all(isinstance(value, torch.Tensor) for value in weights.values())
             and "${" not in str(about["settings"]))  # which would be resolved, with what is secret here
     if not good:
         raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size or "
                          "weights are of another form")
-    for name, value in weights.items():
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"ckpt={path}: {name} is larger than what the file holds of it")
+
+
+def strange(found: Any) -> str | None:
+    """What is wrong with nested values of a file, which may name one of them many times; None if nothing is.
+
+    Tensors must be dense, and not larger than what the file holds of them.
+    """
+    waiting, count = [found], 0
+    while waiting:
+        value, count = waiting.pop(), count + 1
+        if count > limits.VALUES:
+            return f"it has more than {limits.VALUES:,} values"
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta:
+                return "it has a tensor without plain values"
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return "a tensor is larger than what the file holds of it"
+    return None
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """The most that a file of somebody else's may ask for; what is larger is refused with a sentence."""
 
 CLASSES = 100_000
-IMAGE_SIZE = 4096  # side of a network's images, in pixels
+VALUES = 10**6  # plain values and tensors in a checkpoint, each as often as it is named
+UNPACKED = 4  # what a file of weights holds, over its own size
+IMAGE_SIZE = 2048  # side of a network's images, in pixels
 IMAGE_PIXELS = 2**27  # of one image file: 134 million, as in a 11,585 x 11,585 one
 IMAGE_SIDES = 256  # longer side over shorter side of one image file
 PARAMETERS = 1.5  # of the network that a file names, over those that it holds

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models import limits
+from models.checkpoint import damage, strange
 from models.say import say
 
 AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
@@ -42,10 +45,14 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if path.suffix.lower() == ".safetensors":
             weights, about = load_file(path), _header(path)
         elif path.suffix.lower() in (".hdf5", ".h5"):
-            with h5py.File(path) as file:
-                weights = {key: torch.as_tensor(value[()]) for key, value in file.items()}
+            weights = _of_hdf5(path)
+        elif zipfile.is_zipfile(path) and (wrong := damage(path)) is not None:
+            raise ValueError(wrong)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = strange(weights)
+        if wrong is not None:
+            raise ValueError(wrong)
     except Exception as error:  # whatever its reader raises on an untrusted file
         held = re.search(r"GLOBAL ([\w.]+)", str(error))
         more = f"a {held[1]}: save its tensors alone, torch.save(state_dict, FILE)" if held else "more"
@@ -59,6 +66,20 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights = _unwrapped(weights, path)
     weights.pop("n_averaged", None)
     return {re.sub(f"^{prefix}", "", key): value for key, value in weights.items()}, about
+
+
+def _of_hdf5(path: Path) -> dict[str, Tensor]:
+    """The data sets of a file, which hold no more than it has room for, and lie in it."""
+    with h5py.File(path) as file:
+        if any(type(file.get(key, getlink=True)) is not h5py.HardLink for key in file):
+            raise ValueError("it points to other files")
+        sets = {key: value for key, value in file.items() if isinstance(value, h5py.Dataset)}
+        size = sum(value.nbytes for value in sets.values())
+        if any(value.external or value.is_virtual for value in sets.values()):
+            raise ValueError("it points to other files")
+        if size > limits.UNPACKED * path.stat().st_size:
+            raise ValueError("it is larger unpacked than weights are")
+        return {key: torch.as_tensor(value[()]) for key, value in sets.items()}
 
 
 def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:

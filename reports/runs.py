@@ -1,14 +1,21 @@
 """Read the runs of a study: their settings, their results, their epochs."""
 
+import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from omegaconf import OmegaConf
 
 from runs.folder import RunFolder
 from runs.same import of_the_training
+from settings.cli import printable
+from settings.schema import Settings, flat
 
+RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "parameters", "activations_mib")
+NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
 
@@ -31,8 +38,8 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         run = {"folder": str(place), "settings": {}}
         try:
             about, rows = _read_run(RunFolder(place))
-        except ValueError as damage:
-            runs.append(run | {"state": str(damage)})
+        except (ValueError, OSError) as damage:
+            runs.append(run | {"state": printable(str(damage))})
             continue
         if about is not None:
             runs.append(run | about)
@@ -40,32 +47,51 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             epochs.append(rows)
     if not any(run["state"] == "finished" for run in runs):
         raise ValueError(f"no finished run below {', '.join(map(str, folders))}"
-                         + "".join(f"\n  {run['folder']}: {run['state']}" for run in runs))
+                         + "".join(f"\n  {printable(run['folder'])}: {run['state']}" for run in runs))
     return pd.DataFrame(runs), pd.concat([rows for rows in epochs if len(rows)] or epochs, ignore_index=True)
 
 
 def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | None]:
     """What a folder says of its run, None if it holds none; and its epochs, None if it never began."""
     config, result, rows = folder.read_config(), folder.read_result(), read_epochs(folder)
-    failed = folder.error.exists()
-    why = folder.error.read_text().strip() if failed else "stopped before it began"
+    why = folder.why_failed()
     if config is None:
-        return {"state": why}, None
-    settings = {key: str(value) if isinstance(value, list) else value
-                for key, value in of_the_training(config).items()}
-    if "seed" not in settings or "trainer.max_epochs" not in settings:
+        return {"state": why or "stopped before it began"}, None
+    if "seed" not in config or not isinstance(config.get("trainer"), dict):
         return None, None  # a config.yaml of something else, as W&B writes one into its own folder
-    if not isinstance(settings["seed"], int):
-        raise ValueError(f"{folder.config} is damaged: its seed is {settings['seed']!r}")
+    settings = _settings(config, folder)
     run = {"seed": settings.pop("seed"), "settings": settings, "epochs": len(rows)}
-    if changed := (result or {}).pop("changed", None):
-        return run | {"state": f"went on with other settings ({'; '.join(changed)})"}, rows
+    if changed := (result or {}).get("changed"):
+        return run | {"state": printable(f"went on with other settings ({changed})")}, rows
     if result is None:
-        why = why if failed else "not finished"
+        why = why or "not finished"
         return run | {"state": f"{why} ({len(rows)} of {settings['trainer.max_epochs']} epochs)"}, rows
     unknown = dict.fromkeys(("train_loss", "seconds_per_step", "seconds"), np.nan)
-    numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    numbers = {name: result.get(name) for name in (*RESULT, *({"val_top1"} & result.keys()))}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{folder.result} has {name}={value!r}, which is no number")
     return run | {"state": "finished"} | unknown | numbers | _cost(rows, settings), rows
+
+
+def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """The settings that make a run what it is, flat, of the types that they must have.
+
+    Raises:
+        ValueError: if one has another, or is unknown.
+    """
+    try:
+        # An older file says less of a run, and what its command was asked besides.
+        known = {part.name: config[part.name] for part in fields(Settings) if part.name in config}
+        known = OmegaConf.merge(OmegaConf.structured(Settings), known)
+        whole = OmegaConf.to_container(known, resolve=False, throw_on_missing=True)
+        asked = flat(config)
+    except Exception as error:  # of OmegaConf's many kinds
+        raise ValueError(f"{folder.config} is damaged: {str(error).splitlines()[0]}") from error
+    settings = {key: value for key, value in of_the_training(whole).items() if key in asked or key in NEEDED}
+    if not 0 <= settings["seed"] < 2**32:
+        raise ValueError(f"{folder.config} is damaged: its seed is {settings['seed']}")
+    return {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def _cost(rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, float]:
@@ -85,12 +111,12 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
         ValueError: if the file is damaged.
     """
     try:
-        rows = pd.read_csv(folder.metrics)
-    except (FileNotFoundError, pd.errors.EmptyDataError):
-        rows = pd.DataFrame()
-    except ValueError as error:
+        rows = pd.read_csv(folder.metrics) if folder.metrics.is_file() else pd.DataFrame()
+        rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
+        rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
+        rows = rows.groupby("epoch").last()
+        return rows.assign(folder=str(folder.path), epoch=rows.index.astype(int) + 1)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame(columns=["epoch", "step", *METRICS.values(), "folder"])
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error
-    rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
-    rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
-    rows = rows.groupby("epoch").last()
-    return rows.assign(folder=str(folder.path), epoch=rows.index.astype(int) + 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from reports.markdown import table
+from reports.markdown import cell, table
 
 MARK = "Each row is a *variant*"  # by which report.py knows a page of its own
 
@@ -14,7 +14,7 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path],
     """The report, for people."""
     plain, more = baseline or "plain", len(folders) - 1
     others = {0: "", 1: " and 1 more folder"}.get(more, f" and {more} more folders")
-    parts = [f"# {folders[0].name}{others}",
+    parts = [f"# {cell(folders[0].name)}{others}",
              f"{MARK}: all n runs that differ only in their seed. Its name is what tells it "
              "from the others (`none` is the plain network), and differences are to "
              f"{baseline or 'the plain network of otherwise the same settings'}.",
@@ -75,7 +75,8 @@ def _row_of_equal_time(row: pd.Series) -> list[str]:
 
 def _what_is_missing(runs: pd.DataFrame) -> list[str]:
     """Runs that are in no table, and seeds that only some variants have."""
-    left = [f"- `{row.folder}`: {row.state}" for row in runs[runs["state"] != "finished"].itertuples()]
+    left = [f"- `{cell(row.folder)}`: {cell(row.state)}"
+            for row in runs[runs["state"] != "finished"].itertuples()]
     parts = [f"All {len(runs)} runs found are finished."]
     if left:
         parts = ["\n".join([f"## Not in the tables: {len(left)} of {len(runs)} runs\n", *left])]
@@ -83,8 +84,8 @@ def _what_is_missing(runs: pd.DataFrame) -> list[str]:
     seeds = {variant: set(group["seed"].astype(int)) for variant, group in done.groupby("variant")}
     lacking = {variant: sorted(set().union(*seeds.values()) - of) for variant, of in seeds.items()}
     if any(lacking.values()):
-        parts.append("Seeds that others have: " + "; ".join(
-            f"{variant} lacks {', '.join(map(str, of))}" for variant, of in lacking.items() if of) + ".")
+        lines = [f"{cell(variant)} lacks {', '.join(map(str, of))}" for variant, of in lacking.items() if of]
+        parts.append(f"Seeds that others have: {'; '.join(lines)}.")
     return parts
 
 

@@ -19,11 +19,12 @@ from pytorch_lightning.utilities import rank_zero_only
 from models.checkpoint import load_checkpoint
 from runs.safety import newest, previous, set_aside, write_text
 from runs.same import GROUPS, as_begun, differences
-from settings.cli import output_folder
+from settings.cli import output_folder, printable
 from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
+LONGEST = 1000  # of error.txt, in bytes
 DAMAGED = "{} is damaged: remove it, and go on with the run by ckpt={}/checkpoints/last.ckpt"
 
 
@@ -191,8 +192,14 @@ class RunFolder:
         if not self._has_others_error():
             write_text(self.error, f"{sentence}\n")
 
+    def why_failed(self) -> str | None:
+        """The sentence in error.txt; None where there is none of ours."""
+        if not self.error.exists() or self._has_others_error():
+            return None
+        return printable(_text(self.error, LONGEST).strip().splitlines()[0])
+
     def _has_others_error(self) -> bool:
-        return self.error.exists() and not _text(self.error).startswith("error: ")
+        return self.error.exists() and not _text(self.error, LONGEST).startswith("error: ")
 
     def take_up(self, command: Command) -> Command:
         """Go on where the folder's run stopped, if it is the run that a command describes.
@@ -251,6 +258,9 @@ def _result(text: str) -> dict[str, Any]:
     return result
 
 
-def _text(path: Path) -> str:
-    """What a small file says; of a folder in its place, nothing that is ours."""
-    return path.read_bytes().decode(errors="replace") if path.is_file() else "a folder"
+def _text(path: Path, longest: int = 2**20) -> str:
+    """What a small file says, up to a length; of a folder in its place, nothing that is ours."""
+    if not path.is_file():
+        return "a folder"
+    with path.open("rb") as file:
+        return file.read(longest).decode(errors="replace")

@@ -87,7 +87,8 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def _to_the_disk(path: Path, mode: str) -> Iterator[IO]:
     """Open a file whose content is on the disk itself, not in a cache, when it is closed."""
-    with path.open(mode) as file:
+    path.unlink(missing_ok=True)  # of a killed process; or somebody's link, which may lead anywhere
+    with path.open(mode.replace("w", "x")) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -58,13 +58,13 @@ def as_sentence(error: Exception) -> str:
     """An error in one sentence; its kind is named where it is none that a user can cause."""
     advice = of_the_machine(error)
     if advice is not None:
-        return f"error: {advice} ({str(error).strip().splitlines()[0]})"
+        return f"error: {advice} ({printable(str(error).strip().splitlines()[0])})"
     if not is_expected(error):
-        return f"error: {type(error).__name__}: {error}"
+        return f"error: {type(error).__name__}: {printable(str(error))}"
     text = str(error).strip()
     if "Original Traceback" in text:  # raised in a loader's worker: the sentence comes last
         text = text.splitlines()[-1].removeprefix("ValueError: ")
-    return f"error: {text}"
+    return "\n".join(map(printable, f"error: {text}".splitlines()))
 
 
 def print_failure(name: str, error: Exception) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import settings.folders  # noqa: F401  the configs name its functions
+from settings.cli import printable
 from settings.overrides import changes_branches, named, parsed, wants_no_block
 from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name
 
@@ -127,10 +128,17 @@ def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
         for changed in (["model", "block"] if key == "model" else [key]):
             before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
             if before != after:
-                print(f"changed from the checkpoint: {changed}: {before} -> {after}")
+                print(printable(f"changed from the checkpoint: {changed}: {before} -> {after}"))
             OmegaConf.update(result, changed, after, merge=False)
     if "data.download" not in named(words):  # into a folder that a file names
         result.data.download = False
+    if "data.num_workers" not in named(words):
+        result.data.num_workers = min(result.data.num_workers, os.cpu_count() or 1)
+    if "logger.entity" not in named(words) and result.logger.entity is not None:
+        # Somebody else's, perhaps, to whom images and figures would be sent.
+        print(printable(f"logger.entity={result.logger.entity} is the checkpoint's, and not taken from it: "
+                        "W&B writes to your own, or to the one that you name"))
+        result.logger.entity = None
     if result.block.init == "auto":  # another mode of the same blocks, which are trained already
         result.block.init = stored.get("block", {}).get("init")
     return result

@@ -136,7 +136,7 @@ class DataConf:
     name: str = MISSING
     root: str | None = None
     download: bool = True
-    image_size: int | None = at_least(2, None, most=4096)
+    image_size: int | None = at_least(2, None, most=2048)
     batch_size: int = at_least(1, 128, most=2**20)
     num_workers: int = at_least(0, 0, most=512)
     val_size: int = at_least(0, 0)

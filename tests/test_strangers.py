@@ -4,12 +4,15 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
+import h5py
 import onnx
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,7 +22,9 @@ from export.graph import OnnxNetwork
 from images.reading import read_pixels
 from models import limits
 from models.checkpoint import load_checkpoint
+from models.reading import read_weights
 from reports.markdown import table
+from reports.study import MARK
 from runs.folder import RunFolder
 from tests.helpers import TINY, call
 
@@ -67,6 +72,20 @@ def test_a_file_makes_no_folder_and_downloads_nothing(run, tmp_path, data):
     assert not (tmp_path / "new").exists()
 
 
+def many_times():
+    """A small list that names its parts 10 ** 14 times."""
+    found = ["x"] * 10
+    for _ in range(14):
+        found = [found] * 10
+    return found
+
+
+def in_itself():
+    found = []
+    found.append(found)
+    return found
+
+
 @pytest.mark.parametrize("change", [
     lambda c: c["dbb"].update(classes=["x"] * (limits.CLASSES + 1)), lambda c: c["dbb"].update(classes=[]),
     lambda c: c["dbb"].update(classes=[1, 2]), lambda c: c["dbb"].update(classes="ten"),
@@ -77,12 +96,124 @@ def test_a_file_makes_no_folder_and_downloads_nothing(run, tmp_path, data):
     lambda c: c["dbb"]["settings"]["model"].update(name="vit_7b_patch16_dinov3"),
     lambda c: c["dbb"]["settings"]["model"].update(name=["resnet8"]),
     lambda c: c["dbb"]["settings"].update(model=None), lambda c: c["dbb"]["settings"].update(seed="x"),
-    lambda c: c["dbb"]["settings"].update(more=1)])
+    lambda c: c["dbb"]["settings"].update(more=1), lambda c: c["dbb"].update(place="abc"),
+    lambda c: c["dbb"]["settings"]["logger"].update(tags=many_times()), lambda c: c.update(more=in_itself()),
+    lambda c: c.update(more=torch.zeros(3, device="meta")), lambda c: c.update(more=torch.eye(3).to_sparse()),
+    lambda c: c["optimizer_states"][0].update(more=torch.zeros(1).expand(10**9)), lambda c: c.pop("epoch"),
+    lambda c: c.update(epoch="x"), lambda c: c.update(loops="x"), lambda c: c.pop("optimizer_states")])
 def test_checkpoints_of_other_forms(run, tmp_path, change):
     done = call("eval.py", f"ckpt={changed(run, tmp_path / 'a.ckpt', change)}", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["loops"].update(fit_loop=1), lambda c: c["optimizer_states"][0].clear()])
+def test_a_state_of_the_training_of_another_form(run, tmp_path, change):
+    file = changed(run, tmp_path / "a.ckpt", change)
+    done = call("train.py", f"ckpt={file}", "trainer.max_epochs=2", "out=on", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot be gone on from: the state of its training is of another form" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_file_may_not_choose(run, tmp_path):
+    """To whom W&B sends, and how many processes load images."""
+    def choose(checkpoint):
+        checkpoint["dbb"]["settings"]["logger"].update(entity="somebody")
+        checkpoint["dbb"]["settings"]["data"].update(num_workers=300, root="x\x1b[2J\nforged")
+    file = changed(run, tmp_path / "a.ckpt", choose)
+    done = call("eval.py", f"ckpt={file}", "data.root=null", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "logger.entity=somebody is the checkpoint's, and not taken from it" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "\nforged" not in done.stdout
+
+
+def test_links_are_not_followed(run, tmp_path):
+    """In a folder of a stranger's, they may lead to any file of whoever opens it."""
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    shutil.copytree(run, folder)
+    (victim / "hub").mkdir(parents=True)
+    mine = [victim / name for name in ("a", "b", "c", "d", "hub/config.json", "hub/model.safetensors")]
+    for path in mine:
+        path.write_text("mine")
+    (folder / ".config.yaml.part").symlink_to(victim / "a")
+    (folder / "checkpoints" / ".last.ckpt.part").symlink_to(victim / "b")
+    (folder / "convolutions.csv").unlink()
+    (folder / "convolutions.csv").symlink_to(victim / "c")
+    (folder / "convert" / "hub").symlink_to(victim / "hub")
+    report = folder / "convert" / "report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"hub": ["hub/config.json"]}))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "report.md").write_text(MARK)
+    (tmp_path / "study" / "runs.csv").symlink_to(victim / "d")
+    last = "ckpt=run/checkpoints/last.ckpt"
+    for command in (["report.py", "run", "--out", "study"], ["train.py", last, "trainer.max_epochs=2"],
+                    ["convert.py", last, "export=[]"]):
+        done = call(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.read_text() for path in mine} == {"mine"}
+    assert not (tmp_path / "study" / "runs.csv").is_symlink()
+
+
+def test_errors_of_a_stranger_forge_nothing(run, tmp_path, monkeypatch):
+    """Only a sentence of ours is shown of error.txt, in one line; a link may lead to a secret."""
+    monkeypatch.setenv("SECRET", "of mine")
+    texts = {"one": "error: a\x1b[2J\n| 1 | <img src=x> |", "two": "x $(touch PWNED)", "three": None}
+    for name, text in texts.items():
+        shutil.copytree(run, tmp_path / "study" / name, ignore=lambda *_: ["checkpoints", "convert"])
+        (tmp_path / "study" / name / "result.json").unlink()
+        error = tmp_path / "study" / name / "error.txt"
+        error.symlink_to("/proc/self/environ") if text is None else error.write_text(text)
+    shutil.copytree(run, tmp_path / "study" / "good", ignore=lambda *_: ["checkpoints", "convert"])
+    done = call("report.py", "study", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "study" / "report.md").read_text()
+    assert "`study/one`: error: a\\x1b[2J (1 of 1 epochs)" in page
+    assert "`study/two`: not finished" in page
+    for text in ("of mine", "<img", "PWNED", "\x1b"):
+        assert text not in page + done.stdout
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("config.yaml", lambda c: c["trainer"].pop("accumulate_grad_batches")),
+    ("config.yaml", lambda c: c.pop("block")),
+    ("config.yaml", lambda c: c["trainer"].update(accumulate_grad_batches="x")),
+    ("config.yaml", lambda c: c.update({7: 7})), ("config.yaml", lambda c: c.update(seed=10**400)),
+    ("result.json", lambda c: c.pop("converted_top1")), ("result.json", lambda c: c.update(settings=3)),
+    ("result.json", lambda c: c.update(predictions_changed=float("inf"))),
+    ("result.json", lambda c: c.update(changed=5)),
+    ("result.json", lambda c: c.update(state="x", folder="y"))])
+def test_runs_of_other_forms(run, tmp_path, name, change):
+    """Each is told, and costs the report no other run."""
+    for copy in ("good", "odd"):
+        shutil.copytree(run, tmp_path / "study" / copy, ignore=lambda *_: ["checkpoints", "convert"])
+    path = tmp_path / "study" / "odd" / name
+    content = yaml.safe_load(path.read_text())
+    content.update(seed=1) if name == "config.yaml" else None
+    change(content)
+    path.write_text(yaml.safe_dump(content) if name == "config.yaml" else json.dumps(content))
+    done = call("report.py", "study", cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 or "is there twice" in done.stderr, done.stderr
+
+
+def test_files_that_unpack_to_more(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("a", shape=(10**8,), dtype="u1", chunks=(10**6,), compression="gzip", fillvalue=0)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["a"] = h5py.ExternalLink("/etc/passwd", "x")
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as source, \
+            zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "d.pth")
+    for name in ("a.h5", "b.h5", "c.pth", "d.pth"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_weights(tmp_path / name)
 
 
 def test_a_compressed_checkpoint_is_not_unpacked(run, tmp_path):

@@ -1,6 +1,7 @@
 """The loggers of a run: CSV, and W&B or TensorBoard beside it."""
 
 import csv
+import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from images.data import ImageData
 from models.say import say
 from reports.conversion import rows
 from runs.folder import RunFolder
+from runs.safety import write_text
 from settings.command import Command
 from settings.schema import LoggerConf, Settings
 from training.metrics import csv_logger
@@ -81,8 +83,9 @@ def log_convolutions(logger: Logger, report: Report, folder: RunFolder) -> None:
     """Write what became of every convolution to convolutions.csv, and to W&B as a table."""
     rows = [[row.module, "x".join(map(str, row.kernel_size)), row.block, row.reason, row.norm]
             for row in report]
-    with folder.convolutions.open("w", newline="") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
+    write_text(folder.convolutions, text.getvalue())
     if isinstance(logger, WandbLogger) and rows:
         _tried(logger, logger.log_table, "convolutions", list(Row._fields), rows)
 

@@ -49,7 +49,7 @@ def _keep_until(path: Path, epochs: int, step: int) -> None:
             aside = path.with_name("metrics-damaged.csv")
             say(f"{path} has no line of names with step in it: it is now {aside.name}")
             path.rename(aside)
-        path.touch()
+        write_text(path, "")
         return
     names = parsed[first]
     whole = [cells for cells in parsed[first + 1:] if len(cells) == len(names)]

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -204,6 +205,22 @@ def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunF
     print(*filter(None, said), f"run folder: {folder.path}", sep="\n")
     log_convolutions(trainer.loggers[-1], net.report, folder)
     return {"parameters": parameters, "activations_mib": activations}
+
+
+def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Command) -> None:
+    """Train.
+
+    Raises:
+        ValueError: if Lightning cannot take up the state in a checkpoint.
+    """
+    try:
+        trainer.fit(model, data, ckpt_path=command.ckpt, weights_only=True)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if not any(place.endswith("checkpoint_connector.py") for place in places):
+            raise
+        raise ValueError(f"ckpt={command.ckpt} cannot be gone on from: the state of its training is of "
+                         f"another form ({type(error).__name__}: {error})") from error
 
 
 def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, folder: RunFolder,
