@@ -14,7 +14,7 @@ from runs.same import of_the_training
 from settings.cli import printable
 from settings.schema import Settings, flat
 
-RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "parameters", "activations_mib")
+RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
 NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
@@ -57,17 +57,19 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
     why = folder.why_failed()
     if config is None:
         return {"state": why or "stopped before it began"}, None
-    if "seed" not in config or not isinstance(config.get("trainer"), dict):
+    if "seed" not in config or "max_epochs" not in (config.get("trainer") or ()):
         return None, None  # a config.yaml of something else, as W&B writes one into its own folder
     settings = _settings(config, folder)
     run = {"seed": settings.pop("seed"), "settings": settings, "epochs": len(rows)}
     if changed := (result or {}).get("changed"):
-        return run | {"state": printable(f"went on with other settings ({changed})")}, rows
+        what = "; ".join(map(str, changed)) if isinstance(changed, list) else changed
+        return run | {"state": printable(f"went on with other settings ({what})")}, rows
     if result is None:
         why = why or "not finished"
         return run | {"state": f"{why} ({len(rows)} of {settings['trainer.max_epochs']} epochs)"}, rows
     unknown = dict.fromkeys(("train_loss", "seconds_per_step", "seconds"), np.nan)
-    numbers = {name: result.get(name) for name in (*RESULT, *({"val_top1"} & result.keys()))}
+    numbers = {name: result.get(name) for name in RESULT}
+    numbers |= {name: result[name] for name in ("parameters", "val_top1") if name in result}
     for name, value in numbers.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{folder.result} has {name}={value!r}, which is no number")
@@ -84,7 +86,7 @@ def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
         # An older file says less of a run, and what its command was asked besides.
         known = {part.name: config[part.name] for part in fields(Settings) if part.name in config}
         known = OmegaConf.merge(OmegaConf.structured(Settings), known)
-        whole = OmegaConf.to_container(known, resolve=False, throw_on_missing=True)
+        whole = OmegaConf.to_container(known, resolve=False)
         asked = flat(config)
     except Exception as error:  # of OmegaConf's many kinds
         raise ValueError(f"{folder.config} is damaged: {str(error).splitlines()[0]}") from error
