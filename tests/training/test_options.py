@@ -136,6 +136,6 @@ def test_what_does_not_fit_into_memory(make_settings, tmp_path, monkeypatch):
     giant = make_settings("model=timm", "model.name=vit_7b_patch16_dinov3", *TINY)
     with pytest.raises(ValueError, match="model.name=vit_7b_patch16_dinov3 with its gradients takes 50 GiB"):
         train_script.train(giant, tmp_path)
-    monkeypatch.setattr(os, "sysconf", lambda name: 64)  # a machine of 64 pages of 64 bytes
-    with pytest.raises(ValueError, match="data.batch_size=64 of 8 pixels takes 0 GiB, and this mach"):
-        train_script.train(make_settings("model=resnet8", *TINY), tmp_path)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1024)  # a machine of 1 MiB
+    with pytest.raises(ValueError, match="data.batch_size=1400 of 8 pixels takes 0 GiB, and this mach"):
+        train_script.train(make_settings("model=resnet8", *TINY, "data.batch_size=1400"), tmp_path)
