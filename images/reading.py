@@ -15,6 +15,10 @@ from models import limits
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif",
                  ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
                  ".tga")
+# Those of these endings, whatever a file is called: PostScript, say, would be run by another program.
+Image.init()
+FORMATS = [kind for kind in ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX",
+                             "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP") if kind in Image.OPEN]
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
               TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
               struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
@@ -42,7 +46,7 @@ def read_pixels(path: str) -> Tensor:
 def _format(path: str) -> str:
     """An image's format, by its header; refused is one whose pixels would fill the memory."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
@@ -58,7 +62,7 @@ def read_image(path: str) -> Image.Image:
         ValueError: with the path, if it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
                 darkest, brightest = image.getextrema()
                 if not 0 <= darkest <= brightest < 2**16:

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from images.random import generator, seed_of
 from images.reading import is_image, read_pixels
+from models import limits
 from models.say import say
 from settings.cli import printable
 from settings.schema import DataConf
@@ -69,6 +70,11 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
     """
     images, targets, classes = READERS[conf.name](conf, train)
     if conf.image_size is not None and conf.image_size != images.shape[-1]:
+        taken = 3 * len(images) * conf.image_size**2
+        if taken > limits.IMAGES_BYTES:
+            raise ValueError(f"data.image_size={conf.image_size}: the {len(images):,} images of "
+                             f"data={conf.name} would take {taken / 2**30:.0f} GiB of memory: take a smaller "
+                             "size, or data=folder, which reads images one by one")
         mode = InterpolationMode(conf.interpolation)
         size = [conf.image_size] * 2
         images = torch.cat([TF.resize(part, size, mode, antialias=True) for part in images.split(1000)])

@@ -154,7 +154,10 @@ def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor]) ->
     Raises:
         ValueError: if it has far more parameters.
     """
+    storages = [value.untyped_storage() for value in weights.values()]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     needed, held = parameter_count(name, num_classes), sum(value.numel() for value in weights.values())
+    held = min(held, sum(sizes.values()))  # one tensor may have many names
     if needed > limits.PARAMETERS * held:
         raise ValueError(f"these weights are those of another network: {name} has {needed:,} parameters, the "
                          f"file {held:,}")

@@ -97,12 +97,20 @@ def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return tuple(checkpoint["dbb"].get("place", (checkpoint["epoch"] + 1, 0)))
 
 
+def asks_for_memory(pickled: bytes) -> bool:
+    """Whether a pickle calls what takes any number of bytes; PyTorch's reader allows it."""
+    return b"\nbytearray\n" in pickled
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file by its own checksums; None if nothing is."""
     try:
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
                 return "it is compressed, as train.py writes none"  # perhaps to fill a memory
+            if any(asks_for_memory(file.read(entry)) for entry in file.infolist()
+                   if entry.filename.endswith(".pkl")):
+                return "it asks for memory that it does not fill"
             broken = file.testzip()
     except (OSError, MemoryError):  # of the machine, perhaps for a moment
         raise

@@ -1,6 +1,7 @@
 """The most that a file of somebody else's may ask for; what is larger is refused with a sentence."""
 
 CLASSES = 100_000
+IMAGES_BYTES = 2**33  # of a data set that is held in memory
 VALUES = 10**6  # plain values and tensors in a checkpoint, each as often as it is named
 UNPACKED = 4  # what a file of weights holds, over its own size
 IMAGE_SIZE = 2048  # side of a network's images, in pixels

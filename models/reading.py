@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import limits
-from models.checkpoint import damage, strange
+from models.checkpoint import asks_for_memory, damage, strange
 from models.say import say
 
 AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
@@ -46,9 +46,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             weights, about = load_file(path), _header(path)
         elif path.suffix.lower() in (".hdf5", ".h5"):
             weights = _of_hdf5(path)
-        elif zipfile.is_zipfile(path) and (wrong := damage(path)) is not None:
-            raise ValueError(wrong)
         else:
+            whole = zipfile.is_zipfile(path)
+            wrong = damage(path) if whole else None
+            if wrong is not None or not whole and asks_for_memory(path.read_bytes()):
+                raise ValueError(wrong)
             weights = torch.load(path, map_location="cpu", weights_only=True)
         wrong = strange(weights)
         if wrong is not None:

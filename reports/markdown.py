@@ -1,5 +1,7 @@
 """Markdown."""
 
+import re
+
 from settings.cli import printable
 
 
@@ -10,5 +12,5 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that can end neither its cell nor its row, and is no HTML."""
-    return printable(text).replace("|", "\\|").replace("<", "&lt;")
+    """Text that can end neither its cell nor its row, and is no HTML, link or picture."""
+    return re.sub(r"([\\\[\]`!|])", r"\\\1", printable(text)).replace("<", "&lt;")

@@ -97,10 +97,11 @@ def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
     for axis, (column, title, scale) in zip(figure.subplots(1, 2), shown, strict=True):
         for variant, group in epochs.groupby("variant", sort=False):
+            label = f"{variant} (n={group['folder'].nunique()})".replace("$", r"\$")  # no formula
             curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")
             mean = curve.mean(axis=1, skipna=False)  # one that diverged ends the line
             std = curve.std(axis=1).fillna(0)
-            [line] = axis.plot(mean.index, mean, label=f"{variant} (n={group['folder'].nunique()})")
+            [line] = axis.plot(mean.index, mean, label=label)
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

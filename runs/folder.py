@@ -216,7 +216,7 @@ class RunFolder:
         if self._has_others_error():
             there.append(self.error.name)
         if there and not self.is_ours():
-            raise FolderTakenError(f"{self.path} has a {there[0]} that no run wrote: it is somebody else's; "
+            raise FolderTakenError(f"{self.path} has {there[0]}, which no run wrote: it is somebody else's; "
                                    "choose another folder with out=DIR")
         own = {self.last.resolve(), previous(self.last).resolve()}
         if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not self.has_state):

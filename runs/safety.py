@@ -68,12 +68,13 @@ def newest(last: Path) -> Path | None:
     return before
 
 
-def set_aside(last: Path) -> None:
-    """Rename a damaged checkpoint, so that it does not take the place of the one before at the next save."""
-    if rank_zero_only.rank == 0 and last.exists():
-        numbers = chain([""], count(2))
-        names = (last.with_name(f"{last.stem}-damaged{number}{last.suffix}") for number in numbers)
-        last.rename(next(name for name in names if not name.exists()))
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged file, so that the next one does not take its place; returned is its new name."""
+    if rank_zero_only.rank or not path.exists():
+        return None
+    numbers = chain([""], count(2))
+    names = (path.with_name(f"{path.stem}-damaged{number}{path.suffix}") for number in numbers)
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,6 +25,9 @@ warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended 
 MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
     r"No space left|PytorchStreamWriter|inline_container":
         "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
+    r"DefaultCPUAllocator|bad_alloc|CUDA out of memory":
+        "there is not enough memory: lower data.batch_size or data.image_size; a run goes on by "
+        "ckpt=FOLDER/checkpoints/last.ckpt",
     r"File too large":
         "a file would be larger than is allowed here (ulimit -f): allow more, and try again; a run goes on "
         "by ckpt=FOLDER/checkpoints/last.ckpt",

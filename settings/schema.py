@@ -17,6 +17,7 @@ from omegaconf import MISSING
 
 from dbb import BRANCHES, INITS, MODES
 
+MOST_BRANCHES = 64  # in a block
 FILE_SETS = ("imagenet", "folder")  # data sets that are read image by image
 # All others of configs/data/ are held in memory, and augmented as whole batches.
 TENSOR_SETS = tuple(sorted({path.stem for path in Path(__file__).parents[1].glob("configs/data/*.yaml")}
@@ -101,6 +102,8 @@ class BlockConf:
         """Check names, sizes, and that there are branches to which the rest belongs."""
         for knob, names in (("branches", self.branches), ("depthwise", self.depthwise or []),
                             *(("layers", layers.branches) for layers in self.layers)):
+            if len(names) > MOST_BRANCHES:
+                raise ValueError(f"block.{knob} has {len(names)} branches; {MOST_BRANCHES} are the most")
             for name in names:
                 check_name(f"block.{knob}", name, list(BRANCHES))
         check_name("block.mode", self.mode, list(MODES))

@@ -99,6 +99,10 @@ def in_itself():
     lambda c: c["dbb"]["settings"].update(more=1), lambda c: c["dbb"].update(place="abc"),
     lambda c: c["dbb"]["settings"]["logger"].update(tags=many_times()), lambda c: c.update(more=in_itself()),
     lambda c: c.update(more=torch.zeros(3, device="meta")), lambda c: c.update(more=torch.eye(3).to_sparse()),
+    lambda c: c["dbb"]["settings"]["block"].update(branches=["kxk"] * 3000),
+    lambda c: c["dbb"]["settings"]["data"].update(image_size=2048),
+    lambda c: (c["dbb"]["settings"]["model"].update(name="eva_giant_patch14_224"), c["state_dict"].update(
+        {f"net.{i}": c["state_dict"]["net.fc.weight"] for i in range(10**5)})),
     lambda c: c["optimizer_states"][0].update(more=torch.zeros(1).expand(10**9)), lambda c: c.pop("epoch"),
     lambda c: c.update(epoch="x"), lambda c: c.update(loops="x"), lambda c: c.pop("optimizer_states")])
 def test_checkpoints_of_other_forms(run, tmp_path, change):
@@ -129,6 +133,35 @@ def test_what_a_file_may_not_choose(run, tmp_path):
     assert "logger.entity=somebody is the checkpoint's, and not taken from it" in done.stdout
     assert "\x1b" not in done.stdout
     assert "\nforged" not in done.stdout
+
+
+def test_a_file_that_asks_for_memory(run, tmp_path):
+    """PyTorch's reader of plain values makes a bytearray of any length."""
+    start, end = b"\x80\x02c__builtin__\nbytearray\nq\x00\x8a\x05", b"\x85q\x01Rq\x02."
+    pickled = start + (10**11).to_bytes(5, "little") + end
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as file:
+        for name, content in {"a/version": b"3\n", "a/byteorder": b"little", "a/data.pkl": pickled}.items():
+            file.writestr(name, content)
+    (tmp_path / "b.pth").write_bytes(pickled)
+    with pytest.raises(ValueError, match="asks for memory"):
+        load_checkpoint(tmp_path / "a.ckpt")
+    for name in ("a.ckpt", "b.pth"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_weights(tmp_path / name)
+
+
+def test_an_image_starts_no_other_program(tmp_path, monkeypatch):
+    """Pillow has PostScript run by Ghostscript, by what is in a file, not by its name."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n"
+                                    "showpage\n%%EOF\n")
+    with pytest.raises(ValueError, match="unreadable image"):
+        read_pixels(str(tmp_path / "a.png"))
+    assert not (tmp_path / "started").exists()
 
 
 def test_links_are_not_followed(run, tmp_path):

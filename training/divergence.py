@@ -35,7 +35,8 @@ class StopAtNaN(Callback):
 
     def check_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The same of the weights, which a step with a finite loss may have ruined."""
-        whole = bool(torch.stack([p.isfinite().all() for p in module.parameters()]).all())
+        values = *module.parameters(), *module.buffers()
+        whole = bool(torch.stack([value.isfinite().all() for value in values]).all())
         if trainer.strategy.reduce_boolean_decision(not whole, all=False):
             self._stop(trainer, f"the weights are not finite after step {trainer.global_step}")
 

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from models.say import say
 from runs.folder import RunFolder
-from runs.safety import write_text
+from runs.safety import set_aside, write_text
 
 
 def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
@@ -24,6 +24,9 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
         step: of the optimiser, likewise. Rows of later ones go: they are done again.
     """
     path, kept = folder.metrics, folder.metrics_before
+    if kept.exists() and rank_zero_only.rank == 0:
+        # Of a process that was killed here; or, beside metrics.csv, of somebody else.
+        set_aside(kept) if path.exists() else kept.rename(path)
     if path.exists() and rank_zero_only.rank == 0:
         _keep_until(path, epochs, step)
         path.rename(kept)
@@ -46,9 +49,8 @@ def _keep_until(path: Path, epochs: int, step: int) -> None:
     first = next((place for place, cells in enumerate(parsed) if "step" in cells), None)
     if first is None:
         if lines:
-            aside = path.with_name("metrics-damaged.csv")
+            aside = set_aside(path)
             say(f"{path} has no line of names with step in it: it is now {aside.name}")
-            path.rename(aside)
         write_text(path, "")
         return
     names = parsed[first]

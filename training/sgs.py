@@ -46,7 +46,8 @@ class ScaleGradients(Callback):
         self.scaling = SpatialGradientScaling(module.net, conf.include, conf.exclude, conf.kernel_sizes)
         self.scaling.masks |= self.masks
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+        # Not at an epoch's start, which Lightning passes over where a run goes on from an epoch's end.
         epoch = trainer.current_epoch
         if epoch % self.conf.sgs_every_n_epochs or epoch == self.epoch:
             return

@@ -162,7 +162,7 @@ def test_what_no_run_has_written_stays(make_settings, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("somebody: else")
-        with pytest.raises(ValueError, match=f"has a {name} that no run wrote: it is somebody else's"):
+        with pytest.raises(ValueError, match=f"has {name}, which no run wrote: it is somebody else's"):
             train_script.train(settings, folder)
         assert [path.name for path in folder.iterdir()] == [name]
         assert (folder / name).read_text() == "somebody: else"

@@ -132,6 +132,18 @@ def test_a_crash_costs_the_steps_since_the_last_save(make_settings, train_with, 
     check_same(whole, tmp_path / "parts")
 
 
+@pytest.mark.parametrize("batch", [0, 4])
+def test_scaled_gradients_after_a_crash(make_settings, train_with, tmp_path, batch):
+    """The masks of an epoch are those of the weights that it began with, also where it began twice."""
+    settings = make_settings(*SHORT, *EXTRAS["sgs"])
+    train_with(settings, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="power failure"):
+        train_with(settings, tmp_path / "parts", At(1, batch, fail))
+    assert place(tmp_path / "parts") == (1, 0)
+    train_with(settings, tmp_path / "parts")
+    check_same(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.parametrize("action", [fail, terminate])
 def test_an_epoch_is_saved_before_its_evaluation(make_settings, train_with, whole, tmp_path, action):
     with pytest.raises((RuntimeError, SystemExit), match="power failure|143"):

@@ -52,6 +52,21 @@ def test_edited_files(tmp_path, capsys):
     csv_logger(RunFolder(tmp_path), 3, 3)
     assert "metrics.csv has no line of names with step in it" in capsys.readouterr().out
     assert (tmp_path / "metrics-damaged.csv").read_text() == "loss;step\n0.5;0\n"
+    path.write_text("loss;step\n")
+    csv_logger(RunFolder(tmp_path), 3, 3)
+    assert (tmp_path / "metrics-damaged.csv").read_text() == "loss;step\n0.5;0\n", "an earlier one stays"
+
+
+def test_what_a_kill_left_beside(tmp_path):
+    """The file itself under another name, while a logger started; where both are there, somebody else's."""
+    path, kept = tmp_path / "metrics.csv", tmp_path / "metrics-before-resume.csv"
+    kept.write_text("loss,step\n0.5,0\n1.5,1\n2.5,2\n")
+    csv_logger(RunFolder(tmp_path), 1, 2)
+    assert path.read_text().split() == ["loss,step", "0.5,0", "1.5,1"]
+    kept.write_text("mine")
+    csv_logger(RunFolder(tmp_path), 1, 2)
+    assert path.read_text().split() == ["loss,step", "0.5,0", "1.5,1"]
+    assert (tmp_path / "metrics-before-resume-damaged.csv").read_text() == "mine"
 
 
 def test_rows_of_what_is_done_again_are_left_out(tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_a_layer_without_a_mask_is_named(make_settings, capsys):
     trainer = SimpleNamespace(current_epoch=1, is_global_zero=True, datamodule=Data(), loggers=[],
                               global_step=5, strategy=alone)
     callback.on_train_start(trainer, module)
-    callback.on_train_epoch_start(trainer, module)
+    callback.on_train_batch_start(trainer, module, None, 0)
     printed = capsys.readouterr().out
     assert "block=sgs: the gradient of spare is not scaled in epoch 2: no image reaches it" in printed
     assert "block=sgs: the gradient of used is not scaled in epoch 2: its input is constant" in printed
