@@ -75,9 +75,9 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
             raise ValueError(f"data.image_size={conf.image_size}: the {len(images):,} images of "
                              f"data={conf.name} would take {taken / 2**30:.0f} GiB of memory: take a smaller "
                              "size, or data=folder, which reads images one by one")
-        mode = InterpolationMode(conf.interpolation)
+        mode, at_once = InterpolationMode(conf.interpolation), max(1, 2**24 // conf.image_size**2)
         size = [conf.image_size] * 2
-        images = torch.cat([TF.resize(part, size, mode, antialias=True) for part in images.split(1000)])
+        images = torch.cat([TF.resize(part, size, mode, antialias=True) for part in images.split(at_once)])
     return TensorImages(images, targets, conf, seed, augment=train), classes
 
 

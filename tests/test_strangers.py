@@ -204,7 +204,7 @@ def test_errors_of_a_stranger_forge_nothing(run, tmp_path, monkeypatch):
     done = call("report.py", "study", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "study" / "report.md").read_text()
-    assert "`study/one`: error: a\\x1b[2J (1 of 1 epochs)" in page
+    assert r"`study/one`: error: a\\x1b\[2J (1 of 1 epochs)" in page
     assert "`study/two`: not finished" in page
     for text in ("of mine", "<img", "PWNED", "\x1b"):
         assert text not in page + done.stdout
@@ -289,7 +289,8 @@ def test_an_alias_bomb_in_a_runs_folder(tmp_path):
 
 def test_names_that_would_forge_lines():
     assert table(["a"], [["x | y\n| 1 <img src=x>"]]).splitlines()[-1] == \
-        "| x \\| y\\n\\| 1 &lt;img src=x> |"
+        r"| x \| y\\n\| 1 &lt;img src=x> |"
+    assert table(["a"], [["![p](http://x)"]]).splitlines()[-1] == r"| \!\[p\](http://x) |"
 
 
 def test_predict_shows_names_as_they_are(run, tmp_path, capsys, monkeypatch):
