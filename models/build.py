@@ -76,7 +76,8 @@ UNTRAINED = {  # of our own, with no weights to fetch: the class, its arguments 
     "vgg16": (VGG16,),
     "vgg16_narrow": (NarrowVGG16,),
     "cifar_quick": (CifarQuick,),
-    "smallnet": (SmallNet,),
+    "smallnet": (SmallNet, 0),
+    "smallnet_16": (SmallNet, 1),
     "alexnet": (AlexNet,),
     "airbench": (AirBench,),
 }
