@@ -17,12 +17,13 @@ from dbb import fold_norms
 from export import files, graph, int8
 from models import BACKBONES, build_model, recipe
 from tests.helpers import ROOT, call, randomize, relative_error, write_tree
+from tests.models.networks import SIZE
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    *((name, 32) for name in BACKBONES if name != "alexnet"), ("alexnet", 224),
+    *((name, SIZE.get(name, 32)) for name in BACKBONES),
     ("resnet18", 96), ("mobilenet_v1", 96), ("regnetx_002", 96)])
 def test_recipe_rebuilds_the_network_without_this_repository(name, size, monkeypatch):
     ours = randomize(build_model(name, 5, image_size=size)).eval()

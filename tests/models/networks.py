@@ -15,7 +15,7 @@ OTHERS = [*(block for block in BLOCKS if block != "dbb"), ONLINE]
 PAIRS = [*product(BACKBONES, ["dbb"]), *product(("resnet20", "mobilenet_v1"), OTHERS)]
 EVERY = pytest.mark.parametrize(("name", "block"), PAIRS, ids=[
     f"{name}-{'online' if block is ONLINE else block}" for name, block in PAIRS])
-SIZE = {"alexnet": 224}  # pixels; the others take 32
+SIZE = {"alexnet": 224, "smallnet_16": 16}  # pixels; the others take 32
 
 
 def build(name, block=None):
