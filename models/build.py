@@ -17,7 +17,7 @@ from models.cifar_quick import CifarQuick
 from models.cifar_resnet import CifarResNet
 from models.say import say
 from models.smallnet import SmallNet
-from models.vgg import VGG16, NarrowVGG16
+from models.vgg import VGG
 from models.weights import load_plain
 from models.wide_resnet import WideResNet
 
@@ -73,8 +73,9 @@ UNTRAINED = {  # of our own, with no weights to fetch: the class, its arguments 
     "resnet20": (CifarResNet, 20),
     "resnet56": (CifarResNet, 56),
     "wrn16_8": (WideResNet, 16, 8),
-    "vgg16": (VGG16,),
-    "vgg16_narrow": (NarrowVGG16,),
+    "vgg16": (VGG, 16, 1),
+    "vgg16_narrow": (VGG, 16, 8),
+    "vgg11_narrow": (VGG, 11, 8),
     "cifar_quick": (CifarQuick,),
     "smallnet": (SmallNet, 0),
     "smallnet_16": (SmallNet, 1),
