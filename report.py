@@ -53,7 +53,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=out) as folder:  # what takes a link's place does not follow it
             part = Path(folder)
             (part / "report.md").write_text(text)
-            draw_curves(epochs[epochs["state"] == "finished"], part / "curves.png")
+            draw_curves(epochs[epochs["state"] == "finished"], variants, part / "curves.png")
             runs = runs.drop(columns="settings")
             for name, rows in {"variants.csv": variants, "runs.csv": runs, "epochs.csv": epochs}.items():
                 rows.to_csv(part / name, index=False, float_format="%.6g")

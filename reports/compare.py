@@ -49,6 +49,24 @@ def paired(runs: pd.DataFrame, variant: str, base: str) -> dict[str, Any]:
     return found
 
 
+def together(variants: pd.DataFrame) -> pd.DataFrame:
+    """Add the intervals widened (Bonferroni) so that all differences hold together, with 95% confidence.
+
+    Columns `low_all` and `high_all`, and likewise for equal time, whose differences count if they are others.
+    """
+    suffixes = {"": "baseline", "_equal_time": "equal_time"}
+    suffixes = {suffix: base for suffix, base in suffixes.items() if f"low{suffix}" in variants}
+    compared = [variants.loc[variants[f"low{suffix}"].notna(), ["variant", base]]
+                for suffix, base in suffixes.items()]
+    count, wider = len({pair for pairs in compared for pair in pairs.itertuples(False, None)}), {}
+    for suffix in suffixes:
+        middle, free = variants[f"difference{suffix}"], variants[f"pairs{suffix}"] - 1
+        half = (variants[f"high{suffix}"] - middle) * stats.t.ppf(1 - 0.025 / count, free)
+        half /= stats.t.ppf(0.975, free)
+        wider |= {f"low_all{suffix}": middle - half, f"high_all{suffix}": middle + half}
+    return variants.assign(**wider)
+
+
 def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """A variant a row: accuracy, cost, and the differences to its baseline.
 
@@ -92,6 +110,8 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
                "activations_mib": group["activations_mib"].iloc[0], "seconds": group["seconds"].median()}
         bases = [a for a in first.index
                  if a != variant and is_base(a) and (baseline is not None or family(a) == family(variant))]
+        if is_base(variant):  # on one curve, whatever the number of epochs
+            row["curve"] = min([variant, *bases], key=lambda a: lengths[a])
         base = next((a for a in bases if lengths[a] == lengths[variant]), None)
         if base is not None:
             row |= {"baseline": base} | paired(done, variant, base)
@@ -105,4 +125,4 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
                 row |= {f"{key}_equal_time": value
                         for key, value in paired(done, variant, nearest).items()}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return together(pd.DataFrame(rows))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 from reports.markdown import cell, table
 
@@ -13,6 +14,7 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path],
              baseline: str | None = None) -> str:
     """The report, for people."""
     plain, more = baseline or "plain", len(folders) - 1
+    intervals = ["95% interval", "of all comparisons together"]
     others = {0: "", 1: " and 1 more folder"}.get(more, f" and {more} more folders")
     parts = [f"# {cell(folders[0].name)}{others}",
              f"{MARK}: all n runs that differ only in their seed. Its name is what tells it "
@@ -20,19 +22,20 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path],
              f"{baseline or 'the plain network of otherwise the same settings'}.",
              "![curves](curves.png)", "## After the same number of epochs",
              table(["variant", "n", "epochs", "final training loss", "test top-1, %",
-                    f"difference to {plain}, points", "95% interval",
+                    f"difference to {plain}, points", *intervals,
                     "top-1 after conversion, % (predictions)", "ms a step", "activations a batch, MiB"],
                    [_row(row, variants) for _, row in variants.iterrows()]),
              "± is the standard deviation over seeds. A difference is the mean over pairs of runs with the "
-             "same seed; if its interval contains 0, it is not significant. Each interval is for one "
-             "comparison: without any effect, one in twenty still misses 0. It covers the chance in the "
-             "seeds, not in the choice of the test images, which matters where they are few. Times are as "
-             "logged, on a machine that may have been busy with other work. Activations are the memory that "
-             "a forward pass in float32 keeps for the backward pass."]
+             "same seed; if its interval contains 0, it is not significant. The first interval is for one "
+             "comparison: without any effect, one in twenty still misses 0. The second is widened "
+             "(Bonferroni) for all comparisons of this page. They cover the chance in the seeds, not in the "
+             "choice of the test images, which matters where they are few. Times are as logged, on a machine "
+             "that may have been busy with other work. Activations are the memory that a forward pass in "
+             "float32 keeps for the backward pass."]
     equal = [_row_of_equal_time(row) for _, row in variants.iterrows() if _cell(row, "equal_time", "{}")]
     if equal:
         head = ["variant", f"{plain}, trained for about the same time", f"its time / that of {plain}",
-                "difference, points", "95% interval"]
+                "difference, points", *intervals]
         parts += ["## At about equal training time", table(head, equal)]
     return "\n\n".join([*parts, *_what_is_missing(runs)]) + "\n"
 
@@ -42,14 +45,15 @@ def _cell(row: pd.Series, key: str, form: str) -> str:
 
 
 def _difference(row: pd.Series, suffix: str = "") -> list[str]:
-    """A difference and its interval; `suffix` is that of its columns."""
+    """A difference and its two intervals; `suffix` is that of their columns."""
     pairs = _cell(row, "pairs" + suffix, "{:.0f}")
     if pairs in ("", "0"):
-        return ["no seed in common" if pairs else "", ""]
+        return ["no seed in common" if pairs else "", "", ""]
     count = f" ({pairs} pairs)" if pairs != str(row["n"]) else ""
-    interval = _cell(row, "low" + suffix, "{:+.2f}") + _cell(row, "high" + suffix, " to {:+.2f}")
+    one, together = (_cell(row, low + suffix, "{:+.2f}") + _cell(row, high + suffix, " to {:+.2f}")
+                     for low, high in (("low", "high"), ("low_all", "high_all")))
     return [_cell(row, "difference" + suffix, "{:+.2f}") + count,
-            interval or ("one pair only" if pairs == "1" else "no spread")]
+            one or ("one pair only" if pairs == "1" else "no spread"), together]
 
 
 def _row(row: pd.Series, variants: pd.DataFrame) -> list[str]:
@@ -89,22 +93,42 @@ def _what_is_missing(runs: pd.DataFrame) -> list[str]:
     return parts
 
 
-def draw_curves(epochs: pd.DataFrame, path: Path) -> None:
-    """Training loss and test top-1 by epoch, a variant a line; the band is a standard deviation each way."""
+def draw_curves(epochs: pd.DataFrame, variants: pd.DataFrame, path: Path) -> None:
+    """Training loss and test top-1 by epoch, a variant a line; the band is a standard deviation each way.
+
+    Beside them, where times are known, the final top-1 by the time of the training.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    timed = variants.dropna(subset="seconds")
+    figure = Figure(figsize=(11, 4.5) if timed.empty else (15, 4.5), layout="constrained")
+    axes, colors = figure.subplots(1, 2 if timed.empty else 3), {}
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
-    for axis, (column, title, scale) in zip(figure.subplots(1, 2), shown, strict=True):
+    for axis, (column, title, scale) in zip(axes, shown, strict=False):
         for variant, group in epochs.groupby("variant", sort=False):
             label = f"{variant} (n={group['folder'].nunique()})".replace("$", r"\$")  # no formula
             curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")
             mean = curve.mean(axis=1, skipna=False)  # one that diverged ends the line
             std = curve.std(axis=1).fillna(0)
             [line] = axis.plot(mean.index, mean, label=label)
+            colors[variant] = line.get_color()
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    if len(timed):
+        _draw_cost(axes[2], timed, colors)
     figure.savefig(path, dpi=110)
+
+
+def _draw_cost(axis, variants: pd.DataFrame, colors: dict[str, str]) -> None:
+    """Final top-1 with the 95% interval of its mean, by minutes; those of a baseline are joined."""
+    minutes, n = variants["seconds"] / 60, variants["n"]
+    half = stats.t.ppf(0.975, n - 1) * variants["top1_std"] / n**0.5
+    for variant, x, y, error in zip(variants["variant"], minutes, variants["top1"], half, strict=True):
+        axis.errorbar(x, y, error, fmt="o", capsize=3, color=colors[variant])
+    for _, curve in variants.sort_values("seconds").groupby("curve"):
+        axis.plot(curve["seconds"] / 60, curve["top1"], "--", color="gray", zorder=0)
+    axis.set(title="final test top-1, %, by the time of the training", xlabel="minutes of training steps")
+    axis.grid(alpha=0.3)

@@ -79,11 +79,24 @@ def test_paired_difference_and_its_interval(tmp_path):
     assert dbb["train_loss_std"] == pytest.approx(0.1 * np.sqrt(3))
     assert (dbb["converted_top1"], dbb["predictions_changed"]) == (pytest.approx(73), 6)
     assert "73.00 (6 changed) | 300 (3.00x) | 5.0 (2.50x)" in text
-    assert f"| +3.00 | {3 - half:+.2f} to {3 + half:+.2f}" in text
+    assert f"| +3.00 | {3 - half:+.2f} to {3 + half:+.2f} | {3 - half:+.2f} to {3 + half:+.2f} |" in text
     assert "All 6 runs found are finished." in text
     assert "lacks" not in text
     assert len(epochs) == 12
     assert epochs["epoch"].max() == 2
+
+
+def test_intervals_that_hold_together(tmp_path):
+    """Two comparisons, by Bonferroni: each with a confidence of 97.5%."""
+    study(tmp_path)
+    for seed, top1 in enumerate([0.71, 0.72, 0.72]):
+        write_run(tmp_path / f"acb{seed}", DBB | {"name": "acb"}, seed, top1)
+    _, _, variants, text = compare(tmp_path)
+    t = 6.205346816570644  # Student's, 2 degrees of freedom, 98.75%
+    half = t * 2 / np.sqrt(3)
+    assert variants.loc["dbb", ["low_all", "high_all"]].tolist() == pytest.approx([3 - half, 3 + half])
+    assert variants.loc["acb", "high_all"] > variants.loc["acb", "high"]
+    assert f"{3 - half:+.2f} to {3 + half:+.2f}" in text
 
 
 def test_equal_time_takes_the_plain_run_of_equal_time(tmp_path):
@@ -101,6 +114,12 @@ def test_equal_time_takes_the_plain_run_of_equal_time(tmp_path):
         assert dbb["difference_equal_time"] == pytest.approx(np.mean([-1, -2, 2]))
         assert dbb["difference"] == pytest.approx(3), "equal epochs as before"
         assert "| none, optim.lr=0.1, trainer.max_epochs=6 | 1.00 | -0.33 |" in text
+        if baseline is None:
+            curves = variants["curve"].dropna()
+            of_lr = {name: curve for name, curve in curves.items() if "lr=0.1" in name}
+            assert len(of_lr) == 2
+            assert set(of_lr.values()) == {"none, optim.lr=0.1, trainer.max_epochs=2"}
+            assert curves.to_dict() == of_lr | {name: name for name in curves.index if name not in of_lr}
         compared = 1 if baseline is None else 2
         assert variants["equal_time"].notna().sum() == compared, "plain ones only when asked for"
 
@@ -229,9 +248,9 @@ def test_what_a_run_may_lack(tmp_path):
     for name in ("plain0", "plain1", "plain2"):
         (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss_epoch\n0,9,1.0\n1,19,0.5\n")
     runs, epochs, variants, text = compare(tmp_path)
-    assert "| none | 3 | 2 | 0.5000 ± 0.0000 | 71.00 ± 1.00 |  |  | 70.00 (6 changed) |  | 2.0 |" in text
+    assert "| none | 3 | 2 | 0.5000 ± 0.0000 | 71.00 ± 1.00 |  |  |  | 70.00 (6 changed) |  | 2.0 |" in text
     epochs = epochs.merge(runs[["folder", "variant", "seed", "state"]], on="folder")
-    draw_curves(epochs, tmp_path / "curves.png")
+    draw_curves(epochs, variants.reset_index(), tmp_path / "curves.png")
     path.write_text(path.read_text() + "2,0,1.0" + path.read_text())  # one line torn, the next glued to it
     runs, _, variants, text = compare(tmp_path)
     assert variants.loc["none", "n"] == 2
@@ -270,6 +289,31 @@ def test_curves_have_a_standard_deviation_to_each_side(tmp_path, monkeypatch):
     write_run(tmp_path / "diverged", DBB, 4, 0.1, loss=float("nan"))
     report_script.main()
     assert sum(np.isnan(low).all() for _, low, _ in drawn) == 1, "no mean without it"
+
+
+def test_accuracy_by_time(tmp_path, monkeypatch):
+    """A point a variant with the interval of its mean; those of the plain network are joined."""
+    from matplotlib.axes import Axes
+    points, lines, plot = [], [], Axes.plot
+
+    def errorbar(axis, x, y, error, **_):
+        points.append((x, y, error))
+
+    def spy(axis, x, y, *args, **kwargs):
+        lines.append((list(x), list(y)))
+        return plot(axis, x, y, *args, **kwargs)
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    monkeypatch.setattr(Axes, "plot", spy)
+    study(tmp_path)
+    for seed, top1 in enumerate([0.74, 0.75, 0.74]):
+        write_run(tmp_path / f"long{seed}", PLAIN, seed, top1, epochs=8)
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    report_script.main()
+    of_std = 4.302652729911275 / np.sqrt(3)  # Student's, 2 degrees of freedom, 97.5%
+    expected = [(2, 71, of_std), (6, 74, of_std * np.sqrt(3)), (8, 74 + 1 / 3, of_std / np.sqrt(3))]
+    for found, (seconds, top1, half) in zip(sorted(points), expected, strict=True):
+        assert found == pytest.approx((seconds / 60, top1, half))
+    assert lines[-1] == (pytest.approx([2 / 60, 8 / 60]), pytest.approx([71, 74 + 1 / 3]))
 
 
 def test_what_cannot_be_compared(tmp_path):
