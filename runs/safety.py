@@ -61,8 +61,8 @@ def newest(last: Path) -> Path | None:
     try:
         load_checkpoint(before)
     except ValueError:
-        if last.exists() and before.exists():
-            say(f"{before} cannot be read either")
+        if before.exists():
+            say(f"{before} cannot be read" + (" either" if last.exists() else ": it is left out"))
         return last if last.exists() else None
     say(f"{wrong}; going on from the one before, {before.name}")
     return before

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 import settings.folders  # noqa: F401  the configs name its functions
 from settings.cli import printable
 from settings.overrides import changes_branches, named, parsed, wants_no_block
-from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name
+from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name, flat
 
 
 @dataclass
@@ -126,10 +126,11 @@ def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
             raise ValueError(f"{text} cannot be used with ckpt=: the checkpoint's own weights are "
                              "loaded; leave out one of them")
         for changed in (["model", "block"] if key == "model" else [key]):
-            before, after = OmegaConf.select(result, changed), OmegaConf.select(cfg, changed)
-            if before != after:
-                print(printable(f"changed from the checkpoint: {changed}: {before} -> {after}"))
-            OmegaConf.update(result, changed, after, merge=False)
+            before = flat(OmegaConf.to_container(result))
+            OmegaConf.update(result, changed, OmegaConf.select(cfg, changed), merge=False)
+            for knob, value in flat(OmegaConf.to_container(result)).items():
+                if before.get(knob) != value:
+                    print(printable(f"changed from the checkpoint: {knob}: {before.get(knob)} -> {value}"))
     if "data.download" not in named(words):  # into a folder that a file names
         result.data.download = False
     if "data.num_workers" not in named(words):

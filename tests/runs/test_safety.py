@@ -94,8 +94,10 @@ def test_a_damaged_checkpoint_costs_one_epoch(make_settings, tmp_path, capsys):
     assert "going on from the one before, last-previous.ckpt" in done.stdout
     last.unlink()
     assert newest(last) == previous(last)
-    previous(last).unlink()
+    previous(last).write_bytes(content[:1000])
+    capsys.readouterr()
     assert newest(last) is None
+    assert "last-previous.ckpt cannot be read: it is left out" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

@@ -39,6 +39,8 @@ def test_a_mode_is_a_choice_of_training_alone(make_settings, convert, tmp_path, 
         result = eval_script.evaluate(make_settings(ckpt, *mode, config_name="eval"))
         assert result == {key: pytest.approx(trained[key], rel=1e-6) for key in ("top1", "top5", "loss")}
     assert "changed from the checkpoint: block.mode: online -> exact" in capsys.readouterr().out
+    make_settings(ckpt, "logger=tensorboard")
+    assert "changed from the checkpoint: logger.name: csv -> tensorboard\n" in capsys.readouterr().out
     train_script.train(make_settings(ckpt, "block.mode=exact", "trainer.max_epochs=2"), tmp_path / "online")
 
     train_script.train(make_settings("model=resnet8", "block=orepa", *short), tmp_path / "orepa")
