@@ -15,8 +15,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dbb import BRANCHES, INITS, MODES
-
 MOST_BRANCHES = 64  # in a block
 FILE_SETS = ("imagenet", "folder")  # data sets that are read image by image
 # All others of configs/data/ are held in memory, and augmented as whole batches.
@@ -100,6 +98,7 @@ class BlockConf:
 
     def check(self) -> None:
         """Check names, sizes, and that there are branches to which the rest belongs."""
+        from dbb import BRANCHES, INITS, MODES  # and PyTorch, which takes seconds
         for knob, names in (("branches", self.branches), ("depthwise", self.depthwise or []),
                             *(("layers", layers.branches) for layers in self.layers)):
             if len(names) > MOST_BRANCHES:
@@ -304,8 +303,8 @@ class Settings:
                 raise ValueError(f"{knob}={value} must be at least {limits['least']}")
             if limits and value is not None and value > limits["most"]:
                 raise ValueError(f"{knob}={value} must be at most {limits['most']}")
-        for part in (self.model, self.block, self.data, self.optim, self.trainer, self.checkpoint,
-                     self.logger):
+        for part in (self.model, self.data, self.optim, self.trainer, self.checkpoint, self.logger,
+                     self.block):  # the last imports PyTorch
             part.check()
         sharded = any(kind in self.trainer.strategy for kind in ("fsdp", "deepspeed"))
         if sharded and self.block.sgs_every_n_epochs is not None:

@@ -14,8 +14,9 @@ COMMANDS = [  # words, what is said of them, what had to be imported; in one pro
     (["model=resnet20_dbb", "optim.ema_decay=2"], "error: optim.ema_decay=2.0 must be", []),
     (["ckpt=nowhere.ckpt", "optim.ema_decay=2"], "", []),  # the checkpoint's other settings are not known yet
     (["-m", "optim.lr=abc"], "", []),
-    (["model=timm", "model.name=resnet19x"], "error: model.name='resnet19x' is unknown", ["timm"]),
-    (["model=resnet20_dbb", "model.pretrained=true"], "", ["timm"])]
+    (["block=dbb", "block.mode=onlin"], "error: block.mode=onlin is unknown", ["torch"]),
+    (["model=timm", "model.name=resnet19x"], "error: model.name='resnet19x' is unknown", ["torch", "timm"]),
+    (["model=resnet20_dbb", "model.pretrained=true"], "", ["torch", "timm"])]
 PROGRAM = """
 import json, sys
 from settings.early import check_command_line
@@ -26,7 +27,7 @@ for words in json.loads(sys.argv[1]):
         check_command_line("train")
     except SystemExit as stop:
         said = stop.code
-    answers.append([said, [name for name in ("timm", "pytorch_lightning") if name in sys.modules]])
+    answers.append([said, [name for name in ("torch", "timm", "pytorch_lightning") if name in sys.modules]])
 print(json.dumps(answers))
 """
 
