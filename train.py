@@ -67,7 +67,7 @@ def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
     Returns:
         What a sweeper may select by: `val_top1`.
     """
-    if cfg.ckpt is not None and cfg.source is None:
+    if cfg.ckpt and cfg.source is None:
         cfg.ckpt = str(newest(Path(cfg.ckpt).expanduser()) or cfg.ckpt)
     command = resolve(cfg, HydraConfig.get().overrides.task)
     made_here = folder is None and command.out is None

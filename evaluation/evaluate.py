@@ -37,6 +37,9 @@ def load_run(settings: Command, train: bool = False) -> tuple[nn.Module, ImageDa
         ValueError: if the checkpoint or the data is wrong, or the two do not have the same number of classes.
     """
     checkpoint = load_checkpoint(settings.ckpt) if settings.source is None else None
+    digest = None if checkpoint is None else sha256(settings.ckpt)
+    if checkpoint is not None and load_checkpoint(settings.ckpt) is not checkpoint:
+        raise ValueError(f"ckpt={settings.ckpt} was written anew by its run while it was read: try again")
     data_conf = settings.data
     if data_conf.name == "none" and data_conf.image_size is None:
         data_conf = replace(data_conf, image_size=checkpoint["dbb"]["image_size"] if checkpoint else 224)
@@ -60,7 +63,7 @@ def load_run(settings: Command, train: bool = False) -> tuple[nn.Module, ImageDa
     about = {"model": settings.model.name, "block": settings.block.name, "classes": classes,
              "image_size": image_size, "resize": resize, "mean": list(map(float, shown["mean"])),
              "std": list(map(float, shown["std"])), "interpolation": shown["interpolation"],
-             "data": data_conf.name, "checkpoint_sha256": sha256(settings.ckpt),
+             "data": data_conf.name, "checkpoint_sha256": digest or sha256(settings.ckpt),
              "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
     return net, data, about
 

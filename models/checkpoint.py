@@ -54,11 +54,12 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     about, weights = checkpoint["dbb"], checkpoint.get("state_dict")
     classes, size = about.get("classes"), about.get("image_size")
     place, data = about.get("place", (0, 0)), about["settings"].get("data")
+    images = about.get("images", 0)
     good = (isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
             and all(isinstance(name, str) for name in classes)
             and isinstance(size, int) and 0 < size <= limits.IMAGE_SIZE
             and (not isinstance(data, dict) or data.get("image_size") in (None, size))
-            and isinstance(weights, dict)
+            and isinstance(weights, dict) and isinstance(images, int)
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
             and all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
             and all(isinstance(value, torch.Tensor) for value in weights.values())

@@ -219,7 +219,8 @@ class RunFolder:
             raise FolderTakenError(f"{self.path} has {there[0]}, which no run wrote: it is somebody else's; "
                                    "choose another folder with out=DIR")
         own = {self.last.resolve(), previous(self.last).resolve()}
-        if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not self.has_state):
+        holds_run = self.has_state or self.result.exists()
+        if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not holds_run):
             if Path(command.ckpt).resolve() == previous(self.last).resolve():
                 self._set_damaged_aside()
             return command
@@ -232,7 +233,7 @@ class RunFolder:
             if going_on == previous(self.last):
                 self._set_damaged_aside()
             return replace(command, ckpt=None if going_on is None else str(going_on), logger=logger)
-        if self.has_state or self.result.exists():
+        if holds_run:
             knobs = ", ".join(different[:4])
             text = (f"{self.path} already holds a run with another {knobs}: choose another folder with "
                     "out=DIR")

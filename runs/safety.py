@@ -1,6 +1,7 @@
 """What keeps a run's work: files that are whole or not there."""
 
 import copy
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +34,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             why = getattr(error, "strerror", None) or "the disk may be full"
-            first = "let this user write there" if isinstance(error, PermissionError) else "make room"
+            forbidden = getattr(error, "errno", None) in (errno.EPERM, errno.EACCES, errno.EROFS)
+            first = "let this user write there" if forbidden else "make room"
             raise OSError(f"{path} could not be written ({why}): {first}, and the same command goes on "
                           "from the checkpoint before") from error
 

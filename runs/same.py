@@ -5,10 +5,19 @@ from typing import Any
 
 from models.build import named_start
 from settings.command import OF_THE_COMMAND, Command
-from settings.schema import TENSOR_SETS, BlockConf, DataConf, ModelConf, OptimConf, TrainerConf, flat
+from settings.schema import (
+    NOT_OF_THE_RUN,
+    TENSOR_SETS,
+    BlockConf,
+    DataConf,
+    ModelConf,
+    OptimConf,
+    TrainerConf,
+    flat,
+)
 
 # With whatever values of these.
-SAME_RUN = (*OF_THE_COMMAND, "logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time")
+SAME_RUN = (*OF_THE_COMMAND, *NOT_OF_THE_RUN)
 GROUPS = {"model": ModelConf, "block": BlockConf, "data": DataConf, "optim": OptimConf,
           "trainer": TrainerConf}
 # What a file that lacks a knob means: its default, but for the start of blocks (see `BlockConf.init`).

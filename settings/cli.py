@@ -33,6 +33,9 @@ MACHINE = {  # what a machine can cause, by what libraries then say, in errors o
         "by ckpt=FOLDER/checkpoints/last.ckpt",
     r"\[Errno (1|13|30)\]":
         "this user may not write there: change that, or choose another folder with out=DIR",
+    r"Connection (closed|reset) by peer|remote process exited":
+        "another process of this run has ended, for what it says itself: the run goes on by "
+        "ckpt=FOLDER/checkpoints/last.ckpt",
     r"DataLoader worker .*(killed|exited)":
         "a process that loads images has died, mostly for want of memory: lower data.num_workers or "
         "data.batch_size; the run goes on by ckpt=FOLDER/checkpoints/last.ckpt",

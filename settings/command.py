@@ -71,6 +71,8 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
         if wants_no_block(words):  # the plain network of a sweep, whatever else is said about blocks
             cfg.block = OmegaConf.structured(BlockConf)
         for knob in ("ckpt", "out"):
+            if cfg.get(knob) == "":
+                raise ValueError(f"{knob}= is empty: give a path, or leave it out")
             if cfg.get(knob) is not None:
                 cfg[knob] = os.path.expanduser(cfg[knob])
         if cfg.ckpt is not None and cfg.source is None:

@@ -8,12 +8,12 @@ from omegaconf import OmegaConf
 
 from settings.cli import plain_errors
 from settings.overrides import parsed, wants_no_block
-from settings.schema import TENSOR_SETS
+from settings.schema import NOT_OF_THE_RUN, TENSOR_SETS
 
 
 def job_name(data: str, overrides: list[str]) -> str:
     """The folder of a sweep's job: its settings in one order, so that a job keeps it when the sweep grows."""
-    ignored = {"out", "data.num_workers", "logger"}
+    ignored = {"out", *NOT_OF_THE_RUN}
     if data in TENSOR_SETS:  # the same images in every place
         ignored.add("data.root")
     words = parsed(overrides)

@@ -15,6 +15,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+# What a run may change and be the same.
+NOT_OF_THE_RUN = ("logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time")
 MOST_BRANCHES = 64  # in a block
 FILE_SETS = ("imagenet", "folder")  # data sets that are read image by image
 # All others of configs/data/ are held in memory, and augmented as whole batches.

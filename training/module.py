@@ -104,6 +104,9 @@ class Classifier(pl.LightningModule):
         # change them. The schedule goes on at epochs done out of epochs wanted, whatever steps an epoch has.
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         steps, (epochs, batches) = int(self.trainer.estimated_stepping_batches), self.place
+        if epochs and not batches:  # which Lightning tells by the batches that an epoch has now
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            done.completed = self.trainer.num_training_batches
         schedule.last_epoch = steps * epochs // self.trainer.max_epochs
         schedule.last_epoch += batches // self.trainer.accumulate_grad_batches
         schedule.base_lrs = [fresh["lr"] for fresh in self.fresh_options]
@@ -123,7 +126,8 @@ class Classifier(pl.LightningModule):
         for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             progress.update(counts)
         checkpoint["dbb"] = {"place": place, "settings": self.settings.stored(), "classes": self.classes,
-                             "image_size": self.image_size, "changed": self.changed}
+                             "image_size": self.image_size, "changed": self.changed,
+                             "images": len(self.trainer.datamodule.train_indices)}
 
 
 def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:

@@ -33,8 +33,10 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.asked, self.saved_at = None, time.monotonic()
         if threading.current_thread() is threading.main_thread():  # Lightning puts the old handlers back
-            of_slurm = [signal.SIGUSR1] if SLURMEnvironment.detect() else []
-            for number in (signal.SIGTERM, signal.SIGINT, *of_slurm):
+            more = [signal.SIGUSR1] if SLURMEnvironment.detect() else []
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+                more.append(signal.SIGHUP)
+            for number in (signal.SIGTERM, signal.SIGINT, *more):
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -18,6 +18,7 @@ from evaluation.networks import load_network, restore
 from images.data import ImageData
 from models.build import parameter_count
 from models.checkpoint import load_checkpoint, place_of
+from models.say import say
 from reports.runs import read_epochs
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO
@@ -26,7 +27,7 @@ from settings.command import Command
 from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
 from training.loggers import log_convolutions, log_predictions
-from training.module import Classifier, rough_start, try_optimizer
+from training.module import Classifier, make_optimizer, rough_start, try_optimizer
 from training.sgs import scaled_layers
 from training.sweep import in_a_sweep
 
@@ -75,8 +76,9 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
         return Start()
     checkpoint = load_checkpoint(command.ckpt)
     stored, (done, batches) = checkpoint["dbb"]["settings"], place_of(checkpoint)
-    evaluated = result is not None or not folder.has_state  # else it stopped in its last evaluation
-    if done >= command.trainer.max_epochs and evaluated:
+    same_end = stored["trainer"]["max_epochs"] == command.trainer.max_epochs
+    unevaluated = result is None and folder.has_state and same_end  # stopped in its last evaluation
+    if done >= command.trainer.max_epochs and not unevaluated:
         raise ValueError(f"trainer.max_epochs={command.trainer.max_epochs}: the checkpoint already has "
                          f"{done} epochs; set more to continue")
     if stored["optim"]["name"] != command.optim.name:
@@ -123,6 +125,40 @@ def refuse_what_does_not_fit(command: Command, data: ImageData) -> None:
                              f"{memory / 2**30:.0f}")
 
 
+def other_images(data: ImageData, start: Start) -> list[str]:
+    """A sentence, if there are more or fewer training images than before.
+
+    Raises:
+        ValueError: if so within an epoch.
+    """
+    now = len(data.train_indices)
+    before = now if start.checkpoint is None else start.checkpoint["dbb"].get("images", now)
+    if before == now:
+        return []
+    change = f"training images: {before:,} until epoch {start.epochs}, then {now:,}"
+    if start.batches:
+        raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
+                         f"within epoch {start.epochs + 1}, after {start.batches} batches: go on with the "
+                         "images that were there")
+    say(f"changed: {change}")
+    return [change]
+
+
+def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any]) -> None:
+    """Give an optimiser the state in a checkpoint.
+
+    Raises:
+        ValueError: if it does not take it.
+    """
+    try:
+        [state] = checkpoint["optimizer_states"]
+        make_optimizer(command, model.net).load_state_dict(state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"ckpt={command.ckpt} cannot be gone on from: its optimiser has another state "
+                         f"({type(error).__name__}: {error}); optim.name and optim.decay_norm_and_bias must "
+                         "be as they were") from error
+
+
 def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
     """The network in its Lightning module.
 
@@ -130,10 +166,11 @@ def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
         ValueError: if it cannot be built, is not the checkpoint's, or has no gradient to scale.
     """
     refuse_what_does_not_fit(command, data)
-    model = Classifier(command, data.classes, data.image_size, start.changed)
+    model = Classifier(command, data.classes, data.image_size, [*start.changed, *other_images(data, start)])
     scaled_layers(command.block, model.net)
-    if start.checkpoint is not None:
-        restore(model.net, start.checkpoint)  # says what does not fit, before Lightning would
+    if start.checkpoint is not None:  # what does not fit is said here, before Lightning would
+        restore(model.net, start.checkpoint)
+        try_state(command, model, start.checkpoint)
     elif command.model.weights is None and hasattr(model.net, "whiten"):
         model.net.whiten(next(data.calibration_images()))
     return model
@@ -213,6 +250,8 @@ def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Comman
     Raises:
         ValueError: if Lightning cannot take up the state in a checkpoint.
     """
+    if command.trainer.precision in ("64", "64-true"):
+        model.net.double()  # Lightning does so after it has read a checkpoint, whose weights it would round
     try:
         trainer.fit(model, data, ckpt_path=command.ckpt, weights_only=True)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:

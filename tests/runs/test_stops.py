@@ -1,103 +1,25 @@
 """A run that is stopped within an epoch goes on exactly there."""
 
-import os
-import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import Callback, Timer
+from pytorch_lightning.callbacks import Timer
 
 import train as train_script
-from models.checkpoint import load_checkpoint, place_of
 from runs.safety import previous
 from tests.helpers import write_tree
+from tests.runs.stopping import SHORT, At, check_same, fail, place, terminate
 from training import saving
-from training import steps as train_steps
 
 pytestmark = pytest.mark.slow
 
-SHORT = ("model=resnet8_dbb", "data=digits", "data.max_images=320", "data.batch_size=32", "logger=csv",
-         "trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.log_every_n_steps=1",
-         "trainer.check_val_every_n_epoch=1")
 EXTRAS = {"plain": (), "mixup": ("data.mixup=0.2", "data.cutmix=1.0"), "workers": ("data.num_workers=2",),
           "ema": ("optim.ema_decay=0.9", "optim.warmup_epochs=1"),
+          "float64": ("trainer.precision=64-true", "optim.ema_decay=0.9"),
           "sgs": ("block=sgs", "block.sgs_every_n_epochs=1"),
           "accumulation": ("trainer.accumulate_grad_batches=2", "optim.ema_decay=0.9")}
-
-
-class At(Callback):
-    """Do something at the start of one batch."""
-
-    def __init__(self, epoch: int, batch: int, action, validation: bool = False):
-        self.place, self.action, self.validation = (epoch, batch), action, validation
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if not self.validation and (trainer.current_epoch, batch_idx) == self.place:
-            self.action(trainer)
-
-    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
-        if self.validation and (trainer.current_epoch, batch_idx) == self.place:
-            self.action(trainer)
-
-
-@pytest.fixture
-def train_with(monkeypatch):
-    """Train with one more callback."""
-    def train(settings, folder, *more):
-        make = train_steps.make_callbacks
-        with monkeypatch.context() as patch:
-            patch.setattr(train_steps, "make_callbacks", lambda *args: [*make(*args), *more])
-            return train_script.train(settings, folder)
-    return train
-
-
-@pytest.fixture
-def whole(make_settings, shared):
-    """The folder of a run that nothing stopped."""
-    if not (shared / "result.json").exists():
-        train_script.train(make_settings(*SHORT), shared)
-    return shared
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
-
-
-def terminate(trainer):
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def interrupt(trainer):
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def fail(trainer):
-    raise RuntimeError("power failure")
-
-
-def place(folder: Path) -> tuple[int, int]:
-    return place_of(load_checkpoint(folder / "checkpoints" / "last.ckpt"))
-
-
-def check_same(one: Path, other: Path) -> None:
-    """The weights, bit by bit, and what metrics.csv says of steps and epochs, once each."""
-    first, second = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (one, other))
-    for name in ("state_dict", "current_model_state"):
-        assert first.get(name, {}).keys() == second.get(name, {}).keys()
-        for key, value in first.get(name, {}).items():
-            assert torch.equal(value, second[name][key]), key
-    tables = [pd.read_csv(folder / "metrics.csv") for folder in (one, other)]
-    for name in ("train/loss_step", "lr-SGD", "train/loss_epoch", "test/top1", "test/loss", "final/top1"):
-        whole, found = (table.dropna(subset=[name])[["step", name]] for table in tables)
-        if name in ("train/loss_step", "lr-SGD"):  # the row of the step after which it stopped may be missing
-            assert len(whole) - len(found) in (0, 1), name
-            whole = whole[whole["step"].isin(found["step"])]
-        assert found.to_numpy() == pytest.approx(whole.to_numpy(), rel=1e-6), name
 
 
 @pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
@@ -191,15 +113,6 @@ def test_the_time_of_a_run_ends_within_an_epoch(make_settings, train_with, whole
             train_with(make_settings(*SHORT, "trainer.max_time=00:01:00:00"), tmp_path / "parts")
     train_with(make_settings(*SHORT, "trainer.max_time=00:05:00:00"), tmp_path / "parts")
     check_same(whole, tmp_path / "parts")
-
-
-def test_what_cannot_change_within_an_epoch(make_settings, train_with, tmp_path):
-    with pytest.raises(SystemExit, match="130"):
-        train_with(make_settings(*SHORT), tmp_path, At(1, 2, interrupt))
-    ckpt = f"ckpt={tmp_path}/checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match="data.batch_size: 32 until epoch 1, then 16: this can change bet"):
-        train_with(make_settings(ckpt, "data.batch_size=16"), tmp_path)
-    train_with(make_settings(ckpt, "optim.weight_decay=0.1"), tmp_path)
 
 
 def test_a_run_that_began_from_another_goes_on_by_the_same_command(make_settings, train_with, tmp_path,

@@ -167,7 +167,9 @@ def test_slurm_is_asked_for_in_its_jobs_only(monkeypatch):
 def test_a_job_of_a_sweep_has_its_settings_as_its_folder():
     name = partial(folders.job_name, "cifar10")
     plain, dbb = ["block=none", "seed=0"], ["block=dbb", "seed=0"]
-    assert name(dbb) == name([*reversed(dbb), "data.root=a/b", "logger=csv", "out=c"]) == "block-dbb+seed-0"
+    of_no_run = ["data.root=a/b", "logger=csv", "out=c", "trainer.max_time=00:01:00:00",
+                 "data.download=false", "checkpoint.every_n_train_steps=5"]
+    assert name(dbb) == name([*reversed(dbb), *of_no_run]) == "block-dbb+seed-0"
     assert name(plain) == name([*plain, "block.init=third"]) == "block-none+seed-0", "one plain twin"
     assert name(["logger=csv"]) == "defaults"
     odd = [["block.branches=[avg,kxk]"], ["block.branches=[avg_kxk]"], ["block.branches=[avg+kxk]"],

@@ -1,0 +1,63 @@
+"""Runs that are stopped at a place, and what they leave."""
+
+import os
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from models.checkpoint import load_checkpoint, place_of
+
+SHORT = ("model=resnet8_dbb", "data=digits", "data.max_images=320", "data.batch_size=32", "logger=csv",
+         "trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.log_every_n_steps=1",
+         "trainer.check_val_every_n_epoch=1")
+
+
+class At(Callback):
+    """Do something at the start of one batch."""
+
+    def __init__(self, epoch: int, batch: int, action, validation: bool = False):
+        self.place, self.action, self.validation = (epoch, batch), action, validation
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if not self.validation and (trainer.current_epoch, batch_idx) == self.place:
+            self.action(trainer)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if self.validation and (trainer.current_epoch, batch_idx) == self.place:
+            self.action(trainer)
+
+
+def terminate(trainer):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(trainer):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fail(trainer):
+    raise RuntimeError("power failure")
+
+
+def place(folder: Path) -> tuple[int, int]:
+    return place_of(load_checkpoint(folder / "checkpoints" / "last.ckpt"))
+
+
+def check_same(one: Path, other: Path) -> None:
+    """The weights, bit by bit, and what metrics.csv says of steps and epochs, once each."""
+    first, second = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (one, other))
+    for name in ("state_dict", "current_model_state"):
+        assert first.get(name, {}).keys() == second.get(name, {}).keys()
+        for key, value in first.get(name, {}).items():
+            assert torch.equal(value, second[name][key]), key
+    tables = [pd.read_csv(folder / "metrics.csv") for folder in (one, other)]
+    for name in ("train/loss_step", "lr-SGD", "train/loss_epoch", "test/top1", "test/loss", "final/top1"):
+        whole, found = (table.dropna(subset=[name])[["step", name]] for table in tables)
+        if name in ("train/loss_step", "lr-SGD"):  # the row of the step after which it stopped may be missing
+            assert len(whole) - len(found) in (0, 1), name
+            whole = whole[whole["step"].isin(found["step"])]
+        assert found.to_numpy() == pytest.approx(whole.to_numpy(), rel=1e-6), name

@@ -1,0 +1,120 @@
+"""A run that goes on with other settings, or other images."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import train as train_script
+from evaluation import evaluate
+from tests.helpers import write_tree
+from tests.runs.stopping import SHORT, At, check_same, interrupt, place, terminate
+
+pytestmark = pytest.mark.slow
+
+
+def hang_up(trainer):
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+class Batches(At):
+    """Notes the place of each step, and the learning rate there."""
+
+    def __init__(self):
+        super().__init__(-1, -1, None)
+        self.seen, self.rates = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append((trainer.current_epoch, batch_idx))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("change", ["trainer.limit_train_batches=8", "trainer.limit_train_batches=3",
+                                    "data.batch_size=64", "trainer.accumulate_grad_batches=2"])
+def test_epochs_of_another_length(make_settings, train_with, whole, tmp_path, change):
+    """After an epoch's end; the learning rate ends near 0, and a stop on the way changes nothing."""
+    command = [f"ckpt={whole}/checkpoints/last.ckpt", change, "trainer.max_epochs=4"]
+    batches = Batches()
+    train_with(make_settings(*command), tmp_path / "whole", batches)
+    length = int(change.split("=")[1]) if "limit" in change else 5
+    assert batches.seen == [(epoch, batch) for epoch in (2, 3) for batch in range(length)]
+    assert batches.rates[0] == pytest.approx(0.05, rel=0.3), "half of the way down"
+    assert batches.rates[-1] < 0.02
+    with pytest.raises(SystemExit, match="143"):
+        train_with(make_settings(*command), tmp_path / "parts", At(2, 1, terminate))
+    train_with(make_settings(*command), tmp_path / "parts")
+    check_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_other_images(make_settings, train_with, tmp_path, capsys):
+    """Between two epochs they are noted; within one, what is done of it would be of others."""
+    files = write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 8, (40, 40))
+    settings = make_settings("model=resnet8", "data=folder", f"data.root={files}", "data.image_size=32",
+                             "data.batch_size=4", "data.num_workers=0", "logger=csv", "trainer.max_epochs=3")
+    with pytest.raises(SystemExit, match="143"):
+        train_with(settings, tmp_path / "run", At(0, 1, terminate))
+    gone = files / "train" / "b" / "7.png"
+    content = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(ValueError, match="images: 16 until epoch 0, then 15: this can .* after 2 batches"):
+        train_with(settings, tmp_path / "run")
+    gone.write_bytes(content)
+    with pytest.raises(SystemExit, match="143"):
+        train_with(settings, tmp_path / "run", At(0, 3, terminate))
+    assert place(tmp_path / "run") == (1, 0)
+    for number in range(8, 12):
+        (files / "train" / "b" / f"{number}.png").write_bytes(content)
+    batches = Batches()
+    capsys.readouterr()
+    train_with(settings, tmp_path / "run", batches)
+    assert "changed: training images: 16 until epoch 1, then 20\n" in capsys.readouterr().out
+    assert batches.seen == [(epoch, batch) for epoch in (1, 2) for batch in range(5)]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["changed"] == ["training images: 16 until epoch 1, then 20"]
+
+
+def test_what_cannot_change_within_an_epoch(make_settings, train_with, tmp_path):
+    with pytest.raises(SystemExit, match="130"):
+        train_with(make_settings(*SHORT), tmp_path, At(1, 2, interrupt))
+    ckpt = f"ckpt={tmp_path}/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="data.batch_size: 32 until epoch 1, then 16: this can change bet"):
+        train_with(make_settings(ckpt, "data.batch_size=16"), tmp_path)
+    with pytest.raises(ValueError, match="trainer.max_epochs=1: the checkpoint already has 1 epochs"):
+        train_with(make_settings(ckpt, "trainer.max_epochs=1"), tmp_path)
+    with pytest.raises(SystemExit, match="129"):
+        train_with(make_settings(ckpt, "optim.weight_decay=0.1"), tmp_path, At(1, 3, hang_up))
+    assert place(tmp_path) == (1, 4)
+
+
+def test_a_command_that_fails_leaves_a_finished_run_as_it_was(make_settings, whole, tmp_path):
+    before = {name: (whole / name).read_bytes() for name in ("config.yaml", "result.json", "metrics.csv")}
+    command = f"ckpt={whole}/checkpoints/last.ckpt", "trainer.max_epochs=4", "optim.decay_norm_and_bias=false"
+    with pytest.raises(ValueError, match="cannot be gone on from: its optimiser has .* optim.decay_norm"):
+        train_script.train(make_settings(*command), whole)
+    assert {name: (whole / name).read_bytes() for name in before} == before
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_replaced(make_settings, whole, tmp_path):
+    train_script.train(make_settings(*SHORT, "seed=5", "trainer.max_epochs=1"), tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="already holds a run with another"):
+        train_script.train(make_settings(f"ckpt={whole}/checkpoints/last.ckpt"), tmp_path)
+
+
+def test_a_checkpoint_that_changes_while_it_is_read(make_settings, whole, tmp_path, monkeypatch):
+    """The report names the file by its hash: it must be that of what was read."""
+    last = tmp_path / "last.ckpt"
+    last.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
+    digest = evaluate.sha256
+
+    def saved_meanwhile(path):
+        last.write_bytes(last.read_bytes())
+        return digest(path)
+    settings = make_settings(f"ckpt={last}", config_name="eval")
+    _, _, about = evaluate.load_run(settings)
+    assert about["checkpoint_sha256"] == digest(last)
+    monkeypatch.setattr(evaluate, "sha256", saved_meanwhile)
+    with pytest.raises(ValueError, match="was written anew by its run while it was read: try again"):
+        evaluate.load_run(settings)
