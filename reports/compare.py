@@ -110,8 +110,8 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
                "activations_mib": group["activations_mib"].iloc[0], "seconds": group["seconds"].median()}
         bases = [a for a in first.index
                  if a != variant and is_base(a) and (baseline is not None or family(a) == family(variant))]
-        if is_base(variant):  # on one curve, whatever the number of epochs
-            row["curve"] = min([variant, *bases], key=lambda a: lengths[a])
+        same = min([variant, *bases], key=lambda a: lengths[a])
+        row["curve"] = same if is_base(variant) else None  # of a baseline, whatever its number of epochs
         base = next((a for a in bases if lengths[a] == lengths[variant]), None)
         if base is not None:
             row |= {"baseline": base} | paired(done, variant, base)
