@@ -80,6 +80,8 @@ def main(cfg: DictConfig) -> None:
         ckpt = Path(command.ckpt or "")
         folder = RunFolder.of_checkpoint(ckpt) or RunFolder(Path("outputs", ckpt.stem))
         out = Path(command.out) if command.out else folder.conversion
+        if command.out is None and out.is_symlink():
+            raise ValueError(f"{out} is a link: say with out=DIR where to write")
         report = convert(command, out)
         if command.logger.name == "wandb":
             log_conversion(report, command, out, folder)

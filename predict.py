@@ -22,7 +22,7 @@ from images.reading import IMAGE_ENDINGS, is_image, read_pixels
 from models import limits
 from settings.cli import plain_errors, printable
 
-BATCH_SIZE = 64
+BATCH_SIZE, BATCH_PIXELS = 64, 64 * 384**2
 
 
 def prepare(path: str, about: dict) -> Tensor:
@@ -47,15 +47,20 @@ def prepare(path: str, about: dict) -> Tensor:
 def predictions(net: nn.Module, about: dict,
                 paths: list[str]) -> Iterator[tuple[str, list[tuple[float, str]] | str]]:
     """By image, its five most probable classes, or why it cannot be read."""
-    for start in range(0, len(paths), BATCH_SIZE):
-        batch, results, images = paths[start:start + BATCH_SIZE], {}, {}
+    at_once = max(1, min(BATCH_SIZE, BATCH_PIXELS // about["image_size"]**2))
+    for start in range(0, len(paths), at_once):
+        batch, results, images = paths[start:start + at_once], {}, {}
         for index, path in enumerate(batch):
             try:
                 images[index] = prepare(path, about)
             except (ValueError, OSError) as error:
                 results[index] = str(error)
         if images:
-            top = net(torch.stack(list(images.values()))).softmax(1).topk(min(5, len(about["classes"])))
+            logits = net(torch.stack(list(images.values())))
+            if logits.shape != (len(images), len(about["classes"])) or not logits.is_floating_point():
+                raise ValueError(f"the network returns {logits.dtype} of shape {list(logits.shape)}, not a "
+                                 f"number for each of {len(about['classes'])} classes")
+            top = logits.softmax(1).topk(min(5, len(about["classes"])))
             rows = zip(images, top.values.tolist(), top.indices.tolist(), strict=True)
             for index, probabilities, labels in rows:
                 names = [about["classes"][label] for label in labels]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbb import ReparamConv2d
-from models import build_model, load_weights
+from models import build_model, limits, load_weights
 from models.build import refuse_larger
 from models.published import translate
 from models.reading import PREPARED, read_weights
@@ -121,6 +121,8 @@ def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
         raise ValueError(f"ckpt={settings.ckpt} holds no linear.weight, as every file of "
                          f"source={settings.source} does")
     num_classes = len(weights[heads[0]])
+    if not 0 < num_classes <= limits.CLASSES:
+        raise ValueError(f"ckpt={settings.ckpt}: {heads[0]} has {num_classes:,} classes")
     plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
     if not with_blocks:

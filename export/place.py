@@ -40,7 +40,8 @@ def require_place(out: Path, names: Sequence[str]) -> None:
         ValueError: if something else stands in a file's place.
     """
     for name in {*names, *REPORTS, FAILED} - written_before(out):
-        if (out / name).exists() or (out / name).parent.is_file():  # the latter: of hub/
+        parent = (out / name).parent
+        if (out / name).exists() or parent != out and (parent.is_file() or parent.is_symlink()):  # hub/
             raise ValueError(f"{out / name} is to be written, but what stands there is of no earlier "
                              "conversion: choose another folder with out=DIR")
 

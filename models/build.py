@@ -230,5 +230,5 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
     if block is not None:
         net, report = replace_convs(net, block, example_input=example, init=init, **surgery)
     net.report = report
-    net.total_stride = round(image_size / features.shape[-1]) if features.ndim == 4 else None
+    net.total_stride = round(image_size / features.shape[-1]) if getattr(features, "ndim", 0) == 4 else None
     return net.train(training)

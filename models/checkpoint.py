@@ -1,6 +1,5 @@
 """Read a checkpoint of train.py: an untrusted file of plain values and tensors."""
 
-import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,12 @@ from typing import Any
 import torch
 
 from models import limits
+from models.plain import damage, strange
 
 OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list,
                 "lr_schedulers": list}  # that train.py goes on with
+
+GROUPS = ("model", "block", "data", "optim", "trainer")  # of the settings; an old file has no others
 
 
 def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
@@ -48,47 +50,36 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
 
 def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Refuse what train.py never writes, and what would take more memory than the file has."""
-    wrong = strange(checkpoint)
+    wrong = strange(checkpoint, Path(path).stat().st_size)
     if wrong is not None:
         raise ValueError(f"ckpt={path} was not written by train.py: {wrong}")
     about, weights = checkpoint["dbb"], checkpoint.get("state_dict")
     classes, size = about.get("classes"), about.get("image_size")
-    place, data = about.get("place", (0, 0)), about["settings"].get("data")
-    images = about.get("images", 0)
-    good = (isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
+    place, settings = about.get("place", (0, 0)), about["settings"]
+    images, changed = about.get("images", 0), about.get("changed", [])
+    good = (all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
+            and all(isinstance(settings.get(group), dict) for group in GROUPS)
+            and isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
             and all(isinstance(name, str) for name in classes)
             and isinstance(size, int) and 0 < size <= limits.IMAGE_SIZE
-            and (not isinstance(data, dict) or data.get("image_size") in (None, size))
-            and isinstance(weights, dict) and isinstance(images, int)
+            and settings["data"].get("image_size") in (None, size)
+            and isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
+            and isinstance(images, int) and isinstance(changed, list)
+            and all(isinstance(change, str) for change in changed)
+            and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
-            and all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
+            and min(place) >= 0 and max(place) < 2**31
             and all(isinstance(value, torch.Tensor) for value in weights.values())
-            and "${" not in str(about["settings"]))  # which would be resolved, with what is secret here
+            and "${" not in str(settings))  # which would be resolved, with what is secret here
     if not good:
         raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size or "
                          "weights are of another form")
 
 
-def strange(found: Any) -> str | None:
-    """What is wrong with nested values of a file, which may name one of them many times; None if nothing is.
-
-    Tensors must be dense, and not larger than what the file holds of them.
-    """
-    waiting, count = [found], 0
-    while waiting:
-        value, count = waiting.pop(), count + 1
-        if count > limits.VALUES:
-            return f"it has more than {limits.VALUES:,} values"
-        if isinstance(value, dict):
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list | tuple):
-            waiting += value
-        elif isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_meta:
-                return "it has a tensor without plain values"
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                return "a tensor is larger than what the file holds of it"
-    return None
+def _is_loss(found: Any) -> bool:
+    """Whether something is the state of `training.callbacks.EpochLoss`."""
+    return (isinstance(found, dict) and isinstance(found.get("total"), float)
+            and isinstance(found.get("count"), int) and found["count"] > 0)
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
@@ -97,25 +88,3 @@ def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
     One that does not say stands at the end of an epoch.
     """
     return tuple(checkpoint["dbb"].get("place", (checkpoint["epoch"] + 1, 0)))
-
-
-def asks_for_memory(pickled: bytes) -> bool:
-    """Whether a pickle calls what takes any number of bytes; PyTorch's reader allows it."""
-    return b"\nbytearray\n" in pickled
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file by its own checksums; None if nothing is."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                return "it is compressed, as train.py writes none"  # perhaps to fill a memory
-            if any(asks_for_memory(file.read(entry)) for entry in file.infolist()
-                   if entry.filename.endswith(".pkl")):
-                return "it asks for memory that it does not fill"
-            broken = file.testzip()
-    except (OSError, MemoryError):  # of the machine, perhaps for a moment
-        raise
-    except Exception as error:  # of many kinds, depending on the bytes
-        return str(error)
-    return None if broken is None else f"the checksum of {broken} is wrong"

@@ -2,7 +2,6 @@
 
 import json
 import re
-import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import limits
-from models.checkpoint import asks_for_memory, damage, strange
+from models.plain import damage, strange
 from models.say import say
 
 AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
 WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
+ABOUT = {"model": str, "classes": list, "mean": list, "std": list, "interpolation": str,
+         "crop_pct": int | float, "image_size": int}
+ABOUT_PARTS = {"classes": str, "mean": int | float, "std": int | float}
 PREPARED = ("mean", "std", "interpolation", "crop_pct", "image_size")  # what images were prepared with
 
 
@@ -47,12 +49,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         elif path.suffix.lower() in (".hdf5", ".h5"):
             weights = _of_hdf5(path)
         else:
-            whole = zipfile.is_zipfile(path)
-            wrong = damage(path) if whole else None
-            if wrong is not None or not whole and asks_for_memory(path.read_bytes()):
+            wrong = damage(path)
+            if wrong is not None:
                 raise ValueError(wrong)
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = strange(weights)
+        wrong = strange(weights, path.stat().st_size)
         if wrong is not None:
             raise ValueError(wrong)
     except Exception as error:  # whatever its reader raises on an untrusted file
@@ -67,7 +68,15 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         about = _of_timms_script(weights)
     weights = _unwrapped(weights, path)
     weights.pop("n_averaged", None)
-    return {re.sub(f"^{prefix}", "", key): value for key, value in weights.items()}, about
+    return {re.sub(f"^{prefix}", "", key): value for key, value in weights.items()}, _known(about)
+
+
+def _known(about: Any) -> dict[str, Any]:
+    """What a file says of itself, of the types that this must have."""
+    found = {} if not isinstance(about, dict) else \
+        {key: about[key] for key, kind in ABOUT.items() if isinstance(about.get(key), kind)}
+    return {key: value for key, value in found.items()
+            if not isinstance(value, list) or all(isinstance(part, ABOUT_PARTS[key]) for part in value)}
 
 
 def _of_hdf5(path: Path) -> dict[str, Tensor]:
@@ -88,7 +97,8 @@ def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:
     while not _are_weights(weights):
         inner = weights if isinstance(weights, dict) else {}
         named = [key for key in WRAPPERS if isinstance(inner.get(key), dict)]
-        others = [key for key, value in inner.items() if value and _are_weights(value)]
+        others = [key for key, value in inner.items()
+                  if isinstance(value, dict) and value and _are_weights(value)]
         key = named[0] if named else others[0] if len(others) == 1 else None
         if key is None:
             raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under "
@@ -109,11 +119,15 @@ def _header(path: Path) -> dict[str, Any]:
         return json.loads((file.metadata() or {}).get("dbb", "{}"))
 
 
-def _of_our_checkpoint(stored: dict[str, Any]) -> dict[str, Any]:
-    about = {"model": stored["settings"]["model"]["name"]}
-    about |= {key: stored[key] for key in ("classes", "image_size") if key in stored}
-    data = stored["settings"].get("data", {})
-    return {key: data[key] for key in PREPARED if key in data} | about
+def _of_our_checkpoint(stored: Any) -> dict[str, Any]:
+    try:
+        about = {"model": stored["settings"]["model"]["name"]}
+        about |= {key: stored[key] for key in ("classes", "image_size") if key in stored}
+        data = stored["settings"].get("data", {})
+        return {key: data[key] for key in PREPARED if key in data} | about
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError("its key dbb is that of a checkpoint of train.py, with settings of another "
+                         "form") from error
 
 
 def _of_timms_script(stored: dict[str, Any]) -> dict[str, Any]:

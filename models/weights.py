@@ -84,7 +84,7 @@ def _from_torchvision(key: str, net: nn.Module) -> str:
     key = re.sub(r"^features\.0\.(\d)\.", lambda m: ("conv_stem.", "bn1.")[int(m[1])], key)
     key = re.sub(rf"^features\.{len(blocks) + 1}\.(\d)\.", lambda m: ("conv_head.", "bn2.")[int(m[1])], key)
     block = re.match(r"features\.(\d+)\.conv\.(.*)\.(\w+)$", key)
-    if block is None:
+    if block is None or not 0 < int(block[1]) <= len(blocks):
         return key
     index, layer, leaf = int(block[1]), block[2], block[3]
     layers = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from export.graph import Node
+from reports.figure import new_figure
 from reports.markdown import table
 
 FORMATS = {"top1": "{:.4f}", "top5": "{:.4f}", "loss": "{:.6f}", "parameters": "{:,}", "macs": "{:,}",
@@ -97,10 +98,8 @@ def markdown(report: dict, recipe: str) -> str:
 
 def draw_report(report: dict, path: Path) -> None:
     """Bars of time and size, before and after, and the branches' shares in every layer."""
-    from matplotlib.figure import Figure
-
     layers = report["shares"]
-    figure = Figure(figsize=(10, 3 + 0.22 * len(layers)), layout="constrained")
+    figure = new_figure(10, 3 + 0.22 * len(layers))
     top, bottom = figure.subfigures(2, height_ratios=[3, max(0.22 * len(layers), 0.1)])
     bars = [("latency_ms", "one image, ms"), ("parameters", "parameters"), ("macs", "multiply-accumulates")]
     for axis, (name, title) in zip(top.subplots(1, 3), bars, strict=True):
@@ -127,10 +126,8 @@ def draw_graphs(block: tuple[str, list[Node], list[Node]], counts: dict[str, dic
         counts: by graph, its `export.graph.summary`.
         path: of the picture.
     """
-    from matplotlib.figure import Figure
-
     name, before, after = block
-    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure = new_figure(15, 8)
     left, middle, right = figure.subplots(1, 3, width_ratios=[3.2, 1, 1.4])
     draw_operators(left, before)
     left.set_title(f"{name} in training: {len(before)} operators")

@@ -16,6 +16,7 @@ from settings.schema import Settings, flat
 
 RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
 NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")
+LARGEST, LONGEST = 1e30, 2**16  # a value, and a line in bytes, of metrics.csv
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
 
@@ -57,7 +58,8 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
     why = folder.why_failed()
     if config is None:
         return {"state": why or "stopped before it began"}, None
-    if "seed" not in config or "max_epochs" not in (config.get("trainer") or ()):
+    trainer = config.get("trainer")
+    if "seed" not in config or not isinstance(trainer, dict) or "max_epochs" not in trainer:
         return None, None  # a config.yaml of something else, as W&B writes one into its own folder
     settings = _settings(config, folder)
     run = {"seed": settings.pop("seed"), "settings": settings, "epochs": len(rows)}
@@ -106,6 +108,16 @@ def _cost(rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, float]:
             "seconds": batches * per_step}
 
 
+def _refuse_odd(path: Path) -> None:
+    """Raise a ValueError for a metrics.csv that no run has written, and that would take long to read."""
+    if path.is_symlink():
+        raise ValueError("it is a link")
+    if path.is_file():
+        with path.open("rb") as file:
+            if max(map(len, file), default=0) > LONGEST:
+                raise ValueError(f"a line of it has more than {LONGEST:,} bytes")
+
+
 def read_epochs(folder: RunFolder) -> pd.DataFrame:
     """A run's epochs by metrics.csv, a row each; of one that was run again after an interruption, the last.
 
@@ -113,9 +125,13 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
         ValueError: if the file is damaged.
     """
     try:
+        _refuse_odd(folder.metrics)
         rows = pd.read_csv(folder.metrics) if folder.metrics.is_file() else pd.DataFrame()
         rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
         rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
+        rows = rows.astype(float)
+        if (rows["epoch"] % 1 != 0).any() or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):
+            raise ValueError("an epoch or a value is none of a training's")
         rows = rows.groupby("epoch").last()
         return rows.assign(folder=str(folder.path), epoch=rows.index.astype(int) + 1)
     except pd.errors.EmptyDataError:

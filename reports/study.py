@@ -5,8 +5,10 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
+from reports.figure import new_figure
 from reports.markdown import cell, table
 
+LONGEST = 200  # letters of a variant's name in the figure
 MARK = "Each row is a *variant*"  # by which report.py knows a page of its own
 
 
@@ -98,15 +100,13 @@ def draw_curves(epochs: pd.DataFrame, variants: pd.DataFrame, path: Path) -> Non
 
     Beside them, where times are known, the final top-1 by the time of the training.
     """
-    from matplotlib.figure import Figure
-
     timed = variants.dropna(subset="seconds")
-    figure = Figure(figsize=(11, 4.5) if timed.empty else (15, 4.5), layout="constrained")
+    figure = new_figure(11 if timed.empty else 15, 4.5)
     axes, colors = figure.subplots(1, 2 if timed.empty else 3), {}
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
     for axis, (column, title, scale) in zip(axes, shown, strict=False):
         for variant, group in epochs.groupby("variant", sort=False):
-            label = f"{variant} (n={group['folder'].nunique()})".replace("$", r"\$")  # no formula
+            label = f"{variant[:LONGEST]} (n={group['folder'].nunique()})".replace("$", r"\$")  # no formula
             curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")
             mean = curve.mean(axis=1, skipna=False)  # one that diverged ends the line
             std = curve.std(axis=1).fillna(0)

@@ -24,7 +24,7 @@ from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
-LONGEST = 1000  # of error.txt, in bytes
+LONGEST, LARGEST = 1000, 2**16  # bytes of error.txt; of config.yaml and result.json
 DAMAGED = "{} is damaged: remove it, and go on with the run by ckpt={}/checkpoints/last.ckpt"
 
 
@@ -212,6 +212,11 @@ class RunFolder:
         Raises:
             FolderTakenError: if the folder holds another run, or what no run has written.
         """
+        for place in (self.checkpoints, self.path / "wandb"):
+            if place.is_symlink():  # by which somebody else's folder could have other files replaced
+                raise FolderTakenError(f"{place} is a link, and a run writes into folders of its own alone: "
+                                       "move the whole folder of the run instead, or choose another with "
+                                       "out=DIR")
         there = [name for name in self.writes if (self.path / name).exists()]
         if self._has_others_error():
             there.append(self.error.name)
@@ -228,7 +233,7 @@ class RunFolder:
         command = as_begun(command, stored)
         different = differences(stored, command)
         if stored is not None and not different:
-            logger = replace(command.logger, id=stored["logger"]["id"])
+            logger = replace(command.logger, id=stored["logger"].get("id"))
             going_on = newest(self.last)
             if going_on == previous(self.last):
                 self._set_damaged_aside()
@@ -247,7 +252,10 @@ def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(parse(path.read_text()))
+        text = _text(path, LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ValueError("no run writes as much")
+        return dict(parse(text))
     except Exception as error:  # of many kinds, depending on the text
         raise ValueError(DAMAGED.format(path, path.parent)) from error
 

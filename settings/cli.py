@@ -70,7 +70,8 @@ def as_sentence(error: Exception) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:  # raised in a loader's worker: the sentence comes last
         text = text.splitlines()[-1].removeprefix("ValueError: ")
-    return "\n".join(map(printable, f"error: {text}".splitlines()))
+    first, *more = map(printable, f"error: {text}".splitlines())
+    return "\n  ".join([first, *map(str.strip, more)])  # no line of a file's looks like one of ours
 
 
 def print_failure(name: str, error: Exception) -> None:

@@ -103,8 +103,10 @@ class BlockConf:
         from dbb import BRANCHES, INITS, MODES  # and PyTorch, which takes seconds
         for knob, names in (("branches", self.branches), ("depthwise", self.depthwise or []),
                             *(("layers", layers.branches) for layers in self.layers)):
-            if len(names) > MOST_BRANCHES:
-                raise ValueError(f"block.{knob} has {len(names)} branches; {MOST_BRANCHES} are the most")
+            count = len(names) + names.count("kxk") * (self.copies - 1)
+            if count > MOST_BRANCHES:
+                raise ValueError(f"block.{knob} has {count} branches (block.copies={self.copies}); "
+                                 f"{MOST_BRANCHES} are the most")
             for name in names:
                 check_name(f"block.{knob}", name, list(BRANCHES))
         check_name("block.mode", self.mode, list(MODES))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -23,6 +24,7 @@ from export.graph import OnnxNetwork
 from images.reading import read_pixels
 from models import limits
 from models.checkpoint import load_checkpoint
+from models.plain import damage
 from models.reading import read_weights
 from reports.markdown import table
 from reports.study import MARK
@@ -73,6 +75,10 @@ def test_a_file_makes_no_folder_and_downloads_nothing(run, tmp_path, data):
     assert not (tmp_path / "new").exists()
 
 
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
 def many_times():
     """A small list that names its parts 10 ** 14 times."""
     found = ["x"] * 10
@@ -98,7 +104,11 @@ def in_itself():
     lambda c: c["dbb"]["settings"]["model"].update(name=["resnet8"]),
     lambda c: c["dbb"]["settings"].update(model=None), lambda c: c["dbb"]["settings"].update(seed="x"),
     lambda c: c["dbb"]["settings"].update(more=1), lambda c: c["dbb"].update(place="abc"),
-    lambda c: c["dbb"].update(images=[1] * 99),
+    lambda c: c["dbb"].update(images=[1] * 99), lambda c: c["dbb"].update(changed=5),
+    lambda c: c["state_dict"].update({5: torch.zeros(1)}), lambda c: c["dbb"].update(place=(0, -5)),
+    lambda c: c["callbacks"].update(EpochLoss={}), lambda c: c["dbb"]["settings"].pop("trainer"),
+    lambda c: c["dbb"]["settings"]["logger"].update(tags=nested(150)),
+    lambda c: c["optimizer_states"][0]["state"].update(more=[torch.ones(10**6)] * 99),
     lambda c: c["dbb"]["settings"]["logger"].update(tags=many_times()), lambda c: c.update(more=in_itself()),
     lambda c: c.update(more=torch.zeros(3, device="meta")), lambda c: c.update(more=torch.eye(3).to_sparse()),
     lambda c: c["dbb"]["settings"]["block"].update(branches=["kxk"] * 3000),
@@ -137,17 +147,30 @@ def test_what_a_file_may_not_choose(run, tmp_path):
     assert "\nforged" not in done.stdout
 
 
-def test_a_file_that_asks_for_memory(run, tmp_path):
-    """PyTorch's reader of plain values makes a bytearray of any length."""
-    start, end = b"\x80\x02c__builtin__\nbytearray\nq\x00\x8a\x05", b"\x85q\x01Rq\x02."
-    pickled = start + (10**11).to_bytes(5, "little") + end
+MEMORY = {  # pickles that PyTorch's reader of plain values takes, and that fill a memory
+    "bytearray": b"c__builtin__\nbytearray\nq\x00\x8a\x05" + (10**11).to_bytes(5, "little") + b"\x85R",
+    "storage": b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R",
+    "size": b"ctorch\nSize\nq\x00)\x85R",
+    "codecs": b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R",
+    "dict": b"ccollections\nOrderedDict\nq\x00](K\x01K\x01\x86e\x85R",
+    "states": b"(" + b"ccollections\nOrderedDict\n)R}b" * 200 + b"l"}
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+def test_a_file_that_asks_for_memory(tmp_path, kind):
+    """As a checkpoint, as weights in both of PyTorch's formats, and in the old one with a zip behind it."""
+    pickled = b"\x80\x02" + MEMORY[kind] + b"."
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as file:
         for name, content in {"a/version": b"3\n", "a/byteorder": b"little", "a/data.pkl": pickled}.items():
             file.writestr(name, content)
-    (tmp_path / "b.pth").write_bytes(pickled)
-    with pytest.raises(ValueError, match="asks for memory"):
+    old = b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {})) + pickled
+    (tmp_path / "b.pth").write_bytes(old)
+    (tmp_path / "c.pth").write_bytes(old + (tmp_path / "a.ckpt").read_bytes())
+    words = "GLOBAL|with values|more than plain"
+    with pytest.raises(ValueError, match=words):
         load_checkpoint(tmp_path / "a.ckpt")
-    for name in ("a.ckpt", "b.pth"):
+    for name in ("a.ckpt", "b.pth", "c.pth"):
+        assert re.search(words, damage(tmp_path / name)), name
         with pytest.raises(ValueError, match="cannot be read"):
             read_weights(tmp_path / name)
 
@@ -179,6 +202,11 @@ def test_links_are_not_followed(run, tmp_path):
     (folder / "convolutions.csv").unlink()
     (folder / "convolutions.csv").symlink_to(victim / "c")
     (folder / "convert" / "hub").symlink_to(victim / "hub")
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "other" / "checkpoints")
+    (tmp_path / "other" / "convert").symlink_to(victim)
+    done = call("convert.py", "ckpt=other/checkpoints/last.ckpt", "export=[]", cwd=tmp_path)
+    assert "convert is a link: say with out=DIR where to write" in done.stderr
     report = folder / "convert" / "report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"hub": ["hub/config.json"]}))
     (tmp_path / "study").mkdir()
@@ -320,6 +348,19 @@ def test_onnx_files_of_other_forms(run, tmp_path, kind):
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="no file of convert.py|cannot be read"):
         OnnxNetwork(Path(tmp_path / "a.onnx"))
+
+
+def test_predict_takes_a_number_for_each_class(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict_script, "prepare", lambda path, about: torch.zeros(3, 8, 8))
+    about = {"image_size": 8, "classes": ["a", "b"]}
+    for logits in (torch.zeros(1, 20), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2)):
+        with pytest.raises(ValueError, match="not a number for each of 2 classes"):
+            [*predict_script.predictions(lambda images, logits=logits: logits, about, ["a.png"])]
+    sizes = []
+    about["image_size"] = 2048  # as many pixels at once as of smaller images
+    [*predict_script.predictions(lambda images: sizes.append(len(images)) or torch.zeros(len(images), 2),
+                                 about, ["a.png"] * 9)]
+    assert sizes == [2, 2, 2, 2, 1]
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:

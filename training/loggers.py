@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -98,6 +99,7 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
     either: a logger must not stop a run.
     """
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
+    refuse_server_of_folder()
     conf, model, block = settings.logger, settings.model.name, settings.block.name
     trained = settings.block.mode if settings.block.branches else None
     tags = [tag for tag in (model, settings.data.name, block, trained, *conf.tags) if tag is not None]
@@ -118,6 +120,21 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
             why = (str(error) or type(error).__name__).splitlines()[0]
             say(f"logger=wandb: W&B did not start ({why}): the run goes on {instead}")
     return None
+
+
+def refuse_server_of_folder() -> None:
+    """Refuse W&B's settings file in the current folder, perhaps a stranger's, if it says where to send.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    for name in ("wandb", ".wandb"):
+        path = Path(os.environ.get("WANDB_DIR", "."), name, "settings")
+        if not path.is_file() or "WANDB_BASE_URL" in os.environ:
+            continue
+        if re.search(r"^\s*(base_url|entity|api_key)\b", path.read_text(errors="replace"), re.MULTILINE):
+            raise ValueError(f"logger=wandb: {path} says to whom W&B sends your key and your runs: set "
+                             "WANDB_BASE_URL if you know that file, or start this in another folder")
 
 
 def _wandb_mode(conf: LoggerConf) -> str:
@@ -165,7 +182,7 @@ def _send_conversion(run: Any, report: dict, out: Path) -> None:
     compared = ("predictions_changed", "ties", "relative_error")
     run.summary.update({f"convert/{name}": report[name] for name in compared})
     artifact = wandb.Artifact(f"converted-{run.id}", "model", metadata=report["about"])
-    for name in (*report["files"], *report["hub"], *REPORTS, GRAPHS):
+    for name in (*report["files"], *report["hub"], *REPORTS, *([GRAPHS] if "graphs" in report else [])):
         if (out / name).exists():
             artifact.add_file(str(out / name), name)
     run.log_artifact(artifact)

@@ -14,6 +14,8 @@ from models.say import say
 from runs.folder import RunFolder
 from runs.safety import set_aside, write_text
 
+LONGEST = 2**16  # of a line, in characters
+
 
 def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
     """A logger that goes on with a run's metrics.csv, which Lightning's own deletes.
@@ -45,7 +47,8 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
 def _keep_until(path: Path, epochs: int, step: int) -> None:
     """Leave out damaged lines, and rows of what comes after; a file without a header is set aside."""
     lines = path.read_bytes().decode("utf-8-sig", errors="replace").splitlines(keepends=True)
-    parsed = [next(csv.reader([line])) for line in lines if line.endswith("\n")]  # a full disk cuts the last
+    parsed = [next(csv.reader([line])) for line in lines  # a full disk cuts the last
+              if line.endswith("\n") and len(line) < LONGEST]
     first = next((place for place, cells in enumerate(parsed) if "step" in cells), None)
     if first is None:
         if lines:

@@ -13,7 +13,7 @@ import report as report_script
 from reports.compare import compare_variants, name_variants
 from reports.runs import read_runs
 from reports.study import MARK, draw_curves, markdown
-from tests.helpers import ROOT
+from tests.helpers import ROOT, call
 
 pytestmark = pytest.mark.slow
 
@@ -334,6 +334,30 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
     folders = [Path(f"study_{name}"), *[Path("more")] * more]
     text = markdown(runs, variants, folders, baseline)
     assert text == (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "text", "why"), [
+    ("metrics.csv", "epoch,step,train/loss_epoch\n0.2,1,1\n0.7,2,1\n", "an epoch or a value is none of"),
+    ("metrics.csv", "epoch,step,train/loss_epoch\n0,1,1e308\n1,2,-1e308\n", "an epoch or a value is none"),
+    ("metrics.csv", "epoch,step,train/loss_epoch" + "," * 100_000, "a line of it has more than 65,536"),
+    ("metrics.csv", "", "it is a link"), ("config.yaml", "x: " + "1:" * 50_000 + "1", "is damaged"),
+    ("config.yaml", "seed: 0\ntrainer: 5\n", None)])
+def test_an_odd_run_costs_the_report_no_other(tmp_path, name, text, why):
+    study(tmp_path)
+    odd = tmp_path / "odd"
+    write_run(odd, DBB, 3, 0.75)
+    (odd / name).unlink()
+    (odd / name).write_text(text) if text else (odd / name).symlink_to("/proc/self/pagemap")
+    runs, _, variants, page = compare(tmp_path)
+    assert variants.loc["dbb", "n"] == 3
+    assert why is None or why in page
+
+
+def test_a_matplotlibrc_in_the_current_folder_starts_nothing(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    study(tmp_path)
+    done = call("report.py", ".", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_report_replaces_no_file_of_somebody_elses(tmp_path):

@@ -13,7 +13,8 @@ import torch
 
 import runs.folder
 import train as train_script
-from models.checkpoint import damage, load_checkpoint
+from models.checkpoint import load_checkpoint
+from models.plain import damage
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO, newest, previous, set_aside
 from settings.cli import plain_errors
@@ -148,6 +149,22 @@ def test_a_failure_of_the_machine_is_a_sentence(error, advice):
         raise error
     with pytest.raises(RuntimeError, match="a fault of ours"), plain_errors():
         raise RuntimeError("a fault of ours")
+
+
+def test_no_line_of_a_files_looks_like_one_of_ours():
+    with pytest.raises(SystemExit) as stop, plain_errors():
+        raise ValueError("unknown: x\nerror: forged\n\x1b[2Jcleared")
+    assert stop.value.code == "error: unknown: x\n  error: forged\n  \\x1b[2Jcleared"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "wandb"])
+def test_a_run_writes_through_no_link(make_settings, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=f"{name} is a link, and a run writes into folders of its own"):
+        train_script.train(make_settings("model=resnet8", *TINY), tmp_path / "run")
+    assert not [*(tmp_path / "mine").iterdir()]
 
 
 def test_who_trains_in_a_folder_is_named(tmp_path):

@@ -267,3 +267,35 @@ def test_the_dashboard_shows_what_runs_log(make_settings, tmp_path, monkeypatch)
     monkeypatch.setattr(wandb, "Api", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("no key")))
     with pytest.raises(SystemExit, match="error: W&B did not take the dashboard"):
         dashboard.main()
+
+
+@pytest.mark.parametrize("text", ["[default]\nbase_url = http://127.0.0.1:1", "[default]\n  entity=evil"])
+def test_the_folder_does_not_say_to_whom_wandb_sends(make_settings, tmp_path, monkeypatch, text):
+    """W&B follows a settings file in the current folder, which may be a stranger's run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text(text)
+    with pytest.raises(ValueError, match="wandb/settings says to whom W&B sends"):
+        wandb_logger(make_settings("model=resnet8", "logger=wandb"), RunFolder(tmp_path / "run"))
+
+
+def test_a_conversion_sends_what_it_wrote(tmp_path):
+    """Beside it may lie anything, such as a link to a secret."""
+    for name in ("model.onnx", "graphs.png", "report.json", "report.md", "report.png"):
+        (tmp_path / name).write_bytes(b"")
+    sent, picture = [], loggers.wandb.Image
+    artifact = SimpleNamespace(add_file=lambda path, name: sent.append(name))
+    report = {"files": {"model.onnx": {}}, "hub": [], "about": {}, "predictions_changed": 0, "ties": 0,
+              "relative_error": 0.0, "before": {}, "after": {}}
+    run = SimpleNamespace(log=lambda values: None, summary={}, id="a", log_artifact=lambda artifact: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loggers, "rows", lambda report: [])
+        patch.setattr(loggers.wandb, "Image", lambda path: None)
+        patch.setattr(loggers.wandb, "Artifact", lambda *args, **kwargs: artifact)
+        loggers._send_conversion(run, report, tmp_path)
+        assert sorted(sent) == ["model.onnx", "report.json", "report.md", "report.png"]
+        loggers._send_conversion(run, report | {"graphs": {}}, tmp_path)
+        assert "graphs.png" in sent
+    assert loggers.wandb.Image is picture

@@ -1,0 +1,95 @@
+"""What a file of PyTorch's may hold, whoever wrote it: tensors, and plain values around them."""
+
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from models import limits
+
+# What a pickle may name. A namespace has the options of timm's and torchvision's scripts, a counter the
+# milestones of a schedule.
+EMPTY, COUNTER = ("collections OrderedDict", "argparse Namespace"), "collections Counter"
+MAKES_TENSORS = re.compile(r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)")
+OF_TENSORS = re.compile(r"torch \w+Storage")  # named by their tensors, and never called
+PICKLES = 5  # at the start of a file in PyTorch's old format
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file by its own checksums, or by what it would make; None if nothing is."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # by which torch.load tells the old format
+                file.seek(0)
+                return next(filter(None, (foreign(file) for _ in range(PICKLES))), None)
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                return "it is compressed, as PyTorch writes none"  # perhaps to fill a memory
+            for entry in file.infolist():
+                if entry.filename.endswith(".pkl") and (wrong := foreign(file.open(entry))):
+                    return wrong
+            broken = file.testzip()
+    except (OSError, MemoryError):  # of the machine, perhaps for a moment
+        raise
+    except Exception as error:  # of many kinds, depending on the bytes
+        return str(error)
+    return None if broken is None else f"the checksum of {broken} is wrong"
+
+
+def foreign(pickled: IO[bytes]) -> str | None:
+    """What one pickle calls that makes neither a tensor nor an empty dict; None if nothing is.
+
+    PyTorch's own reader runs nothing either, but calls more: what fills a memory, or copies a part as often
+    as that is named.
+    """
+    stack, memo, states = [], {}, 0
+    for code, argument, _ in pickletools.genops(pickled):
+        name, before = code.name, [kind.name for kind in code.stack_before]
+        if name in ("REDUCE", "NEWOBJ"):
+            function, arguments = stack[-2:]
+            empty = function in EMPTY and arguments == ()
+            if not empty and function != COUNTER and not MAKES_TENSORS.fullmatch(function or ""):
+                return f"it calls {(function or 'something').replace(' ', '.')} with values"
+            states += function == COUNTER
+        states += name == "BUILD"
+        if states > limits.STATES or name in ("OBJ", "INST", "STACK_GLOBAL", "NEWOBJ_EX"):
+            return "it holds more than plain tensors"
+        if name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[argument] = stack[-1]
+            continue
+        if "mark" in before:
+            while stack.pop() != "MARK":
+                pass
+            before = before[:before.index("mark")]
+        del stack[len(stack) - len(before):]
+        stack += {"MARK": ["MARK"], "EMPTY_TUPLE": [()], "GLOBAL": [argument],
+                  "BINGET": [memo.get(argument)], "LONG_BINGET": [memo.get(argument)],
+                  "GET": [memo.get(argument)]}.get(name, [None] * len(code.stack_after))
+        if name == "GLOBAL" and argument not in (*EMPTY, COUNTER) \
+                and not (MAKES_TENSORS.fullmatch(argument) or OF_TENSORS.fullmatch(argument)):
+            return f"it holds a GLOBAL {argument.replace(' ', '.')}"
+    return None
+
+
+def strange(found: Any, size: int) -> str | None:
+    """What is wrong with nested values of a file of `size` bytes; None if nothing is.
+
+    It may name one of them many times; its tensors together must not be far larger than what it holds.
+    """
+    waiting, count, held = [(found, 0)], 0, 0
+    while waiting:
+        (value, depth), count = waiting.pop(), count + 1
+        if count > limits.VALUES or depth > limits.DEPTH:
+            return f"it has more than {limits.VALUES:,} values, or nests them {limits.DEPTH} deep"
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for part in (*value, *value.values())]
+        elif isinstance(value, list | tuple):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, torch.Tensor):
+            held += value.numel() * value.element_size()
+            if held > limits.UNPACKED * size:
+                return "its tensors are larger than what the file holds of them"
+    return None
