@@ -10,11 +10,12 @@ import torch
 
 from models import limits
 
-# What a pickle may name. A namespace has the options of timm's and torchvision's scripts, a counter the
-# milestones of a schedule.
-EMPTY, COUNTER = ("collections OrderedDict", "argparse Namespace"), "collections Counter"
-MAKES_TENSORS = re.compile(r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)")
-OF_TENSORS = re.compile(r"torch \w+Storage")  # named by their tensors, and never called
+# What a pickle may name: what is made empty; what copies a part of it, which it may do a few times; what makes
+# tensors; and what is never called, the kinds of values in a tensor.
+EMPTY = "collections OrderedDict", "argparse Namespace"
+COPIES = "collections Counter", "torch Size", "torch device", "builtins set", "__builtin__ set"
+MAKES_TENSORS = tuple(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter"))
+KINDS = re.compile(r"torch (\w+Storage|(u?int|bfloat|float|complex)\d+|bool)")
 PICKLES = 5  # at the start of a file in PyTorch's old format
 
 
@@ -40,22 +41,22 @@ def damage(path: Path) -> str | None:
 
 
 def foreign(pickled: IO[bytes]) -> str | None:
-    """What one pickle calls that makes neither a tensor nor an empty dict; None if nothing is.
+    """What one pickle names or calls that it may not; None if nothing is.
 
     PyTorch's own reader runs nothing either, but calls more: what fills a memory, or copies a part as often
     as that is named.
     """
-    stack, memo, states = [], {}, 0
+    stack, memo, copies = [], {}, 0
     for code, argument, _ in pickletools.genops(pickled):
         name, before = code.name, [kind.name for kind in code.stack_before]
         if name in ("REDUCE", "NEWOBJ"):
             function, arguments = stack[-2:]
             empty = function in EMPTY and arguments == ()
-            if not empty and function != COUNTER and not MAKES_TENSORS.fullmatch(function or ""):
+            if not empty and function not in (*COPIES, *MAKES_TENSORS):
                 return f"it calls {(function or 'something').replace(' ', '.')} with values"
-            states += function == COUNTER
-        states += name == "BUILD"
-        if states > limits.STATES or name in ("OBJ", "INST", "STACK_GLOBAL", "NEWOBJ_EX"):
+            copies += function in COPIES
+        copies += name == "BUILD"
+        if copies > limits.COPIES or name in ("OBJ", "INST", "STACK_GLOBAL", "NEWOBJ_EX"):
             return "it holds more than plain tensors"
         if name in ("BINPUT", "LONG_BINPUT", "PUT"):
             memo[argument] = stack[-1]
@@ -68,8 +69,8 @@ def foreign(pickled: IO[bytes]) -> str | None:
         stack += {"MARK": ["MARK"], "EMPTY_TUPLE": [()], "GLOBAL": [argument],
                   "BINGET": [memo.get(argument)], "LONG_BINGET": [memo.get(argument)],
                   "GET": [memo.get(argument)]}.get(name, [None] * len(code.stack_after))
-        if name == "GLOBAL" and argument not in (*EMPTY, COUNTER) \
-                and not (MAKES_TENSORS.fullmatch(argument) or OF_TENSORS.fullmatch(argument)):
+        known = (*EMPTY, *COPIES, *MAKES_TENSORS)
+        if name == "GLOBAL" and argument not in known and not KINDS.fullmatch(argument):
             return f"it holds a GLOBAL {argument.replace(' ', '.')}"
     return None
 

@@ -150,7 +150,7 @@ def test_what_a_file_may_not_choose(run, tmp_path):
 MEMORY = {  # pickles that PyTorch's reader of plain values takes, and that fill a memory
     "bytearray": b"c__builtin__\nbytearray\nq\x00\x8a\x05" + (10**11).to_bytes(5, "little") + b"\x85R",
     "storage": b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R",
-    "size": b"ctorch\nSize\nq\x00)\x85R",
+    "sizes": b"(" + b"ctorch\nSize\nK\x01\x85\x85R" * 200 + b"l", "call": b"ctorch\nfloat32\n)R",
     "codecs": b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R",
     "dict": b"ccollections\nOrderedDict\nq\x00](K\x01K\x01\x86e\x85R",
     "states": b"(" + b"ccollections\nOrderedDict\n)R}b" * 200 + b"l"}
