@@ -10,8 +10,8 @@ import torch
 
 from models import limits
 
-# What a pickle may name: what is made empty; what copies a part of it, which it may do a few times; what makes
-# tensors; and what is never called, the kinds of values in a tensor.
+# What a pickle may name: what is made empty; what copies a part of it, which it may do a few times; what
+# makes tensors; and what is never called, the kinds of values in a tensor.
 EMPTY = "collections OrderedDict", "argparse Namespace"
 COPIES = "collections Counter", "torch Size", "torch device", "builtins set", "__builtin__ set"
 MAKES_TENSORS = tuple(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter"))
