@@ -55,7 +55,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     if trainer.is_global_zero:
         steps.log_missed_epoch(command, data, trainer, folder, start)
-    steps.fit(trainer, model, data, command)
+    steps.fit(trainer, model, data, command, start)
     if not trainer.is_global_zero or steps.stopped_by_time(command, folder, start):
         return {}
     return steps.final_scores(command, data, trainer, folder, cost)

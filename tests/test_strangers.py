@@ -125,7 +125,10 @@ def test_checkpoints_of_other_forms(run, tmp_path, change):
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: c["loops"].update(fit_loop=1), lambda c: c["optimizer_states"][0].clear()])
+    lambda c: c["loops"].update(fit_loop=1), lambda c: c["optimizer_states"][0].clear(),
+    lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)),
+    lambda c: c["lr_schedulers"][0].update(_step_count="x"),
+    lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(ready="x")])
 def test_a_state_of_the_training_of_another_form(run, tmp_path, change):
     file = changed(run, tmp_path / "a.ckpt", change)
     done = call("train.py", f"ckpt={file}", "trainer.max_epochs=2", "out=on", cwd=tmp_path)

@@ -23,6 +23,7 @@ from reports.runs import read_epochs
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO
 from runs.same import changes
+from settings.cli import of_the_machine
 from settings.command import Command
 from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
@@ -34,6 +35,7 @@ from training.sweep import in_a_sweep
 # What decides which images an epoch's batches have, and after which of them the optimiser takes a step.
 OF_AN_EPOCH = ("data.batch_size", "data.max_images", "data.val_size", "seed",
                "trainer.accumulate_grad_batches", "trainer.limit_train_batches")
+OF_A_STATE = ("/optim/", "/pytorch_lightning/loops/")  # where one of another form fails in the first step
 FORKS = ("spawn", "fork", "notebook")  # in the names of strategies that train in processes of multiprocessing
 
 
@@ -244,7 +246,7 @@ def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunF
     return {"parameters": parameters, "activations_mib": activations}
 
 
-def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Command) -> None:
+def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Command, start: Start) -> None:
     """Train.
 
     Raises:
@@ -256,7 +258,9 @@ def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Comman
         trainer.fit(model, data, ckpt_path=command.ckpt, weights_only=True)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        if not any(place.endswith("checkpoint_connector.py") for place in places):
+        restoring = any(place.endswith("checkpoint_connector.py") for place in places)
+        stepping = trainer.global_step <= start.step + 1 and any(part in places[-1] for part in OF_A_STATE)
+        if start.checkpoint is None or not (restoring or stepping) or of_the_machine(error) is not None:
             raise
         raise ValueError(f"ckpt={command.ckpt} cannot be gone on from: the state of its training is of "
                          f"another form ({type(error).__name__}: {error})") from error
