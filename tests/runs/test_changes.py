@@ -31,7 +31,7 @@ class Batches(At):
 
 
 @pytest.mark.parametrize("change", ["trainer.limit_train_batches=8", "trainer.limit_train_batches=3",
-                                    "data.batch_size=64", "trainer.accumulate_grad_batches=2"])
+                                    "trainer.accumulate_grad_batches=2"])
 def test_epochs_of_another_length(make_settings, train_with, whole, tmp_path, change):
     """After an epoch's end; the learning rate ends near 0, and a stop on the way changes nothing."""
     command = [f"ckpt={whole}/checkpoints/last.ckpt", change, "trainer.max_epochs=4"]
