@@ -163,8 +163,12 @@ class RunFolder:
     def _own_config(self) -> dict[str, Any] | None:
         """As `read_config`, where the file must be a run's."""
         stored = self.read_config()
-        groups = (*GROUPS, "logger")
-        if stored is not None and not all(isinstance(stored.get(group), dict) for group in groups):
+        if stored is None:
+            return None
+        groups = [stored.get(group) for group in (*GROUPS, "logger")]
+        if not all(isinstance(group, dict) and all(isinstance(key, str) for key in group) for group in groups) \
+                or not isinstance(stored["block"].get("positions"), int | None) \
+                or not isinstance(stored["block"].get("init"), str | None):
             raise ValueError(DAMAGED.format(self.config, self.path))
         return stored
 

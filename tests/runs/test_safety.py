@@ -237,6 +237,8 @@ def test_damaged_checkpoints_are_all_kept(tmp_path):
 @pytest.mark.parametrize(("name", "text"), [
     ("config.yaml", "model: {}\nblock: {}\ndata: {}\noptim: {}\ntrainer: {}\n"),
     ("config.yaml", "model: {}\nblock: x\ndata: {}\noptim: {}\ntrainer: {}\nlogger: null\n"),
+    ("config.yaml", "model: {7: 1}\nblock: {}\ndata: {}\noptim: {}\ntrainer: {}\nlogger: {}\n"),
+    ("config.yaml", "model: {}\nblock: {positions: x}\ndata: {}\noptim: {}\ntrainer: {}\nlogger: {}\n"),
     ("result.json", "{}"), ("result.json", "[]"), ("result.json", '{"top1": "x", "top5": 1, "loss": null}')])
 def test_files_of_another_shape_are_damaged(make_settings, tmp_path, name, text):
     groups = ("model", "block", "data", "optim", "trainer", "logger")
