@@ -166,7 +166,7 @@ class RunFolder:
         if stored is None:
             return None
         groups = [stored.get(group) for group in (*GROUPS, "logger")]
-        named = all(isinstance(group, dict) and all(isinstance(key, str) for key in group) for group in groups)
+        named = all(isinstance(group, dict) and {*map(type, group)} <= {str} for group in groups)
         if not named or not isinstance(stored["block"].get("positions"), int | None) \
                 or not isinstance(stored["block"].get("init"), str | None):
             raise ValueError(DAMAGED.format(self.config, self.path))
