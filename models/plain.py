@@ -15,6 +15,7 @@ from models import limits
 EMPTY = "collections OrderedDict", "argparse Namespace"
 COPIES = "collections Counter", "torch Size", "torch device", "builtins set", "__builtin__ set"
 MAKES_TENSORS = tuple(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter"))
+KNOWN = {*EMPTY, *COPIES, *MAKES_TENSORS}
 KINDS = re.compile(r"torch (\w+Storage|(u?int|bfloat|float|complex)\d+|bool)")
 PICKLES = 5  # at the start of a file in PyTorch's old format
 
@@ -69,8 +70,7 @@ def foreign(pickled: IO[bytes]) -> str | None:
         stack += {"MARK": ["MARK"], "EMPTY_TUPLE": [()], "GLOBAL": [argument],
                   "BINGET": [memo.get(argument)], "LONG_BINGET": [memo.get(argument)],
                   "GET": [memo.get(argument)]}.get(name, [None] * len(code.stack_after))
-        known = (*EMPTY, *COPIES, *MAKES_TENSORS)
-        if name == "GLOBAL" and argument not in known and not KINDS.fullmatch(argument):
+        if name == "GLOBAL" and argument not in KNOWN and not KINDS.fullmatch(argument):
             return f"it holds a GLOBAL {argument.replace(' ', '.')}"
     return None
 

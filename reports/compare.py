@@ -67,6 +67,24 @@ def together(variants: pd.DataFrame) -> pd.DataFrame:
     return variants.assign(**wider)
 
 
+def _equal_time(done: pd.DataFrame, row: dict[str, Any], epochs: dict[str, int]) -> dict[str, Any]:
+    """The difference to the baseline that trained for the time nearest to a variant's, if about as long.
+
+    `epochs` are those of each baseline; nothing is returned where no time is known.
+    """
+    times = {a: row["seconds"] / done[done["variant"] == a]["seconds"].median() for a in epochs}
+    times = {a: ratio for a, ratio in times.items() if np.isfinite(ratio)}
+    if not times:
+        return {}
+    nearest = min(times, key=lambda a: abs(np.log(times[a])))
+    found = {"equal_time": nearest, "time_ratio": times[nearest],
+             "wanted_epochs": round(times[nearest] * epochs[nearest])}
+    if SAME_TIME[0] <= times[nearest] <= SAME_TIME[1]:
+        pairs = paired(done, row["variant"], nearest)
+        found |= {f"{key}_equal_time": value for key, value in pairs.items()}
+    return found
+
+
 def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """A variant a row: accuracy, cost, and the differences to its baseline.
 
@@ -115,14 +133,7 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
         base = next((a for a in bases if lengths[a] == lengths[variant]), None)
         if base is not None:
             row |= {"baseline": base} | paired(done, variant, base)
-        times = {a: row["seconds"] / done[done["variant"] == a]["seconds"].median() for a in bases}
-        times = {a: ratio for a, ratio in times.items() if np.isfinite(ratio)}
-        if times and not is_base(variant):
-            nearest = min(times, key=lambda a: abs(np.log(times[a])))
-            row |= {"equal_time": nearest, "time_ratio": times[nearest],
-                    "wanted_epochs": round(times[nearest] * lengths[nearest][-1])}
-            if SAME_TIME[0] <= times[nearest] <= SAME_TIME[1]:
-                row |= {f"{key}_equal_time": value
-                        for key, value in paired(done, variant, nearest).items()}
+        if bases and not is_base(variant):
+            row |= _equal_time(done, row, {a: lengths[a][-1] for a in bases})
         rows.append(row)
     return together(pd.DataFrame(rows))

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
+from models import limits
 from runs.folder import RunFolder
 from runs.same import of_the_training
 from settings.cli import printable
@@ -16,7 +17,7 @@ from settings.schema import Settings, flat
 
 RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
 NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")
-LARGEST, LONGEST = 1e30, 2**16  # a value, and a line in bytes, of metrics.csv
+LARGEST = 1e30  # value of metrics.csv
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
 
@@ -114,8 +115,8 @@ def _refuse_odd(path: Path) -> None:
         raise ValueError("it is a link")
     if path.is_file():
         with path.open("rb") as file:
-            if max(map(len, file), default=0) > LONGEST:
-                raise ValueError(f"a line of it has more than {LONGEST:,} bytes")
+            if max(map(len, file), default=0) > limits.LINE:
+                raise ValueError(f"a line of it has more than {limits.LINE:,} bytes")
 
 
 def read_epochs(folder: RunFolder) -> pd.DataFrame:

@@ -104,7 +104,7 @@ def draw_curves(epochs: pd.DataFrame, variants: pd.DataFrame, path: Path) -> Non
     figure = new_figure(11 if timed.empty else 15, 4.5)
     axes, colors = figure.subplots(1, 2 if timed.empty else 3), {}
     shown = [("train_loss", "training loss", 1), ("test_top1", "test top-1, %", 100)]
-    for axis, (column, title, scale) in zip(axes, shown, strict=False):
+    for axis, (column, title, scale) in zip(axes[:2], shown, strict=True):
         for variant, group in epochs.groupby("variant", sort=False):
             label = f"{variant[:LONGEST]} (n={group['folder'].nunique()})".replace("$", r"\$")  # no formula
             curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")

@@ -10,11 +10,10 @@ from pathlib import Path
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from models import limits
 from models.say import say
 from runs.folder import RunFolder
 from runs.safety import set_aside, write_text
-
-LONGEST = 2**16  # of a line, in characters
 
 
 def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
@@ -48,7 +47,7 @@ def _keep_until(path: Path, epochs: int, step: int) -> None:
     """Leave out damaged lines, and rows of what comes after; a file without a header is set aside."""
     lines = path.read_bytes().decode("utf-8-sig", errors="replace").splitlines(keepends=True)
     parsed = [next(csv.reader([line])) for line in lines  # a full disk cuts the last
-              if line.endswith("\n") and len(line) < LONGEST]
+              if line.endswith("\n") and len(line) < limits.LINE]
     first = next((place for place, cells in enumerate(parsed) if "step" in cells), None)
     if first is None:
         if lines:
