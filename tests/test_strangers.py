@@ -133,7 +133,8 @@ OF_OPTIMISER = "its optimiser has another state"
     (lambda c: c["optimizer_states"][0].clear(), OF_OPTIMISER),
     (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)), OF_TRAINING),
     (lambda c: c["lr_schedulers"][0].update(_step_count="x"), OF_TRAINING),
-    (lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(ready="x"), OF_TRAINING)])
+    (lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(ready="x"), OF_TRAINING),
+])
 def test_a_state_of_the_training_of_another_form(run, tmp_path, change, message):
     file = changed(run, tmp_path / "a.ckpt", change)
     done = call("train.py", f"ckpt={file}", "trainer.max_epochs=2", "out=on", cwd=tmp_path)
