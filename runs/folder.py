@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from models.checkpoint import load_checkpoint
+from models.say import say
 from runs.safety import newest, previous, set_aside, write_text
 from runs.same import GROUPS, as_begun, differences
 from settings.cli import output_folder, printable
@@ -145,12 +146,22 @@ class RunFolder:
         if not rank_zero_only.rank and {path.name for path in self.path.iterdir()} <= {self.lock.name}:
             shutil.rmtree(self.path)
 
-    def _set_damaged_aside(self) -> None:
-        """Make way for the next checkpoint, which must not push a damaged one over the good one before it."""
+    def _go_back(self, command: Command) -> Command:
+        """Go on from the checkpoint before the last one, over which the next save must not push the last.
+
+        If the last has the settings of this command, which was thus stopped before, it goes on there.
+        """
         try:
-            load_checkpoint(self.last)
+            stored = load_checkpoint(self.last)["dbb"]["settings"]
         except ValueError:
             set_aside(self.last)
+            return command
+        if not differences(stored, command):
+            say(f"{self.last} has these settings, and is further: going on from it")
+            return replace(command, ckpt=str(self.last))
+        set_aside(self.last, "left")
+        say(f"going back to {command.ckpt}: {self.last.name}, which has other settings, is kept beside it")
+        return command
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings in config.yaml, as plain values; None where there is none.
@@ -230,9 +241,8 @@ class RunFolder:
         own = {self.last.resolve(), previous(self.last).resolve()}
         holds_run = self.has_state or self.result.exists()
         if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not holds_run):
-            if Path(command.ckpt).resolve() == previous(self.last).resolve():
-                self._set_damaged_aside()
-            return command
+            going_back = Path(command.ckpt).resolve() == previous(self.last).resolve()
+            return self._go_back(command) if going_back else command
         stored = self._own_config()
         command = as_begun(command, stored)
         different = differences(stored, command)
@@ -240,7 +250,7 @@ class RunFolder:
             logger = replace(command.logger, id=stored["logger"].get("id"))
             going_on = newest(self.last)
             if going_on == previous(self.last):
-                self._set_damaged_aside()
+                set_aside(self.last)
             return replace(command, ckpt=None if going_on is None else str(going_on), logger=logger)
         if holds_run:
             knobs = ", ".join(different[:4])

@@ -70,12 +70,12 @@ def newest(last: Path) -> Path | None:
     return before
 
 
-def set_aside(path: Path) -> Path | None:
-    """Rename a damaged file, so that the next one does not take its place; returned is its new name."""
+def set_aside(path: Path, why: str = "damaged") -> Path | None:
+    """Rename a file by why it is out of use, so that no other takes its place; returned is its new name."""
     if rank_zero_only.rank or not path.exists():
         return None
     numbers = chain([""], count(2))
-    names = (path.with_name(f"{path.stem}-damaged{number}{path.suffix}") for number in numbers)
+    names = (path.with_name(f"{path.stem}-{why}{number}{path.suffix}") for number in numbers)
     return path.rename(next(name for name in names if not name.exists()))
 
 

@@ -13,6 +13,7 @@ from settings.schema import (
     ModelConf,
     OptimConf,
     TrainerConf,
+    differ,
     flat,
 )
 
@@ -43,7 +44,7 @@ def as_begun(command: Command, stored: dict[str, Any] | None) -> Command:
 def differences(stored: dict[str, Any] | None, command: Command) -> list[str]:
     """The knobs in which a command's training is not that of stored settings."""
     old, new = of_the_training(stored or {}), of_the_training(command.stored())
-    return [key for key, value in new.items() if old.get(key, LATER_KNOBS.get(key)) != value]
+    return [key for key, value in new.items() if differ(old.get(key, LATER_KNOBS.get(key)), value)]
 
 
 def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
@@ -62,4 +63,4 @@ def changes(stored: dict[str, Any], command: Command, done: int) -> list[str]:
     """Settings of the training that differ from a checkpoint's, of `done` epochs, a sentence each."""
     old, new = LATER_KNOBS | of_the_training(stored), of_the_training(command.stored())
     return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items()
-            if key in old and old[key] != value]
+            if key in old and differ(old[key], value)]

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 import settings.folders  # noqa: F401  the configs name its functions
 from settings.cli import printable
 from settings.overrides import changes_branches, named, parsed, wants_no_block
-from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name, flat
+from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name, differ, flat
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
             before = flat(OmegaConf.to_container(result))
             OmegaConf.update(result, changed, OmegaConf.select(cfg, changed), merge=False)
             for knob, value in flat(OmegaConf.to_container(result)).items():
-                if before.get(knob) != value:
+                if differ(before.get(knob), value):
                     print(printable(f"changed from the checkpoint: {knob}: {before.get(knob)} -> {value}"))
     if "data.download" not in named(words):  # into a folder that a file names
         result.data.download = False

@@ -50,6 +50,11 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def differ(old: Any, new: Any) -> bool:
+    """Whether two values of a knob are two settings: 1 is one batch of `limit_train_batches`, 1.0 is all."""
+    return old != new or isinstance(old, float) != isinstance(new, float)
+
+
 @dataclass
 class ModelConf:
     """The backbone. A warm start: `pretrained` fetches timm's weights, `weights` reads a file."""

@@ -18,12 +18,14 @@ sys.path.insert(0, str(ROOT))
 from reports.runs import METRICS
 from runs.folder import RunFolder
 from runs.safety import write_text
+from settings.schema import TENSOR_SETS
 
 
 def keep(folder: RunFolder) -> None:
     """Rewrite the small files of a finished run; harmless the second time."""
     config = folder.read_config()
-    config["data"]["root"] = None  # of the sets in memory, no part of what a run is
+    if config["data"]["name"] in TENSOR_SETS:  # of these, no part of what a run is
+        config["data"]["root"] = None
     write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
     rows = pd.read_csv(folder.metrics).reindex(columns=["epoch", "step", *METRICS])
     rows = rows.dropna(subset=list(METRICS), how="all").groupby("epoch", as_index=False).last()
@@ -35,9 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     found = [path for folder in parser.parse_args().folders for path in sorted(folder.rglob("result.json"))]
-    for path in found:
-        keep(RunFolder(path.parent))
-    print(f"{len(found)} finished runs")
+    runs = [folder for folder in map(RunFolder, (path.parent for path in found))
+            if folder.is_ours() and folder.metrics.exists()]
+    for folder in runs:
+        keep(folder)
+    print(f"{len(runs)} finished runs; other folders, left as they are: {len(found) - len(runs)}")
 
 
 if __name__ == "__main__":

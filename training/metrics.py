@@ -25,10 +25,11 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
         step: of the optimiser, likewise. Rows of later ones go: they are done again.
     """
     path, kept = folder.metrics, folder.metrics_before
-    if kept.exists() and rank_zero_only.rank == 0:
+    writes = rank_zero_only.rank == 0
+    if kept.exists() and writes:
         # Of a process that was killed here; or, beside metrics.csv, of somebody else.
         set_aside(kept) if path.exists() else kept.rename(path)
-    if path.exists() and rank_zero_only.rank == 0:
+    if path.exists() and writes:
         _keep_until(path, epochs, step)
         path.rename(kept)
     logger = CSVLogger(folder.path, name="", version="")
@@ -36,7 +37,7 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
         warnings.filterwarnings("ignore", "Experiment logs directory")  # its metrics.csv was moved away
         writer = logger.experiment
     writer._rewrite_with_new_header = partial(_widen, path)
-    if kept.exists():
+    if kept.exists() and writes:
         kept.rename(path)
         with path.open(newline="") as file:
             writer.metrics_keys = next(csv.reader(file), [])

@@ -25,6 +25,7 @@ from runs.safety import WholeCheckpointIO
 from runs.same import changes
 from settings.cli import of_the_machine
 from settings.command import Command
+from settings.schema import differ
 from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
 from training.loggers import log_convolutions, log_predictions
@@ -280,7 +281,7 @@ def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, fol
     if loss is not None and known["train_loss"].isna().all():
         values["train/loss_epoch"] = loss["total"] / loss["count"]
     conf = command.trainer
-    due = start.epochs % conf.check_val_every_n_epoch == 0 and conf.limit_val_batches == 1
+    due = start.epochs % conf.check_val_every_n_epoch == 0 and not differ(conf.limit_val_batches, 1.0)
     if due and known["test_top1"].isna().all():
         net, device = load_network(start.checkpoint, command), pick_device(command.trainer.accelerator)
         found = scores(*predict(net, data, device, "missed"))

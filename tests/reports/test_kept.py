@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from runs.folder import RunFolder
 from tests.helpers import TINY, call
-from tools.keep_runs import keep
+from tools.keep_runs import keep, main
 
 pytestmark = pytest.mark.slow
 
@@ -35,3 +35,14 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path):
     pd.testing.assert_frame_equal(before, after, rtol=1e-3)
     assert sorted(after["variant"]) == ["dbb", "none", "sgs"]
     assert after.set_index("variant").loc[["dbb", "sgs"], "pairs"].tolist() == [2, 2]
+
+
+def test_what_no_run_wrote_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    files = {"config.yaml": "data:\n  root: /data  # mine\n", "result.json": '{"acc": 0.9}',
+             "metrics.csv": "epoch,step,mine\n0,1,2\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("sys.argv", ["keep_runs.py", str(tmp_path)])
+    main()
+    assert capsys.readouterr().out == "0 finished runs; other folders, left as they are: 1\n"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files

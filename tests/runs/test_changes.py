@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
+import torch
 
 import train as train_script
 from evaluation import evaluate
+from models.checkpoint import load_checkpoint
+from runs.folder import FolderTakenError, RunFolder
+from runs.same import changes
 from tests.helpers import write_tree
-from tests.runs.stopping import SHORT, At, check_same, interrupt, place, terminate
+from tests.runs.stopping import SHORT, At, check_same, fail, interrupt, place, terminate
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +77,49 @@ def test_other_images(make_settings, train_with, tmp_path, capsys):
     assert batches.seen == [(epoch, batch) for epoch in (1, 2) for batch in range(5)]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["changed"] == ["training images: 16 until epoch 1, then 20"]
+
+
+@pytest.mark.parametrize("stop", [fail, None])
+def test_going_back_to_the_checkpoint_before(make_settings, train_with, whole, tmp_path, capsys, stop):
+    """With another rate, in the run's own folder; the same command then goes on, not from the old last."""
+    for name in ("whole", "parts"):
+        shutil.copytree(whole, tmp_path / name)
+    old = load_checkpoint(whole / "checkpoints" / "last.ckpt")
+    parts = tmp_path / "parts"
+
+    def train(folder, *more):
+        settings = make_settings(f"ckpt={folder}/checkpoints/last-previous.ckpt", "optim.lr=0.01",
+                                 "trainer.max_epochs=3")
+        return train_with(settings, folder, *more)
+
+    train(tmp_path / "whole")
+    assert "last.ckpt, which has other settings, is kept beside it" in capsys.readouterr().out
+    if stop is None:
+        train(parts)
+    else:
+        with pytest.raises(RuntimeError, match="power failure"):
+            train(parts, At(2, 1, stop))
+        assert place(parts) == (2, 0)
+    train(parts)  # where it is finished: nothing more
+    assert "has these settings, and is further: going on from it" in capsys.readouterr().out
+    check_same(tmp_path / "whole", parts)
+    left = load_checkpoint(parts / "checkpoints" / "last-left.ckpt")
+    assert all(torch.equal(value, left["state_dict"][key]) for key, value in old["state_dict"].items())
+    assert not (parts / "checkpoints" / "last-left2.ckpt").exists()
+
+
+@pytest.mark.parametrize("knob", ["trainer.limit_train_batches", "trainer.limit_val_batches"])
+def test_one_batch_is_not_all_of_them(make_settings, tmp_path, knob, capsys):
+    """A trial of one batch an epoch, 1, is not the run of all batches, 1.0, which is the default."""
+    trial, run = (make_settings(*SHORT[:-3], "block.init=mean", f"{knob}={value}") for value in (1, 1.0))
+    folder = RunFolder(tmp_path)
+    for begun, command in ((trial, run), (run, trial)):
+        folder.begin(begun)
+        folder.finish({"top1": 0.1, "loss": 1.0})
+        assert folder.take_up(begun).ckpt is None
+        with pytest.raises(FolderTakenError, match=f"another {knob}: "):
+            folder.take_up(command)
+    assert changes(trial.stored(), run, 3) == [f"{knob}: 1 until epoch 3, then 1.0"]
 
 
 def test_what_cannot_change_within_an_epoch(make_settings, train_with, tmp_path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.utilities import rank_zero_only
 
 from runs.folder import RunFolder
 from training.metrics import csv_logger
@@ -86,3 +87,14 @@ def test_an_empty_file(tmp_path):
     logger.log_metrics({"loss": 3.5}, 3)
     logger.save()
     assert (tmp_path / "metrics.csv").read_text().split() == ["loss,step", "3.5,3"]
+
+
+def test_other_processes_touch_no_file(tmp_path, monkeypatch):
+    """With torchrun they come here when they like, while the first one has the file moved away."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    folder = RunFolder(tmp_path)
+    for path in ([folder.metrics_before], [folder.metrics, folder.metrics_before]):
+        for file in path:
+            file.write_text("epoch,step\n0,1\n")
+        csv_logger(folder, 1, 2)
+        assert sorted(tmp_path.iterdir()) == sorted(path)
