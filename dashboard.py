@@ -12,6 +12,8 @@ from importlib.util import find_spec
 
 import wandb
 
+from training.wandb_settings import refuse_settings_of_folder
+
 
 def make_workspace(entity: str, project: str):
     """The dashboard's definition, a `wandb_workspaces.workspaces.Workspace`; nothing is sent."""
@@ -60,6 +62,10 @@ def main() -> None:
     options = parser.parse_args()
     if find_spec("wandb_workspaces") is None:
         sys.exit("error: the dashboard needs wandb-workspaces: pip install -e '.[train,dashboard]'")
+    try:
+        refuse_settings_of_folder()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     try:
         entity = options.entity or wandb.Api().default_entity
         print("written:", make_workspace(entity, options.project).save().url)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export.files import HUB
 from export.formats import FORMATS
+from models import limits
 
 REPORT, FAILED = "report.json", "report-failed.json"
 REPORTS = ("report.md", "report.png", REPORT)
@@ -22,8 +23,11 @@ def written_before(out: Path) -> set[str]:
     """The files in `out` that an earlier conversion wrote, as its report says."""
     written = set()
     for name in (REPORT, FAILED):
+        path = out / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > limits.REPORT:
+            continue
         try:
-            report = json.loads((out / name).read_text())
+            report = json.loads(path.read_text())
             _ = report["about"], report["relative_error"]  # which no other tool's report has
             graphs = [GRAPHS] if "graphs" in report else []
             entries = {*report["files"], *report.get("hub", []), *REPORTS, *graphs} & KNOWN

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from images.random import generator
 from images.sources import load_files, load_noise, load_tensors
+from models.say import say
 from settings.schema import TENSOR_SETS, DataConf
 
 
@@ -82,6 +83,9 @@ class ImageData(pl.LightningDataModule):
         read = load_tensors if self.conf.name in TENSOR_SETS else load_files
         self.test_set, self.classes = read(self.conf, self.seed, train=False)
         self.test_indices = self._some(torch.arange(len(self.test_set)))
+        if len(self.test_indices) < len(self.test_set):  # a stranger's checkpoint may say so
+            say(f"data.max_images={self.conf.max_images}: {len(self.test_indices)} of {len(self.test_set)} "
+                "test images are taken")
         if train:
             self.train_set, _ = read(self.conf, self.seed, train=True)
             # The same images are held out whatever the run's seed.

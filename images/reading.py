@@ -46,6 +46,8 @@ def read_pixels(path: str) -> Tensor:
 def _format(path: str) -> str:
     """An image's format, by its header; refused is one whose pixels would fill the memory."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("it is a pipe, which would be waited for")
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
     except UNREADABLE as error:

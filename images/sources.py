@@ -235,8 +235,7 @@ class Tree(datasets.ImageFolder):
 
     def __init__(self, folder: Path, classes: list[str]):
         self.folder, self.known, self.skipped = folder, classes, Counter()
-        for _ in os.walk(folder, onerror=_refuse_unreadable):  # ImageFolder would leave such a folder out
-            pass
+        _walk(folder)
         if loose := _loose_images(folder):
             self.skipped["images in no class's folder"] = len(loose)
         try:
@@ -268,6 +267,16 @@ class Tree(datasets.ImageFolder):
         if new := sorted(set(_classes(Path(directory))) - set(self.known)):
             raise ValueError(f"{directory} has classes that the training images lack: {', '.join(new[:5])}")
         return self.known, {name: index for index, name in enumerate(self.known)}
+
+
+def _walk(folder: Path) -> None:
+    """Raise a ValueError for what ImageFolder would leave out, unreadable folders, or walk without end."""
+    seen = set()
+    for place, _, _ in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            raise ValueError(f"{place} is in {folder} twice, by a link: remove the link")
+        seen.add((status.st_dev, status.st_ino))
 
 
 def _refuse_unreadable(error: OSError) -> None:

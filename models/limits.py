@@ -6,6 +6,7 @@ VALUES = 10**6  # plain values and tensors in a checkpoint, each as often as it 
 DEPTH = 100  # of values within values
 COPIES = 100  # of parts of a pickle that it makes
 LINE = 2**16  # bytes of a line of metrics.csv
+REPORT = 2**24  # bytes of a conversion's report.json
 UNPACKED = 4  # what a file of weights holds, over its own size
 IMAGE_SIZE = 2048  # side of a network's images, in pixels
 IMAGE_PIXELS = 2**27  # of one image file: 134 million, as in a 11,585 x 11,585 one

@@ -31,7 +31,7 @@ def damage(path: Path) -> str | None:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
                 return "it is compressed, as PyTorch writes none"  # perhaps to fill a memory
             for entry in file.infolist():
-                if entry.filename.endswith(".pkl") and (wrong := foreign(file.open(entry))):
+                if entry.filename.lower().endswith(".pkl") and (wrong := foreign(file.open(entry))):
                     return wrong
             broken = file.testzip()
     except (OSError, MemoryError):  # of the machine, perhaps for a moment

@@ -88,6 +88,9 @@ def _of_hdf5(path: Path) -> dict[str, Tensor]:
         size = sum(value.nbytes for value in sets.values())
         if any(value.external or value.is_virtual for value in sets.values()):
             raise ValueError("it points to other files")
+        if any(value.dtype.hasobject or value.id.get_create_plist().get_nfilters()
+               for value in sets.values()):
+            raise ValueError("it is compressed, or holds more than numbers")  # perhaps to fill a memory
         if size > limits.UNPACKED * path.stat().st_size:
             raise ValueError("it is larger unpacked than weights are")
         return {key: torch.as_tensor(value[()]) for key, value in sets.items()}

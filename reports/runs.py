@@ -127,8 +127,11 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
     """
     try:
         _refuse_odd(folder.metrics)
-        rows = pd.read_csv(folder.metrics) if folder.metrics.is_file() else pd.DataFrame()
-        rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
+        wanted = ["epoch", "step", *METRICS]
+        # Of other columns nothing is kept: of short lines they would be filled up.
+        rows = pd.read_csv(folder.metrics, usecols=lambda name: name in wanted) \
+            if folder.metrics.is_file() else pd.DataFrame()
+        rows = rows.reindex(columns=wanted).rename(columns=METRICS)
         rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
         rows = rows.astype(float)
         if (rows["epoch"] % 1 != 0).any() or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):

@@ -27,7 +27,8 @@ def keep(folder: RunFolder) -> None:
     if config["data"]["name"] in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
     write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-    rows = pd.read_csv(folder.metrics).reindex(columns=["epoch", "step", *METRICS])
+    wanted = ["epoch", "step", *METRICS]
+    rows = pd.read_csv(folder.metrics, usecols=lambda name: name in wanted).reindex(columns=wanted)
     rows = rows.dropna(subset=list(METRICS), how="all").groupby("epoch", as_index=False).last()
     rows = rows.astype({"epoch": int, "step": int})
     write_text(folder.metrics, rows.to_csv(index=False, float_format="%.6g"))
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     found = [path for folder in parser.parse_args().folders for path in sorted(folder.rglob("result.json"))]
     runs = [folder for folder in map(RunFolder, (path.parent for path in found))
-            if folder.is_ours() and folder.metrics.exists()]
+            if folder.is_ours() and folder.config.is_file() and folder.metrics.is_file()]
     for folder in runs:
         keep(folder)
     print(f"{len(runs)} finished runs; other folders, left as they are: {len(found) - len(runs)}")

@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -25,6 +24,7 @@ from runs.safety import write_text
 from settings.command import Command
 from settings.schema import LoggerConf, Settings
 from training.metrics import csv_logger
+from training.wandb_settings import refuse_settings_of_folder
 
 WANDB_WAIT = 10  # seconds, at the start
 WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server without end
@@ -99,7 +99,7 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
     either: a logger must not stop a run.
     """
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(WANDB_FINISH))
-    refuse_server_of_folder()
+    refuse_settings_of_folder()
     conf, model, block = settings.logger, settings.model.name, settings.block.name
     trained = settings.block.mode if settings.block.branches else None
     tags = [tag for tag in (model, settings.data.name, block, trained, *conf.tags) if tag is not None]
@@ -120,21 +120,6 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
             why = (str(error) or type(error).__name__).splitlines()[0]
             say(f"logger=wandb: W&B did not start ({why}): the run goes on {instead}")
     return None
-
-
-def refuse_server_of_folder() -> None:
-    """Refuse W&B's settings file in the current folder, perhaps a stranger's, if it says where to send.
-
-    Raises:
-        ValueError: with what to do.
-    """
-    for name in ("wandb", ".wandb"):
-        path = Path(os.environ.get("WANDB_DIR", "."), name, "settings")
-        if not path.is_file() or "WANDB_BASE_URL" in os.environ:
-            continue
-        if re.search(r"^\s*(base_url|entity|api_key)\b", path.read_text(errors="replace"), re.MULTILINE):
-            raise ValueError(f"logger=wandb: {path} says to whom W&B sends your key and your runs: set "
-                             "WANDB_BASE_URL if you know that file, or start this in another folder")
 
 
 def _wandb_mode(conf: LoggerConf) -> str:

@@ -26,6 +26,8 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
     """
     path, kept = folder.metrics, folder.metrics_before
     writes = rank_zero_only.rank == 0
+    if path.is_symlink() and not path.exists() and writes:
+        path.unlink()  # by which a file would be made where it points to
     if kept.exists() and writes:
         # Of a process that was killed here; or, beside metrics.csv, of somebody else.
         set_aside(kept) if path.exists() else kept.rename(path)

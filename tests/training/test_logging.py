@@ -26,6 +26,7 @@ from training import loggers
 from training import steps as train_steps
 from training.callbacks import Speed
 from training.loggers import log_conversion, make_loggers, wandb_logger
+from training.wandb_settings import refuse_settings_of_folder
 
 pytestmark = pytest.mark.slow
 
@@ -269,7 +270,10 @@ def test_the_dashboard_shows_what_runs_log(make_settings, tmp_path, monkeypatch)
         dashboard.main()
 
 
-@pytest.mark.parametrize("text", ["[default]\nbase_url = http://127.0.0.1:1", "[default]\n  entity=evil"])
+@pytest.mark.parametrize("text", [
+    "[default]\nbase_url = http://127.0.0.1:1", "[default]\n  entity=evil",
+    "[default]\nBASE_URL: http://127.0.0.1",
+    "[default]\nproject = a\nhttps_proxy = http://127.0.0.1:1\ninsecure_disable_ssl = true", "base_url = no"])
 def test_the_folder_does_not_say_to_whom_wandb_sends(make_settings, tmp_path, monkeypatch, text):
     """W&B follows a settings file in the current folder, which may be a stranger's run."""
     monkeypatch.chdir(tmp_path)
@@ -277,8 +281,13 @@ def test_the_folder_does_not_say_to_whom_wandb_sends(make_settings, tmp_path, mo
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text(text)
-    with pytest.raises(ValueError, match="wandb/settings says to whom W&B sends"):
+    with pytest.raises(ValueError, match="wandb/settings says to whom, or how, W&B sends"):
         wandb_logger(make_settings("model=resnet8", "logger=wandb"), RunFolder(tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["dashboard.py", "--project", "dbb"])
+    with pytest.raises(SystemExit, match="wandb/settings says to whom"):
+        dashboard.main()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nproject = mine\nmode = offline\n")
+    refuse_settings_of_folder()
 
 
 def test_a_conversion_sends_what_it_wrote(tmp_path):
