@@ -37,7 +37,8 @@ def test_pickles_by_any_name(tmp_path, name):
 def test_hdf5_that_unpacks_to_more(tmp_path):
     """One value whose compressed chunk holds more; one text that is named often."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("a", shape=(4,), chunks=(10**6,), maxshape=(None,), compression="gzip")
+        file.create_dataset("a", shape=(4,), maxshape=(None,), chunks=(10**6,), dtype="f4",
+                            compression="gzip")
     with h5py.File(tmp_path / "b.h5", "w") as file:
         file["a"] = np.array(["text"] * 4, dtype=h5py.string_dtype())
     for name in ("a.h5", "b.h5"):
