@@ -115,8 +115,11 @@ def _refuse_odd(path: Path) -> None:
         raise ValueError("it is a link")
     if path.is_file():
         with path.open("rb") as file:
-            if max(map(len, file), default=0) > limits.LINE:
-                raise ValueError(f"a line of it has more than {limits.LINE:,} bytes")
+            sizes = [(len(line), line.count(b",")) for line in file]
+        if max(sizes, default=(0, 0))[0] > limits.LINE:
+            raise ValueError(f"a line of it has more than {limits.LINE:,} bytes")
+        if sizes and sizes[0][1] * len(sizes) > 2 * path.stat().st_size:  # to read it is to fill them up
+            raise ValueError("its lines have fewer columns than its first")
 
 
 def read_epochs(folder: RunFolder) -> pd.DataFrame:
@@ -127,11 +130,8 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
     """
     try:
         _refuse_odd(folder.metrics)
-        wanted = ["epoch", "step", *METRICS]
-        # Of other columns nothing is kept: of short lines they would be filled up.
-        rows = pd.read_csv(folder.metrics, usecols=lambda name: name in wanted) \
-            if folder.metrics.is_file() else pd.DataFrame()
-        rows = rows.reindex(columns=wanted).rename(columns=METRICS)
+        rows = pd.read_csv(folder.metrics) if folder.metrics.is_file() else pd.DataFrame()
+        rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
         rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
         rows = rows.astype(float)
         if (rows["epoch"] % 1 != 0).any() or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):

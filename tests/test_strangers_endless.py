@@ -51,7 +51,8 @@ def test_short_lines_of_many_columns(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("epoch,step,train/loss_epoch" + ",a" * 2000 + "\n" + "0,1,2.0\n" * 10_000)
     tracemalloc.start()
-    assert read_epochs(folder)["train_loss"].tolist() == [2.0]
+    with pytest.raises(ValueError, match="lines have fewer columns than its first"):
+        read_epochs(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6, "10,000 rows of 2,000 columns would be 160 MB"

@@ -27,8 +27,7 @@ def keep(folder: RunFolder) -> None:
     if config["data"]["name"] in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
     write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-    wanted = ["epoch", "step", *METRICS]
-    rows = pd.read_csv(folder.metrics, usecols=lambda name: name in wanted).reindex(columns=wanted)
+    rows = pd.read_csv(folder.metrics).reindex(columns=["epoch", "step", *METRICS])
     rows = rows.dropna(subset=list(METRICS), how="all").groupby("epoch", as_index=False).last()
     rows = rows.astype({"epoch": int, "step": int})
     write_text(folder.metrics, rows.to_csv(index=False, float_format="%.6g"))
