@@ -238,11 +238,12 @@ class RunFolder:
         if there and not self.is_ours():
             raise FolderTakenError(f"{self.path} has {there[0]}, which no run wrote: it is somebody else's; "
                                    "choose another folder with out=DIR")
-        own = {self.last.resolve(), previous(self.last).resolve()}
         holds_run = self.has_state or self.result.exists()
-        if command.ckpt is not None and (Path(command.ckpt).resolve() in own or not holds_run):
-            going_back = Path(command.ckpt).resolve() == previous(self.last).resolve()
-            return self._go_back(command) if going_back else command
+        asked = None if command.ckpt is None else Path(command.ckpt).resolve()
+        if asked == previous(self.last).resolve():
+            return self._go_back(command)
+        if asked is not None and (asked == self.last.resolve() or not holds_run):
+            return command
         stored = self._own_config()
         command = as_begun(command, stored)
         different = differences(stored, command)

@@ -20,10 +20,10 @@ def refuse_settings_of_folder() -> None:
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read_string(path.read_text(errors="replace"))
+            said = {key for section in parser.values() for key in section}
         except configparser.Error:
-            parser = {"": ["what cannot be read"]}
-        more = {key for section in parser.values() for key in section} - HARMLESS
-        if more:
+            said = {"what cannot be read"}
+        if more := said - HARMLESS:
             raise ValueError(f"logger=wandb: {path} says to whom, or how, W&B sends your key and your runs "
                              f"({min(more)!r}): set WANDB_BASE_URL if you know that file, or start this in "
                              "another folder")
