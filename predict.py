@@ -18,8 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from export.reading import load_verified
-from images.reading import IMAGE_ENDINGS, is_image, read_pixels
-from models import limits
+from images.reading import IMAGE_ENDINGS, is_image, read_pixels, refuse_long
 from settings.cli import plain_errors, printable
 
 BATCH_SIZE, BATCH_PIXELS = 64, 64 * 384**2
@@ -34,10 +33,7 @@ def prepare(path: str, about: dict) -> Tensor:
     if not is_image(path):  # as in training
         raise ValueError(f"{path} does not end as an image does: {' '.join(sorted(IMAGE_ENDINGS))}")
     pixels, mode = read_pixels(path), InterpolationMode(about["interpolation"])
-    short, long = sorted(pixels.shape[1:])
-    if about["resize"]**2 * long > limits.IMAGE_PIXELS * short:
-        raise ValueError(f"{path} has sides of {short} and {long} pixels: resized to {about['resize']}, it "
-                         f"would have more than {limits.IMAGE_PIXELS:,}")
+    refuse_long(pixels, about["resize"], path)
     pixels = TF.resize(pixels, [about["resize"]], mode, antialias=True)
     pixels = TF.center_crop(pixels, [about["image_size"]])
     return TF.normalize(pixels / 255, about["mean"], about["std"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import timm
@@ -77,8 +78,8 @@ def parse_about(text: str | None, path: Path) -> dict:
                 and all(isinstance(about[key], int) and 0 < about[key] <= 2 * limits.IMAGE_SIZE
                         for key in ("image_size", "resize"))
                 and about["image_size"] <= limits.IMAGE_SIZE
-                and all(len(about[key]) == 3 and all(isinstance(value, float) for value in about[key])
-                        for key in ("mean", "std"))
+                and all(len(about[key]) == 3 and all(isinstance(value, float) and math.isfinite(value)
+                                                 for value in about[key]) for key in ("mean", "std"))
                 and min(about["std"]) > 0)
     except (TypeError, KeyError, ValueError, RecursionError):
         good = False

@@ -87,11 +87,15 @@ class OnnxNetwork(nn.Module):
             raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         self.about = parse_about(self.session.get_modelmeta().custom_metadata_map.get("dbb"), path)
         read, written = self.session.get_inputs(), self.session.get_outputs()
-        kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+        model = onnx.load(path, load_external_data=False)
+        kinds = {node.op_type for node in model.graph.node}
+        values = [attribute.t for node in model.graph.node for attribute in node.attribute]
+        outside = any(tensor.external_data for tensor in [*model.graph.initializer, *values])
         shape = [written[0].shape[-1:], len(written[0].shape)] if len(written) == 1 else None
         if shape != [[len(self.about["classes"])], 2] or [one.name for one in read] != ["images"] \
-                or {"Loop", "If", "Scan"} & set(kinds):
-            raise ValueError(f"{path} is no file of convert.py: its graph has other inputs, outputs or loops")
+                or {"Loop", "If", "Scan"} & kinds or model.functions or outside:
+            raise ValueError(f"{path} is no file of convert.py: its graph has other inputs or outputs, "
+                             "loops, functions, or values in other files")
 
     def forward(self, images: Tensor) -> Tensor:
         try:

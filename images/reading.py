@@ -43,6 +43,14 @@ def read_pixels(path: str) -> Tensor:
     return TF.pil_to_tensor(read_image(path))
 
 
+def refuse_long(image: Tensor, side: int, path: str) -> None:
+    """Raise a ValueError for an image `[3, H, W]` that is too large once its shorter side is resized."""
+    short, long = sorted(image.shape[1:])
+    if side**2 * long > limits.IMAGE_PIXELS * short:
+        raise ValueError(f"{path} has sides of {short} and {long} pixels: resized to {side}, it would have "
+                         f"more than {limits.IMAGE_PIXELS:,}")
+
+
 def _format(path: str) -> str:
     """An image's format, by its header; refused is one whose pixels would fill the memory."""
     try:

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from images.random import generator, seed_of
-from images.reading import is_image, read_pixels
+from images.reading import is_image, read_pixels, refuse_long
 from models import limits
 from models.say import say
 from settings.cli import printable
@@ -161,7 +161,8 @@ class FileImages(Dataset):
         self.tree, self.conf, self.seed, self.augment = tree, conf, seed, augment
         self.image_size = conf.image_size
         size, mode = conf.image_size, InterpolationMode(conf.interpolation)
-        steps = [v2.Resize(resized_side(size, conf.crop_pct), mode), v2.CenterCrop(size)]
+        self.resized = resized_side(size, conf.crop_pct)
+        steps = [v2.Resize(self.resized, mode), v2.CenterCrop(size)]
         if augment:
             steps = [v2.RandomResizedCrop(size, interpolation=mode)]
             steps += [v2.RandomHorizontalFlip()] if conf.flip else []
@@ -181,7 +182,10 @@ class FileImages(Dataset):
                 path, target = self.tree.samples[index]
                 # torch.manual_seed is 0.2 ms slower.
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-                image = self.transform(read_pixels(path))
+                image = read_pixels(path)
+                if not self.augment:
+                    refuse_long(image, self.resized, path)
+                image = self.transform(image)
                 if self.augment and self.conf.lighting:
                     image = lighting(image)
                 batch.append((image, target if real else -1))

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from models.say import say, shown
+from models.say import say
+from settings.cli import printable
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -23,7 +24,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if any(lists.values()):
         text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
-        raise ValueError(f"these weights are those of another network: {shown(text)}")
+        raise ValueError(f"these weights are those of another network: {printable(text)}")
     net.load_state_dict(weights)
 
 

@@ -1,5 +1,7 @@
 """Files of strangers that would fill a memory, or that no reader comes to the end of."""
 
+import json
+import math
 import os
 import pickle
 import tracemalloc
@@ -8,12 +10,16 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from export.files import load_network
 from export.place import require_place
 from images.data import ImageData
 from images.reading import read_pixels
-from images.sources import Tree
+from images.sources import FileImages, Tree
+from models import limits
 from models.plain import damage
 from models.reading import read_weights
 from reports.runs import read_epochs
@@ -90,3 +96,45 @@ def test_a_checkpoint_does_not_choose_the_test_images_in_silence(make_settings, 
     data = ImageData(make_settings("model=resnet8", "data=digits", "data.max_images=3").data, 0)
     data.load(train=False)
     assert "data.max_images=3: 3 of 360 test images are taken" in capsys.readouterr().out
+
+
+def test_a_header_that_names_a_giant(tmp_path):
+    about = {"model": "vit_7b_patch16_dinov3", "classes": ["a"], "image_size": 224, "resize": 256,
+             "mean": [0.5] * 3, "std": [0.5] * 3}
+    for more, message in (({}, "has 6,7.* parameters, the file 1"), ({"image_size": 6000}, "no header"),
+                          ({"mean": [math.nan] * 3}, "no header"), ({"std": [math.inf] * 3}, "no header"),
+                          ({"classes": ["a"] * (limits.CLASSES + 1)}, "no header")):
+        save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", {"dbb": json.dumps(about | more)})
+        with pytest.raises(ValueError, match=message):
+            load_network(tmp_path / "a.safetensors")
+
+
+def test_images_that_would_fill_the_memory(tmp_path):
+    for size, name in (((1, 60_000), "long.png"), ((20_000, 10), "wide.jpg"), ((12_000, 12_000), "large.png"),
+                       ((13_000, 12_000), "large.jpg")):
+        Image.new("L", size).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} .* pixels"):
+            read_pixels(str(tmp_path / name))
+
+
+def test_an_image_that_resizing_would_make_large(tmp_path, make_settings):
+    """As `predict.py` refuses it; a training image is cropped first."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.new("L", (256, 1)).save(tmp_path / "train" / "a" / "long.png")
+    conf = make_settings("model=resnet8", "data=folder", f"data.root={tmp_path}", "data.image_size=512",
+                         "data.crop_pct=0.1").data
+    images = FileImages(Tree(tmp_path / "train", ["a"]), conf, 0, augment=True)
+    assert images.__getitems__([(0, 0, True)])[0][0].shape == (3, 512, 512)
+    with pytest.raises(ValueError, match="long.png has sides of 1 and 256 pixels: resized to 5120"):
+        images.without_augmentation().__getitems__([(0, 0, True)])
+
+
+def test_an_alias_bomb_in_a_runs_folder(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="config.yaml is damaged"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "result.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="result.json is damaged"):
+        RunFolder(tmp_path).read_result()

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from reports.runs import METRICS
 from runs.folder import RunFolder
 from runs.safety import write_text
+from settings.cli import plain_errors
 from settings.schema import TENSOR_SETS
 
 
@@ -39,8 +40,9 @@ def main() -> None:
     found = [path for folder in parser.parse_args().folders for path in sorted(folder.rglob("result.json"))]
     runs = [folder for folder in map(RunFolder, (path.parent for path in found))
             if folder.is_ours() and folder.config.is_file() and folder.metrics.is_file()]
-    for folder in runs:
-        keep(folder)
+    with plain_errors():
+        for folder in runs:
+            keep(folder)
     print(f"{len(runs)} finished runs; other folders, left as they are: {len(found) - len(runs)}")
 
 
