@@ -21,6 +21,7 @@ from settings.command import Command, resolve
 from training import steps, sweep
 from training.divergence import DivergedError
 from training.loggers import finish, make_loggers
+from training.start import log_missed_epoch, refuse_published, start_of, with_identity
 
 
 def train(command: Command, run_dir: Path) -> dict[str, float]:
@@ -44,17 +45,17 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     if result is not None and (asked is None or command.ckpt != asked):
         print(f"{run_dir} is finished: {sentence(result, folder.last)}")
         return result
-    steps.refuse_published(command)
-    command = steps.with_identity(command, folder, fresh=asked is not None)
+    refuse_published(command)
+    command = with_identity(command, folder, fresh=asked is not None)
     trainer = steps.make_trainer(command, folder)
     pl.seed_everything(command.seed, workers=True, verbose=False)
-    start = steps.start_of(command, folder, result)
+    start = start_of(command, folder, result)
     data = steps.load_data(command, start)
     model = steps.make_model(command, data, start)
     trainer.loggers = make_loggers(command, folder, start.epochs, start.step)
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     if trainer.is_global_zero:
-        steps.log_missed_epoch(command, data, trainer, folder, start)
+        log_missed_epoch(command, data, trainer, folder, start)
     steps.fit(trainer, model, data, command, start)
     if not trainer.is_global_zero or steps.stopped_by_time(command, folder, start):
         return {}

@@ -1,11 +1,7 @@
-"""The steps of train.py: what a run starts from, its Trainer, its beginning and its end."""
+"""The steps of train.py: the images, the network, the Trainer, the beginning and the end."""
 
 import os
-import secrets
 import traceback
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
@@ -18,83 +14,20 @@ from evaluation.networks import load_network, restore
 from images.data import ImageData
 from models.build import parameter_count
 from models.checkpoint import load_checkpoint, place_of
-from models.say import say
-from reports.runs import read_epochs
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO
-from runs.same import changes
 from settings.cli import of_the_machine
 from settings.command import Command
-from settings.schema import differ
 from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
 from training.loggers import log_convolutions, log_predictions
-from training.module import Classifier, make_optimizer, rough_start, try_optimizer
+from training.module import Classifier, rough_start, try_optimizer
 from training.sgs import scaled_layers
+from training.start import Start, other_images, try_state
 from training.sweep import in_a_sweep
 
-# What decides which images an epoch's batches have, and after which of them the optimiser takes a step.
-OF_AN_EPOCH = ("data.batch_size", "data.max_images", "data.val_size", "seed",
-               "trainer.accumulate_grad_batches", "trainer.limit_train_batches")
 OF_A_STATE = ("/optim/", "/pytorch_lightning/loops/")  # where one of another form fails in the first step
 FORKS = ("spawn", "fork", "notebook")  # in the names of strategies that train in processes of multiprocessing
-
-
-class Start(NamedTuple):
-    """What training goes on from: a checkpoint, what is done by then, and the settings that have changed."""
-
-    checkpoint: dict[str, Any] | None = None
-    epochs: int = 0
-    batches: int = 0
-    step: int = 0
-    changed: Sequence[str] = ()
-
-
-def refuse_published(command: Command) -> None:
-    """Refuse to train on a published file, which has no state of an optimiser.
-
-    Raises:
-        ValueError: if `source` names whose file it is.
-    """
-    if command.source is not None:
-        raise ValueError(f"source={command.source}: train.py continues its own checkpoints only; "
-                         "model.weights=FILE starts from a plain network's weights, convert.py reads "
-                         "published files")
-
-
-def with_identity(command: Command, folder: RunFolder, fresh: bool) -> Command:
-    """The command with an id for W&B; `fresh` where `ckpt` is another folder's, to which its id belongs."""
-    if command.logger.id is not None and not (fresh and not folder.has_state):
-        return command
-    return replace(command, logger=replace(command.logger, id=secrets.token_hex(4)))
-
-
-def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None) -> Start:
-    """What training starts from.
-
-    Raises:
-        ValueError: if the checkpoint is no start for these settings.
-    """
-    if command.ckpt is None:
-        return Start()
-    checkpoint = load_checkpoint(command.ckpt)
-    stored, (done, batches) = checkpoint["dbb"]["settings"], place_of(checkpoint)
-    same_end = stored["trainer"].get("max_epochs") == command.trainer.max_epochs
-    unevaluated = result is None and folder.has_state and same_end  # stopped in its last evaluation
-    if done >= command.trainer.max_epochs and not unevaluated:
-        raise ValueError(f"trainer.max_epochs={command.trainer.max_epochs}: the checkpoint already has "
-                         f"{done} epochs; set more to continue")
-    if stored["optim"].get("name") != command.optim.name:
-        raise ValueError(f"optim.name={command.optim.name} cannot continue with the state of "
-                         f"{stored['optim'].get('name')} in the checkpoint")
-    now = changes(stored, command, done)
-    for change in now:
-        if batches and change.startswith(OF_AN_EPOCH):
-            raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
-                             f"within epoch {done + 1}, after {batches} batches: go on without it until the "
-                             "epoch's end")
-    all_changes = [*checkpoint["dbb"].get("changed", []), *now]
-    return Start(checkpoint, done, batches, checkpoint["global_step"], all_changes)
 
 
 def load_data(command: Command, start: Start) -> ImageData:
@@ -126,40 +59,6 @@ def refuse_what_does_not_fit(command: Command, data: ImageData) -> None:
         if size > memory:
             raise ValueError(f"{what} takes {size / 2**30:.0f} GiB, and this machine has "
                              f"{memory / 2**30:.0f}")
-
-
-def other_images(data: ImageData, start: Start) -> list[str]:
-    """A sentence, if there are more or fewer training images than before.
-
-    Raises:
-        ValueError: if so within an epoch.
-    """
-    now = len(data.train_indices)
-    before = now if start.checkpoint is None else start.checkpoint["dbb"].get("images", now)
-    if before == now:
-        return []
-    change = f"training images: {before:,} until epoch {start.epochs}, then {now:,}"
-    if start.batches:
-        raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
-                         f"within epoch {start.epochs + 1}, after {start.batches} batches: go on with the "
-                         "images that were there")
-    say(f"changed: {change}")
-    return [change]
-
-
-def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any]) -> None:
-    """Give an optimiser the state in a checkpoint.
-
-    Raises:
-        ValueError: if it does not take it.
-    """
-    try:
-        [state] = checkpoint["optimizer_states"]
-        make_optimizer(command, model.net).load_state_dict(state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"ckpt={command.ckpt} cannot be gone on from: its optimiser has another state "
-                         f"({type(error).__name__}: {error}); optim.name and optim.decay_norm_and_bias must "
-                         "be as they were") from error
 
 
 def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
@@ -265,33 +164,6 @@ def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Comman
             raise
         raise ValueError(f"ckpt={command.ckpt} cannot be gone on from: the state of its training is of "
                          f"another form ({type(error).__name__}: {error})") from error
-
-
-def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, folder: RunFolder,
-                     start: Start) -> None:
-    """Log what metrics.csv lacks of the last epoch that is done, if the run was stopped before that.
-
-    The checkpoint has its training loss. It is evaluated as it would have been, if on all images.
-    """
-    if not start.epochs or start.batches:
-        return
-    known, values = read_epochs(folder), {}
-    known = known[known["epoch"] == start.epochs]
-    loss = start.checkpoint["callbacks"].get("EpochLoss")  # an older file has none
-    if loss is not None and known["train_loss"].isna().all():
-        values["train/loss_epoch"] = loss["total"] / loss["count"]
-    conf = command.trainer
-    due = start.epochs % conf.check_val_every_n_epoch == 0 and not differ(conf.limit_val_batches, 1.0)
-    if due and known["test_top1"].isna().all():
-        net, device = load_network(start.checkpoint, command), pick_device(command.trainer.accelerator)
-        found = scores(*predict(net, data, device, "missed"))
-        values |= {f"test/{name}": value for name, value in found.items()}
-        if command.data.val_size:
-            found = scores(*predict(net, data, device, "missed", data.held_out_dataloader()))
-            values |= {f"val/{name}": value for name, value in found.items()}
-    for logger in trainer.loggers if values else ():
-        logger.log_metrics(values | {"epoch": start.epochs - 1}, start.checkpoint["global_step"] - 1)
-        logger.save()
 
 
 def stopped_by_time(command: Command, folder: RunFolder, start: Start) -> bool:
