@@ -29,7 +29,7 @@ from conversion.steps import (
 from evaluation.evaluate import load_run, pick_device
 from export.files import save_hub
 from export.formats import require
-from export.place import require_place, staged
+from export.place import refuse_anothers, require_place, staged
 from reports.conversion import print_tables
 from runs.folder import RunFolder
 from settings.cli import output_folder, plain_errors
@@ -78,10 +78,13 @@ def main(cfg: DictConfig) -> None:
     with plain_errors():
         command = resolve(cfg, HydraConfig.get().overrides.task)
         ckpt = Path(command.ckpt or "")
-        folder = RunFolder.of_checkpoint(ckpt) or RunFolder(Path("outputs", ckpt.stem))
+        run = RunFolder.of_checkpoint(ckpt)
+        folder = run or RunFolder(Path("outputs", ckpt.stem))
         out = Path(command.out) if command.out else folder.conversion
         if command.out is None and out.is_symlink():
             raise ValueError(f"{out} is a link: say with out=DIR where to write")
+        if command.out is None and run is None:
+            refuse_anothers(out, ckpt)
         report = convert(command, out)
         if command.logger.name == "wandb":
             log_conversion(report, command, out, folder)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from export.files import HUB
+from export.files import HUB, sha256
 from export.formats import FORMATS
 from models import limits
 
@@ -19,22 +19,38 @@ GRAPHS = "graphs.png"  # where both graphs were exported
 KNOWN = {*(kind.file for kind in FORMATS.values()), *HUB, *REPORTS, GRAPHS}  # all that a conversion may write
 
 
+def read_report(path: Path) -> tuple[set[str], str | None] | None:
+    """Which files a conversion wrote, and of which checkpoint, by its report; None if that is not ours."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > limits.REPORT:
+        return None
+    try:
+        report = json.loads(path.read_text())
+        about, _ = report["about"], report["relative_error"]  # which no other tool's report has
+        graphs = [GRAPHS] if "graphs" in report else []
+        written = {*report["files"], *report.get("hub", []), *REPORTS, *graphs} & KNOWN
+        return written, about["checkpoint_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def written_before(out: Path) -> set[str]:
     """The files in `out` that an earlier conversion wrote, as its report says."""
-    written = set()
-    for name in (REPORT, FAILED):
-        path = out / name
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > limits.REPORT:
-            continue
-        try:
-            report = json.loads(path.read_text())
-            _ = report["about"], report["relative_error"]  # which no other tool's report has
-            graphs = [GRAPHS] if "graphs" in report else []
-            entries = {*report["files"], *report.get("hub", []), *REPORTS, *graphs} & KNOWN
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none there, or not ours
-            continue
-        written |= entries if name == REPORT else {FAILED}
+    written, _ = read_report(out / REPORT) or (set(), None)
+    if read_report(out / FAILED) is not None:
+        written |= {FAILED}
     return {name for name in written if not (out / name).parent.is_symlink() or "/" not in name}
+
+
+def refuse_anothers(out: Path, ckpt: Path) -> None:
+    """Refuse a folder, chosen by a checkpoint's name, that has the conversion of another of that name.
+
+    Raises:
+        ValueError: if so.
+    """
+    _, converted = read_report(out / REPORT) or (None, None)
+    if converted is not None and ckpt.is_file() and converted != sha256(ckpt):
+        raise ValueError(f"{out} has the files of another checkpoint that is called {ckpt.name}: say "
+                         "with out=DIR where to write, or remove that folder")
 
 
 def require_place(out: Path, names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ processes; the sampler therefore yields keys `(epoch, index, real)`, where `real
 image that fills up the share of a process and must not be counted (its target becomes -1).
 """
 
+import signal
 from collections.abc import Iterator
 
 import pytorch_lightning as pl
@@ -171,7 +172,7 @@ class ImageData(pl.LightningDataModule):
         sampler = KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch, done)
         return DataLoader(dataset, share, drop_last=shuffle, sampler=sampler,
                           num_workers=workers, persistent_workers=workers > 0 and shuffle,
-                          collate_fn=dataset.collate,
+                          collate_fn=dataset.collate, worker_init_fn=leave_signals_to_the_run,
                           pin_memory=torch.cuda.is_available() and not self.conf.on_device,
                           generator=torch.Generator())  # its own: the global one is left alone
 
@@ -189,6 +190,16 @@ class ImageData(pl.LightningDataModule):
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] * 255
                      for values in (self.conf.mean, self.conf.std))
         return images.float().sub_(mean).div_(std), targets
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Have a process that loads images go on where a whole job is told to stop: the run still needs it.
+
+    Of SIGTERM only the first is left out: by another, torch ends a process that does not end by itself.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def crop_and_flip(images: Tensor, moves: Tensor, padding: int) -> Tensor:

@@ -56,7 +56,7 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     about, weights = checkpoint["dbb"], checkpoint.get("state_dict")
     classes, size = about.get("classes"), about.get("image_size")
     place, settings = about.get("place", (0, 0)), about["settings"]
-    images, changed = about.get("images", 0), about.get("changed", [])
+    counts, changed = [about.get(name, 0) for name in ("images", "test_images")], about.get("changed", [])
     good = (all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
             and all(isinstance(settings.get(group), dict) for group in GROUPS)
             and isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
@@ -64,7 +64,7 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and isinstance(size, int) and 0 < size <= limits.IMAGE_SIZE
             and settings["data"].get("image_size") in (None, size)
             and isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
-            and isinstance(images, int) and isinstance(changed, list)
+            and {*map(type, counts)} == {int} and isinstance(changed, list)
             and all(isinstance(change, str) for change in changed)
             and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -124,8 +124,9 @@ class RunFolder:
         except NotImplementedError:
             pass  # a file system without locks cannot keep others out
         except PermissionError as error:
-            raise ValueError(f"cannot write into {self.path} ({error.strerror}): choose another folder with "
-                             "out=DIR") from error
+            if not self.result.is_file():  # of a finished run, nothing needs to be written
+                raise ValueError(f"cannot write into {self.path} ({error.strerror}): choose another folder "
+                                 "with out=DIR") from error
         except Timeout as error:
             self.lock.write_text(holder)
             raise FolderTakenError(f"another process is training in {self.path} ({holder}): let it finish, "
@@ -147,21 +148,31 @@ class RunFolder:
             shutil.rmtree(self.path)
 
     def _go_back(self, command: Command) -> Command:
-        """Go on from the checkpoint before the last one, over which the next save must not push the last.
+        """Go on from another checkpoint of this run than the last one.
 
         If the last has the settings of this command, which was thus stopped before, it goes on there.
         """
         try:
             stored = load_checkpoint(self.last)["dbb"]["settings"]
         except ValueError:
-            set_aside(self.last)
             return command
-        if not differences(stored, command):
-            say(f"{self.last} has these settings, and is further: going on from it")
-            return replace(command, ckpt=str(self.last))
-        set_aside(self.last, "left")
-        say(f"going back to {command.ckpt}: {self.last.name}, which has other settings, is kept beside it")
-        return command
+        if differences(stored, command):
+            return command
+        say(f"{self.last} has these settings, and is further: going on from it")
+        return replace(command, ckpt=str(self.last))
+
+    def _leave_last(self, command: Command) -> None:
+        """Keep the last checkpoint, if the run goes on from another: no save may take its place."""
+        if command.ckpt is None or Path(command.ckpt).resolve() == self.last.resolve():
+            return
+        try:
+            load_checkpoint(self.last)
+            why = "left"
+        except ValueError:
+            why = "damaged"
+        kept = set_aside(self.last, why)
+        if kept is not None:
+            say(f"going on from {command.ckpt}: {self.last} is now {kept.name}")
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings in config.yaml, as plain values; None where there is none.
@@ -193,6 +204,7 @@ class RunFolder:
 
     def begin(self, command: Command) -> None:
         """Write the settings, and clear what an earlier session left of its end."""
+        self._leave_last(command)
         self.result.unlink(missing_ok=True)
         if not self._has_others_error():
             self.error.unlink(missing_ok=True)
@@ -203,9 +215,13 @@ class RunFolder:
         write_text(self.result, json.dumps(result, indent=2) + "\n")
 
     def fail(self, sentence: str) -> None:
-        """Write error.txt, which says why the run stopped; not over one of somebody else's."""
-        if not self._has_others_error():
-            write_text(self.error, f"{sentence}\n")
+        """Write error.txt, which says why the run stopped; not over one of somebody else's.
+
+        Where that fails, the sentence is printed all the same.
+        """
+        if not rank_zero_only.rank and not self._has_others_error():
+            with suppress(OSError):
+                write_text(self.error, f"{sentence}\n")
 
     def why_failed(self) -> str | None:
         """The sentence in error.txt; None where there is none of ours."""
@@ -240,18 +256,16 @@ class RunFolder:
                                    "choose another folder with out=DIR")
         holds_run = self.has_state or self.result.exists()
         asked = None if command.ckpt is None else Path(command.ckpt).resolve()
-        if asked == previous(self.last).resolve():
-            return self._go_back(command)
         if asked is not None and (asked == self.last.resolve() or not holds_run):
             return command
+        if asked is not None and asked.parent == self.checkpoints.resolve():
+            return self._go_back(command)
         stored = self._own_config()
         command = as_begun(command, stored)
         different = differences(stored, command)
         if stored is not None and not different:
             logger = replace(command.logger, id=stored["logger"].get("id"))
             going_on = newest(self.last)
-            if going_on == previous(self.last):
-                set_aside(self.last)
             return replace(command, ckpt=None if going_on is None else str(going_on), logger=logger)
         if holds_run:
             knobs = ", ".join(different[:4])

@@ -82,6 +82,25 @@ class EpochLine(Callback):
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *values, sep="  ", flush=True)
 
 
+class Averaging(EMAWeightAveraging):
+    """The moving average of the weights, which an evaluation borrows.
+
+    Lightning's own swaps it with the weights, and so rounds it where these are of half precision.
+    """
+
+    own = None  # the weights, while the average is in their place
+
+    def _swap_models(self, module: pl.LightningModule) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        if self.own is None:
+            self.own = [tensor.detach().clone() for tensor in tensors]
+            self._copy_average_to_current(module)
+            return
+        for tensor, value in zip(tensors, self.own, strict=True):
+            tensor.data.copy_(value)
+        self.own = None
+
+
 class Branches(Callback):
     """Log the branches each epoch, to W&B and TensorBoard, layer by layer.
 
@@ -118,7 +137,7 @@ def make_callbacks(settings: Settings, folder: RunFolder) -> list[Callback]:
     if not shows_progress_bar(settings):
         callbacks.append(EpochLine())
     if settings.optim.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=settings.optim.ema_decay))
+        callbacks.append(Averaging(decay=settings.optim.ema_decay))
     return callbacks
 
 

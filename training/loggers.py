@@ -33,8 +33,10 @@ WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server with
 def make_loggers(settings: Settings, folder: RunFolder, epochs: int = 0, step: int = 0) -> list[Logger]:
     """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped.
 
-    `epochs` and `step` as in `csv_logger`.
+    `epochs` and `step` as in `csv_logger`. A folder without a checkpoint has no rows of what goes on there.
     """
+    if not folder.has_state:
+        epochs = step = 0
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, folder) for make in more[settings.logger.name]]
     return [csv_logger(folder, epochs, step), *(_harmless(logger) for logger in made if logger is not None)]

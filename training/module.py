@@ -127,7 +127,8 @@ class Classifier(pl.LightningModule):
             progress.update(counts)
         checkpoint["dbb"] = {"place": place, "settings": self.settings.stored(), "classes": self.classes,
                              "image_size": self.image_size, "changed": self.changed,
-                             "images": len(self.trainer.datamodule.train_indices)}
+                             "images": len(self.trainer.datamodule.train_indices),
+                             "test_images": len(self.trainer.datamodule.test_indices)}
 
 
 def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:

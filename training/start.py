@@ -82,22 +82,25 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
 
 
 def other_images(data: ImageData, start: Start) -> list[str]:
-    """A sentence, if there are more or fewer training images than before.
+    """A sentence each for the training and the test images, if there are more or fewer than before.
 
     Raises:
-        ValueError: if so within an epoch.
+        ValueError: if there are other training images within an epoch.
     """
-    now = len(data.train_indices)
-    before = now if start.checkpoint is None else start.checkpoint["dbb"].get("images", now)
-    if before == now:
+    if start.checkpoint is None:
         return []
-    change = f"training images: {before:,} until epoch {start.epochs}, then {now:,}"
-    if start.batches:
-        raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
-                         f"within epoch {start.epochs + 1}, after {start.batches} batches: go on with the "
-                         "images that were there")
-    say(f"changed: {change}")
-    return [change]
+    about, found = start.checkpoint["dbb"], []
+    for name, key, now in (("training", "images", len(data.train_indices)),
+                           ("test", "test_images", len(data.test_indices))):
+        before = about.get(key, now)  # an older file does not say
+        if before != now:
+            found.append(f"{name} images: {before:,} until epoch {start.epochs}, then {now:,}")
+            if start.batches and name == "training":
+                raise ValueError(f"{found[0]}: this can change between two epochs only, and the checkpoint "
+                                 f"stands within epoch {start.epochs + 1}, after {start.batches} batches: go "
+                                 "on with the images that were there")
+            say(f"changed: {found[-1]}")
+    return found
 
 
 def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 import convert as convert_script
 from dbb import DiverseBranchBlock
 from export import files, formats, graph
-from export.place import require_place, staged
+from export.place import refuse_anothers, require_place, staged
 from export.reading import load_verified
 from tests.helpers import ROOT, TINY, call, relative_error, run, write_tree
 
@@ -88,6 +88,14 @@ def test_the_same_checkpoint_gives_the_same_bytes(trained, converted, tmp_path):
     assert run("convert.py", f"ckpt={trained}", f"out={tmp_path}/again", cwd=tmp_path).returncode == 0
     for name in ("model.safetensors", "model.onnx"):
         assert (tmp_path / "again" / name).read_bytes() == (converted[0] / name).read_bytes()
+
+
+def test_another_checkpoint_of_the_same_name(trained, converted, tmp_path):
+    """Outside a run's folder, its name chooses where the files go."""
+    refuse_anothers(converted[0], trained)
+    (tmp_path / "last.ckpt").write_bytes(b"another")
+    with pytest.raises(ValueError, match="has the files of another checkpoint that is called last.ckpt"):
+        refuse_anothers(converted[0], tmp_path / "last.ckpt")
 
 
 def test_header_says_what_the_network_is(trained, converted):

@@ -1,5 +1,6 @@
 """Runs that are stopped at a place, and what they leave."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -32,6 +33,10 @@ class At(Callback):
 
 
 def terminate(trainer):
+    """As whoever stops a job does: all of its processes get the signal, those that load images first."""
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import pandas as pd
 import pytest
 import torch
 
@@ -81,19 +82,25 @@ def test_other_images(make_settings, train_with, tmp_path, capsys):
 
 @pytest.mark.parametrize("stop", [fail, None])
 def test_going_back_to_the_checkpoint_before(make_settings, train_with, whole, tmp_path, capsys, stop):
-    """With another rate, in the run's own folder; the same command then goes on, not from the old last."""
+    """With another rate, in the run's own folder; the same command then goes on, not from the old last.
+
+    The second time it is a copy that somebody made in the run's folder.
+    """
     for name in ("whole", "parts"):
         shutil.copytree(whole, tmp_path / name)
+        files = tmp_path / name / "checkpoints"
+        shutil.copy(files / "last-previous.ckpt", files / "first.ckpt")
     old = load_checkpoint(whole / "checkpoints" / "last.ckpt")
     parts = tmp_path / "parts"
 
     def train(folder, *more):
-        settings = make_settings(f"ckpt={folder}/checkpoints/last-previous.ckpt", "optim.lr=0.01",
+        name = "last-previous" if stop is None else "first"
+        settings = make_settings(f"ckpt={folder}/checkpoints/{name}.ckpt", "optim.lr=0.01",
                                  "trainer.max_epochs=3")
         return train_with(settings, folder, *more)
 
     train(tmp_path / "whole")
-    assert "last.ckpt, which has other settings, is kept beside it" in capsys.readouterr().out
+    assert "last.ckpt is now last-left.ckpt\n" in capsys.readouterr().out
     if stop is None:
         train(parts)
     else:
@@ -140,7 +147,32 @@ def test_a_command_that_fails_leaves_a_finished_run_as_it_was(make_settings, who
     command = f"ckpt={whole}/checkpoints/last.ckpt", "trainer.max_epochs=4", "optim.decay_norm_and_bias=false"
     with pytest.raises(ValueError, match="cannot be gone on from: its optimiser has .* optim.decay_norm"):
         train_script.train(make_settings(*command), whole)
+    going_back = f"ckpt={whole}/checkpoints/last-previous.ckpt", "trainer.max_epochs=1"
+    with pytest.raises(ValueError, match="the checkpoint already has 1 epochs"):
+        train_script.train(make_settings(*going_back), whole)
+    assert sorted(os.listdir(whole / "checkpoints")) == ["last-previous.ckpt", "last.ckpt"]
     assert {name: (whole / name).read_bytes() for name in before} == before
+
+
+def test_rows_of_another_training_do_not_stay(make_settings, train_with, whole, tmp_path):
+    """Of one that was killed in the folder before its first checkpoint."""
+    with pytest.raises(RuntimeError, match="power failure"):
+        train_with(make_settings(*SHORT, "seed=5"), tmp_path, At(0, 3, fail))
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) > 2
+    train_script.train(make_settings(f"ckpt={whole}/checkpoints/last.ckpt", "trainer.max_epochs=3"), tmp_path)
+    assert pd.read_csv(tmp_path / "metrics.csv")["step"].min() == 9  # the row of the epoch before
+
+
+def test_other_test_images(make_settings, train_with, tmp_path):
+    files = write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 8, (40, 40))
+    settings = make_settings("model=resnet8", "data=folder", f"data.root={files}", "data.image_size=32",
+                             "data.batch_size=4", "data.num_workers=0", "logger=csv", "trainer.max_epochs=1")
+    with pytest.raises(SystemExit, match="143"):
+        train_with(settings, tmp_path / "run", At(0, 1, terminate))
+    (files / "val" / "b" / "7.png").unlink()
+    train_script.train(settings, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["changed"] == ["test images: 16 until epoch 0, then 15"]
 
 
 def test_a_finished_run_without_its_checkpoints_is_not_replaced(make_settings, whole, tmp_path):

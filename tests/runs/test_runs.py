@@ -221,6 +221,24 @@ def test_one_process_trains_in_a_folder(tmp_path):
         pass
 
 
+def test_a_finished_run_that_one_may_not_write_to(make_settings, tmp_path, monkeypatch):
+    """It is finished all the same; and what cannot be written does not hide why a run failed."""
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+    folder = RunFolder(tmp_path)
+    command = make_settings("model=resnet8", "data=digits", "logger=csv", f"out={tmp_path}")
+    folder.begin(command)
+    folder.finish({"top1": 0.5, "top5": 0.9, "loss": 1.0})
+    monkeypatch.setattr("runs.folder.write_text", forbidden)
+    monkeypatch.setattr("runs.folder.FileLock.acquire", forbidden)
+    with folder.alone():
+        assert train_script.train(command, tmp_path)["top1"] == 0.5
+    folder.fail("error: something")
+    folder.result.unlink()
+    with pytest.raises(ValueError, match="cannot write into"), folder.alone():
+        pass
+
+
 def test_a_run_that_is_told_to_stop_does_not_look_finished():
     with pytest.raises(SystemExit) as stop, plain_errors():
         raise SIGTERMException

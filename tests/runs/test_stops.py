@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Timer
 
 import train as train_script
+from models.checkpoint import load_checkpoint
 from runs.safety import previous
 from tests.helpers import write_tree
 from tests.runs.stopping import SHORT, At, check_same, fail, place, terminate
@@ -39,6 +41,18 @@ def test_a_signal_within_an_epoch(make_settings, train_with, whole, tmp_path, ca
     train_with(make_settings(*SHORT, *extra), parts)
     assert place(parts) == (2, 0)
     check_same(whole, parts)
+
+
+def test_an_evaluation_leaves_the_average_as_it_is(make_settings, tmp_path):
+    """It is of float32, beside weights of half precision."""
+    for every in (1, 2):
+        train_script.train(make_settings(*SHORT[:-1], "optim.ema_decay=0.9", "trainer.precision=bf16-true",
+                                         f"trainer.check_val_every_n_epoch={every}"), tmp_path / str(every))
+    one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in "12")
+    assert one["state_dict"]["net.fc.weight"].dtype == torch.float32
+    assert one["current_model_state"]["net.fc.weight"].dtype == torch.bfloat16
+    for name in ("state_dict", "current_model_state"):
+        assert all(torch.equal(value, two[name][key]) for key, value in one[name].items())
 
 
 @pytest.mark.parametrize(("epoch", "batch", "left"), [(0, 4, (0, 4)), (1, 0, (1, 0)), (1, 2, (1, 1))])
