@@ -81,8 +81,7 @@ def main(cfg: DictConfig) -> None:
         run = RunFolder.of_checkpoint(ckpt)
         folder = run or RunFolder(Path("outputs", ckpt.stem))
         out = Path(command.out) if command.out else folder.conversion
-        if command.out is None and out.is_symlink():
-            raise ValueError(f"{out} is a link: say with out=DIR where to write")
+        folder.refuse_links()
         if command.out is None and run is None:
             refuse_anothers(out, ckpt)
         report = convert(command, out)

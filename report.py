@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from models import limits
 from reports.compare import compare_variants, name_variants
 from reports.runs import read_runs
 from reports.study import MARK, draw_curves, markdown
@@ -27,7 +28,8 @@ def refuse_others(out: Path) -> None:
         ValueError: if there is one.
     """
     page = out / WRITTEN[0]
-    ours = page.is_file() and MARK in page.read_text(errors="replace")
+    known = page.is_file() and page.stat().st_size <= limits.REPORT
+    ours = known and MARK in page.read_text(errors="replace")
     there = [name for name in WRITTEN if (out / name).exists()]
     if there and not ours:
         raise ValueError(f"{out / there[0]} is to be written, but what stands there is of no earlier report: "

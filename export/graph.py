@@ -79,7 +79,7 @@ class OnnxNetwork(nn.Module):
 
         self.path = path
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.intra_op_num_threads, options.log_severity_level = threads, 4  # it would show a name as it is
         try:
             providers = ["CPUExecutionProvider"]
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)

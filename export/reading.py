@@ -8,6 +8,7 @@ from torch import nn
 
 from export.files import load_network, sha256
 from export.graph import OnnxNetwork
+from models import limits
 
 
 def load_verified(path: Path) -> tuple[nn.Module, dict]:
@@ -25,6 +26,8 @@ def load_verified(path: Path) -> tuple[nn.Module, dict]:
         print(f"{report} is missing: {path.name} was not verified", file=sys.stderr)
     else:
         try:
+            if report.stat().st_size > limits.REPORT:
+                raise ValueError("no conversion writes as much")
             known = json.loads(report.read_text())["files"][path.name]["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{report} does not say what {path.name} is: convert the checkpoint "

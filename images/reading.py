@@ -1,5 +1,6 @@
 """One image file as RGB pixels; which endings images have."""
 
+import math
 import struct
 from pathlib import Path
 
@@ -19,6 +20,7 @@ IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ic
 Image.init()
 FORMATS = [kind for kind in ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX",
                              "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP") if kind in Image.OPEN]
+TILE = 322, 323  # a TIFF's tags of the width and height of a tile, which may be larger than the image
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
               TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
               struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
@@ -54,10 +56,13 @@ def refuse_long(image: Tensor, side: int, path: str) -> None:
 def _format(path: str) -> str:
     """An image's format, by its header; refused is one whose pixels would fill the memory."""
     try:
-        if Path(path).is_fifo():
-            raise ValueError("it is a pipe, which would be waited for")
+        if not Path(path).is_file():
+            raise ValueError("there is no file; a pipe or a device would be waited for")
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
+            tags = image.tag_v2 if kind == "TIFF" else {}
+            if math.prod(int(tags.get(tag, 1)) for tag in TILE) > limits.IMAGE_PIXELS:
+                raise ValueError("its tiles are too large")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
     if width * height > limits.IMAGE_PIXELS or max(width, height) > limits.IMAGE_SIDES * min(width, height):

@@ -276,11 +276,14 @@ class Tree(datasets.ImageFolder):
 def _walk(folder: Path) -> None:
     """Raise a ValueError for what ImageFolder would leave out, unreadable folders, or walk without end."""
     seen = set()
-    for place, _, _ in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            raise ValueError(f"{place} is in {folder} twice, by a link: remove the link")
-        seen.add((status.st_dev, status.st_ino))
+    try:
+        for place, _, _ in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                raise ValueError(f"{place} is in {folder} twice, by a link: remove the link")
+            seen.add((status.st_dev, status.st_ino))
+    except RecursionError as error:
+        raise ValueError(f"{folder}: its folders are nested too deep") from error
 
 
 def _refuse_unreadable(error: OSError) -> None:

@@ -28,6 +28,8 @@ def damage(path: Path) -> str | None:
                 file.seek(0)
                 return next(filter(None, (foreign(file) for _ in range(PICKLES))), None)
         with zipfile.ZipFile(path) as file:
+            if file.start_dir != _directory(path):
+                return "its list of contents is not where its end says: other readers find another"
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
                 return "it is compressed, as PyTorch writes none"  # perhaps to fill a memory
             for entry in file.infolist():
@@ -41,6 +43,21 @@ def damage(path: Path) -> str | None:
     return None if broken is None else f"the checksum of {broken} is wrong"
 
 
+def _directory(path: Path) -> int | None:
+    """Where a zip's list of contents is, by its last bytes; PyTorch reads it there, Python before the end."""
+    with path.open("rb") as file:
+        start = file.seek(max(0, path.stat().st_size - 98))
+        tail = file.read().rjust(98)
+        wide, locator, end = tail[:56], tail[56:76], tail[76:]
+    if not end.startswith(b"PK\x05\x06") or end[20:] != bytes(2):  # a comment behind it
+        return None
+    if not locator.startswith(b"PK\x06\x07"):
+        return int.from_bytes(end[16:20], "little")
+    if int.from_bytes(locator[8:16], "little") != start or not wide.startswith(b"PK\x06\x06"):
+        return None
+    return int.from_bytes(wide[48:56], "little")
+
+
 def foreign(pickled: IO[bytes]) -> str | None:
     """What one pickle names or calls that it may not; None if nothing is.
 
@@ -48,7 +65,9 @@ def foreign(pickled: IO[bytes]) -> str | None:
     as that is named.
     """
     stack, memo, copies = [], {}, 0
-    for code, argument, _ in pickletools.genops(pickled):
+    for done, (code, argument, _) in enumerate(pickletools.genops(pickled)):
+        if done > limits.OPERATIONS:
+            return f"it takes more than {limits.OPERATIONS:,} steps to read"
         name, before = code.name, [kind.name for kind in code.stack_before]
         if name in ("REDUCE", "NEWOBJ"):
             function, arguments = stack[-2:]
@@ -91,6 +110,10 @@ def strange(found: Any, size: int) -> str | None:
             waiting += [(part, depth + 1) for part in value]
         elif isinstance(value, torch.Tensor):
             held += value.numel() * value.element_size()
-            if held > limits.UNPACKED * size:
-                return "its tensors are larger than what the file holds of them"
+        elif isinstance(value, str | bytes):
+            held += len(value)
+        elif isinstance(value, int):
+            held += value.bit_length() // 8
+        if held > limits.UNPACKED * size:
+            return "its tensors and texts are larger than what the file holds of them"
     return None

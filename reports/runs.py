@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from models import limits
 from runs.folder import RunFolder
+from runs.rows import read_rows
 from runs.same import of_the_training
 from settings.cli import printable
 from settings.schema import Settings, flat
@@ -33,14 +33,17 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         ValueError: if none is finished.
     """
-    found = {path.parent.resolve(): path.parent for folder in folders
-             for name in RunFolder.signs for path in sorted(folder.rglob(name))}
+    try:
+        found = {path.parent.resolve(): path.parent for folder in folders
+                 for name in RunFolder.signs for path in sorted(folder.rglob(name))}
+    except RecursionError as error:
+        raise ValueError(f"{', '.join(map(str, folders))}: folders are nested too deep") from error
     runs, epochs = [], []
     for place in found.values():
         run = {"folder": str(place), "settings": {}}
         try:
             about, rows = _read_run(RunFolder(place))
-        except (ValueError, OSError) as damage:
+        except (ValueError, OSError, ArithmeticError, TypeError) as damage:  # a file's, of any type
             runs.append(run | {"state": printable(str(damage))})
             continue
         if about is not None:
@@ -88,6 +91,8 @@ def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
     try:
         # An older file says less of a run, and what its command was asked besides.
         known = {part.name: config[part.name] for part in fields(Settings) if part.name in config}
+        if "${" in str(known):
+            raise ValueError("it has ${...}, which would be resolved")
         known = OmegaConf.merge(OmegaConf.structured(Settings), known)
         whole = OmegaConf.to_container(known, resolve=False)
         asked = flat(config)
@@ -109,17 +114,21 @@ def _cost(rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, float]:
             "seconds": batches * per_step}
 
 
-def _refuse_odd(path: Path) -> None:
-    """Raise a ValueError for a metrics.csv that no run has written, and that would take long to read."""
-    if path.is_symlink():
-        raise ValueError("it is a link")
-    if path.is_file():
-        with path.open("rb") as file:
-            sizes = [(len(line), line.count(b",")) for line in file]
-        if max(sizes, default=(0, 0))[0] > limits.LINE:
-            raise ValueError(f"a line of it has more than {limits.LINE:,} bytes")
-        if sizes and sizes[0][1] * len(sizes) > 2 * path.stat().st_size:  # to read it is to fill them up
-            raise ValueError("its lines have fewer columns than its first")
+def read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Some columns of a metrics.csv, as text; without rows where there is no file.
+
+    Raises:
+        ValueError: if it is damaged, but for a last line that is still being written.
+    """
+    if not path.is_symlink() and not path.exists():
+        return pd.DataFrame(columns=columns)
+    names, rows, damaged, cut = read_rows(path)
+    if damaged or not names and cut:
+        raise ValueError(f"lines that are cut, or have other columns than its first: {damaged}")
+    known = [name for name in columns if name in names]
+    places = [names.index(name) for name in known]
+    return pd.DataFrame([[row[place] for place in places] for row in rows], columns=known).reindex(
+        columns=columns)
 
 
 def read_epochs(folder: RunFolder) -> pd.DataFrame:
@@ -129,16 +138,12 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
         ValueError: if the file is damaged.
     """
     try:
-        _refuse_odd(folder.metrics)
-        rows = pd.read_csv(folder.metrics) if folder.metrics.is_file() else pd.DataFrame()
-        rows = rows.reindex(columns=["epoch", "step", *METRICS]).rename(columns=METRICS)
+        rows = read_columns(folder.metrics, ["epoch", "step", *METRICS]).rename(columns=METRICS)
         rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
         rows = rows.astype(float)
         if (rows["epoch"] % 1 != 0).any() or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):
             raise ValueError("an epoch or a value is none of a training's")
         rows = rows.groupby("epoch").last()
         return rows.assign(folder=str(folder.path), epoch=rows.index.astype(int) + 1)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame(columns=["epoch", "step", *METRICS.values(), "folder"])
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -79,7 +80,8 @@ class RunFolder:
         if path is None:
             block = command.block.name
             name = command.model.name if block == "none" else f"{command.model.name}_{block}"
-            path = f"outputs/{name}_{command.data.name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+            kind = re.sub(r"[^\w.+-]", "_", f"{name}_{command.data.name}")  # a checkpoint may say ../..
+            path = f"outputs/{kind}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
         return cls(output_folder(path))
 
     @classmethod
@@ -160,6 +162,18 @@ class RunFolder:
             return command
         say(f"{self.last} has these settings, and is further: going on from it")
         return replace(command, ckpt=str(self.last))
+
+    def refuse_links(self) -> None:
+        """Refuse a folder by which somebody else's files could be replaced, read without end, or made.
+
+        Raises:
+            FolderTakenError: if something in it is a link, a pipe or a device.
+        """
+        for place in self.path.iterdir() if self.path.is_dir() else ():
+            if place.is_symlink() or not (place.is_file() or place.is_dir()):
+                raise FolderTakenError(f"{place} is a link or a device, and a run's folder has files and "
+                                       "folders of its own alone: remove it, or choose another folder with "
+                                       "out=DIR (a whole folder may be moved, and linked to)")
 
     def _leave_last(self, command: Command) -> None:
         """Keep the last checkpoint, if the run goes on from another: no save may take its place."""
@@ -243,11 +257,7 @@ class RunFolder:
         Raises:
             FolderTakenError: if the folder holds another run, or what no run has written.
         """
-        for place in (self.checkpoints, self.path / "wandb"):
-            if place.is_symlink():  # by which somebody else's folder could have other files replaced
-                raise FolderTakenError(f"{place} is a link, and a run writes into folders of its own alone: "
-                                       "move the whole folder of the run instead, or choose another with "
-                                       "out=DIR")
+        self.refuse_links()
         there = [name for name in self.writes if (self.path / name).exists()]
         if self._has_others_error():
             there.append(self.error.name)
@@ -284,7 +294,9 @@ def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
         text = _text(path, LARGEST + 1)
         if len(text) > LARGEST:
             raise ValueError("no run writes as much")
-        return dict(parse(text))
+        found = dict(parse(text))
+        json.dumps(found, ensure_ascii=False).encode()  # plain values alone
+        return found
     except Exception as error:  # of many kinds, depending on the text
         raise ValueError(DAMAGED.format(path, path.parent)) from error
 

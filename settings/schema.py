@@ -105,6 +105,8 @@ class BlockConf:
 
     def check(self) -> None:
         """Check names, sizes, and that there are branches to which the rest belongs."""
+        if not self.name.isprintable():
+            raise ValueError(f"block.name={self.name!r} must be of signs that can be printed")
         from dbb import BRANCHES, INITS, MODES  # and PyTorch, which takes seconds
         for knob, names in (("branches", self.branches), ("depthwise", self.depthwise or []),
                             *(("layers", layers.branches) for layers in self.layers)):
@@ -128,7 +130,6 @@ class BlockConf:
             raise ValueError("block.branches is empty, so that the other settings of the block mean nothing: "
                              "block=dbb takes the list of configs/block/dbb.yaml, block.branches=[kxk,1x1] "
                              "one of your own, block=none leaves plain convolutions")
-
 
     def _check_sgs(self) -> None:
         ours = ("name", "init", "kernel_sizes", "include", "exclude", "without_norm", "sgs_every_n_epochs",

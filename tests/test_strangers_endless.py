@@ -4,8 +4,10 @@ import json
 import math
 import os
 import pickle
+import struct
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -20,10 +22,12 @@ from images.data import ImageData
 from images.reading import read_pixels
 from images.sources import FileImages, Tree
 from models import limits
+from models.checkpoint import load_checkpoint
 from models.plain import damage
 from models.reading import read_weights
-from reports.runs import read_epochs
-from runs.folder import RunFolder
+from reports.runs import read_epochs, read_runs
+from runs.folder import FolderTakenError, RunFolder
+from training.metrics import csv_logger
 
 
 class Large:
@@ -57,7 +61,7 @@ def test_short_lines_of_many_columns(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("epoch,step,train/loss_epoch" + ",a" * 2000 + "\n" + "0,1,2.0\n" * 10_000)
     tracemalloc.start()
-    with pytest.raises(ValueError, match="lines have fewer columns than its first"):
+    with pytest.raises(ValueError, match="lines that are cut, or have other columns than its first: 10000"):
         read_epochs(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -83,8 +87,10 @@ def test_a_tree_whose_links_lead_back(tmp_path):
 def test_pipes_and_devices(tmp_path):
     """Nobody waits for what comes through them, or reads them to the end."""
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="unreadable image: .*a.png .it is a pipe"):
-        read_pixels(str(tmp_path / "a.png"))
+    (tmp_path / "b.png").symlink_to("/dev/ptmx")
+    for name in ("a.png", "b.png"):
+        with pytest.raises(ValueError, match=f"unreadable image: .*{name} .there is no file; a pipe"):
+            read_pixels(str(tmp_path / name))
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         make(tmp_path / "report.json")
         with pytest.raises(ValueError, match="what stands there is of no earlier conversion"):
@@ -138,3 +144,86 @@ def test_an_alias_bomb_in_a_runs_folder(tmp_path):
     (tmp_path / "result.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match="result.json is damaged"):
         RunFolder(tmp_path).read_result()
+
+
+def test_a_zip_that_readers_read_otherwise(tmp_path):
+    """Python looks for its list of contents before its end, PyTorch where the end says that it is."""
+    file = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(3)}, file)
+    content = file.read_bytes()
+    assert damage(file) is None
+    for changed in (b"PK\x03\x04" + content, content[:-2] + b"\x01\x00x"):
+        file.write_bytes(changed)
+        assert "its list of contents is not where its end says" in damage(file)
+
+
+def test_one_text_named_often(tmp_path):
+    text = "a" * 10_000
+    torch.save({"dbb": {"settings": {"a": [text] * 1000}}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="tensors and texts are larger than what the file holds"):
+        load_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_pickle_of_many_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "OPERATIONS", 100)
+    torch.save([{}] * 200, tmp_path / "a.pth")
+    assert "takes more than 100 steps to read" in damage(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("text", ["\n" + "," * 3000 + "\n" + "0,1\n" * 300_000, "0,1,2\r" * 10**6,
+                                  "\n" * 10**6])
+def test_metrics_that_unpack_to_more(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(limits, "CELLS", 2**18)
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("epoch,step,train/loss_epoch\n" + text)
+    tracemalloc.start()
+    for read in (lambda: read_epochs(folder), lambda: csv_logger(folder)):
+        with pytest.raises(ValueError, match="more than 262,144 values"):
+            read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize("name", ["hparams.yaml", "wandb", "metrics.csv", "convert"])
+def test_a_runs_folder_with_links_or_pipes(tmp_path, make_settings, name):
+    """TensorBoard's logger would write through a link to nothing, W&B's into a linked folder."""
+    folder = RunFolder(tmp_path)
+    command = make_settings("model=resnet8", "data=digits", "logger=csv")
+    for make in (lambda path: path.symlink_to(tmp_path.parent / "elsewhere"), os.mkfifo):
+        make(tmp_path / name)
+        with pytest.raises(FolderTakenError, match=f"{name} is a link or a device"):
+            folder.take_up(command)
+        (tmp_path / name).unlink()
+
+
+def test_a_checkpoint_does_not_choose_the_folder(make_settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = make_settings("model=resnet8", "block=dbb", "data=digits", "block.name=../../../x y")
+    assert RunFolder.of(command).path.parent == Path("outputs/resnet8_.._.._.._x_y_digits")
+    with pytest.raises(ValueError, match="block.name=.* must be of signs that can be printed"):
+        make_settings("model=resnet8", "block=dbb", "data=digits", 'block.name="a\x1b[2J"')
+
+
+def test_tiles_of_a_small_image(tmp_path):
+    """464 bytes whose tiles would take 1.5 GB each."""
+    tags = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (277, 1), (322, 40_000), (323, 40_000),
+            (324, 400), (325, 64)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "a.tif").write_bytes(head.ljust(400, b"\0") + bytes(64))
+    with pytest.raises(ValueError, match="a.tif .its tiles are too large"):
+        read_pixels(str(tmp_path / "a.tif"))
+
+
+def test_folders_in_folders(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    here = os.getcwd()
+    os.chdir(tmp_path / "val" / "a")
+    for _ in range(1100):
+        os.mkdir("a")
+        os.chdir("a")
+    os.chdir(here)
+    for read in (lambda: Tree(tmp_path / "val", ["a"]), lambda: read_runs([tmp_path])):
+        with pytest.raises(ValueError, match="nested too deep"):
+            read()

@@ -15,20 +15,20 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reports.runs import METRICS
+from reports.runs import METRICS, read_columns
 from runs.folder import RunFolder
 from runs.safety import write_text
 from settings.cli import plain_errors
-from settings.schema import TENSOR_SETS
+from settings.schema import TENSOR_SETS, flat
 
 
 def keep(folder: RunFolder) -> None:
     """Rewrite the small files of a finished run; harmless the second time."""
     config = folder.read_config()
-    if config["data"]["name"] in TENSOR_SETS:  # of these, no part of what a run is
+    if flat(config).get("data.name") in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
     write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-    rows = pd.read_csv(folder.metrics).reindex(columns=["epoch", "step", *METRICS])
+    rows = read_columns(folder.metrics, ["epoch", "step", *METRICS]).apply(pd.to_numeric)
     rows = rows.dropna(subset=list(METRICS), how="all").groupby("epoch", as_index=False).last()
     rows = rows.astype({"epoch": int, "step": int})
     write_text(folder.metrics, rows.to_csv(index=False, float_format="%.6g"))

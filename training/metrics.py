@@ -3,16 +3,16 @@
 import csv
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from models import limits
 from models.say import say
 from runs.folder import RunFolder
+from runs.rows import read_rows
 from runs.safety import set_aside, write_text
 
 
@@ -26,8 +26,6 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
     """
     path, kept = folder.metrics, folder.metrics_before
     writes = rank_zero_only.rank == 0
-    if path.is_symlink() and not path.exists() and writes:
-        path.unlink()  # by which a file would be made where it points to
     if kept.exists() and writes:
         # Of a process that was killed here; or, beside metrics.csv, of somebody else.
         set_aside(kept) if path.exists() else kept.rename(path)
@@ -48,25 +46,24 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
 
 def _keep_until(path: Path, epochs: int, step: int) -> None:
     """Leave out damaged lines, and rows of what comes after; a file without a header is set aside."""
-    lines = path.read_bytes().decode("utf-8-sig", errors="replace").splitlines(keepends=True)
-    parsed = [next(csv.reader([line])) for line in lines  # a full disk cuts the last
-              if line.endswith("\n") and len(line) < limits.LINE]
-    first = next((place for place, cells in enumerate(parsed) if "step" in cells), None)
-    if first is None:
-        if lines:
+    try:
+        names, rows, damaged, cut = read_rows(path)
+    except ValueError as error:
+        raise ValueError(f"{path} was not written by a run ({error}): remove it") from error
+    if not names:
+        if damaged or cut:
             aside = set_aside(path)
             say(f"{path} has no line of names with step in it: it is now {aside.name}")
         write_text(path, "")
         return
-    names = parsed[first]
-    whole = [cells for cells in parsed[first + 1:] if len(cells) == len(names)]
-    if len(whole) < len(lines) - 1:
-        say(f"{path}: damaged lines are left out: {len(lines) - 1 - len(whole)}")
-    rows = [dict(zip(names, cells, strict=True)) for cells in whole]
-    kept = [row for row in rows if not _comes_after(row, epochs, step)]
+    if damaged or cut:
+        say(f"{path}: damaged lines are left out: {damaged + cut}")
+    kept = [row for row in rows if not _comes_after(dict(zip(names, row, strict=True)), epochs, step)]
     if len(kept) < len(rows):
         say(f"{path}: rows of what is done again are left out: {len(rows) - len(kept)}")
-    write_text(path, _csv(sorted(names), kept))  # the logger adds columns to a sorted list
+    columns = sorted(set(names))  # the logger adds columns to a sorted list
+    places = [names.index(name) for name in columns]
+    write_text(path, _csv([columns, *([row[place] for place in places] for row in kept)]))
 
 
 def _comes_after(row: dict[str, str], epochs: int, step: int) -> bool:
@@ -85,12 +82,10 @@ def _widen(path: Path, columns: Sequence[str]) -> None:
     """Add columns, as Lightning's `_rewrite_with_new_header` does, which a kill leaves with an empty file."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    write_text(path, _csv(columns, rows))
+    write_text(path, _csv([columns, *([row.get(name, "") for name in columns] for row in rows)]))
 
 
-def _csv(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
+def _csv(rows: Iterable[Sequence[str]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text).writerows(rows)
     return text.getvalue()

@@ -116,6 +116,7 @@ class Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.place = place_of(checkpoint)
+        checkpoint["lr_schedulers"] = []  # a schedule takes any attribute; `on_train_start` places it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         epoch, batches = self.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready

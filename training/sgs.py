@@ -44,6 +44,11 @@ class ScaleGradients(Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         conf = self.conf
         self.scaling = SpatialGradientScaling(module.net, conf.include, conf.exclude, conf.kernel_sizes)
+        known = self.scaling.masks
+        for layer, mask in self.masks.items():
+            if layer in known and mask.shape != known[layer].shape:
+                raise ValueError(f"ckpt: the mask of {layer} is {list(mask.shape)}, which is not the size of "
+                                 "its kernel: it was not written by train.py")
         self.scaling.masks |= self.masks
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
@@ -69,7 +74,9 @@ class ScaleGradients(Callback):
         return {"epoch": self.epoch, "masks": {name: mask.cpu() for name, mask in self.scaling.masks.items()}}
 
     def load_state_dict(self, state_dict: dict[str, int | dict[str, Tensor]]) -> None:
-        self.epoch, self.masks = state_dict["epoch"], state_dict["masks"]
+        self.epoch, self.masks = state_dict["epoch"], dict(state_dict["masks"])
+        if not all(isinstance(mask, Tensor) for mask in self.masks.values()):
+            raise TypeError("its masks are no tensors")
 
 
 def show_masks(logger, masks: dict[str, Tensor], step: int) -> None:

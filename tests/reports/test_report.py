@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import report as report_script
 from reports.compare import compare_variants, name_variants
-from reports.runs import read_runs
+from reports.runs import RESULT, read_runs
 from reports.study import MARK, draw_curves, markdown
 from tests.helpers import ROOT, call
 
@@ -339,9 +339,12 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
 @pytest.mark.parametrize(("name", "text", "why"), [
     ("metrics.csv", "epoch,step,train/loss_epoch\n0.2,1,1\n0.7,2,1\n", "an epoch or a value is none of"),
     ("metrics.csv", "epoch,step,train/loss_epoch\n0,1,1e308\n1,2,-1e308\n", "an epoch or a value is none"),
-    ("metrics.csv", "epoch,step,train/loss_epoch" + "," * 100_000, "a line of it has more than 65,536"),
+    ("metrics.csv", "epoch,step,train/loss_epoch" + "," * 100_000, "lines that are cut"),
     ("metrics.csv", "", "it is a link"), ("config.yaml", "x: " + "1:" * 50_000 + "1", "is damaged"),
-    ("config.yaml", "seed: 0\ntrainer: 5\n", None)])
+    ("config.yaml", "seed: 0\ntrainer: 5\n", None),
+    ("config.yaml", "seed: 1\nname: \"\\ud800\"\n", "is damaged"),
+    ("config.yaml", "seed: ${oc.env:HOME}\ntrainer: {max_epochs: 1}\n", "is damaged"),
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"activations_mib": 10**400}), "too large")])
 def test_an_odd_run_costs_the_report_no_other(tmp_path, name, text, why):
     study(tmp_path)
     odd = tmp_path / "odd"

@@ -226,7 +226,7 @@ def test_a_finished_run_that_one_may_not_write_to(make_settings, tmp_path, monke
     def forbidden(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
     folder = RunFolder(tmp_path)
-    command = make_settings("model=resnet8", "data=digits", "logger=csv", f"out={tmp_path}")
+    command = make_settings("model=resnet8", "data=digits", "logger=csv", "block.init=mean")
     folder.begin(command)
     folder.finish({"top1": 0.5, "top5": 0.9, "loss": 1.0})
     monkeypatch.setattr("runs.folder.write_text", forbidden)

@@ -157,12 +157,12 @@ def test_no_line_of_a_files_looks_like_one_of_ours():
     assert stop.value.code == "error: unknown: x\n  error: forged\n  \\x1b[2Jcleared"
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "wandb"])
+@pytest.mark.parametrize("name", ["checkpoints", "wandb", ".config.yaml.part", "convolutions.csv"])
 def test_a_run_writes_through_no_link(make_settings, tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
-    with pytest.raises(ValueError, match=f"{name} is a link, and a run writes into folders of its own"):
+    with pytest.raises(ValueError, match=f"{name} is a link or a device, and a run"):
         train_script.train(make_settings("model=resnet8", *TINY), tmp_path / "run")
     assert not [*(tmp_path / "mine").iterdir()]
 

@@ -98,15 +98,3 @@ def test_other_processes_touch_no_file(tmp_path, monkeypatch):
             file.write_text("epoch,step\n0,1\n")
         csv_logger(folder, 1, 2)
         assert sorted(tmp_path.iterdir()) == sorted(path)
-
-
-def test_a_link_to_nothing_makes_no_file(tmp_path):
-    """A stranger's folder may have one, to a place where a file is to appear."""
-    folder, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "elsewhere.csv"
-    folder.path.mkdir()
-    folder.metrics.symlink_to(elsewhere)
-    logger = csv_logger(folder)
-    logger.log_metrics({"loss": 1.0}, 0)
-    logger.save()
-    assert folder.metrics.is_file()
-    assert not elsewhere.exists()
