@@ -28,8 +28,8 @@ def read_report(path: Path) -> tuple[set[str], str | None] | None:
         about, _ = report["about"], report["relative_error"]  # which no other tool's report has
         graphs = [GRAPHS] if "graphs" in report else []
         written = {*report["files"], *report.get("hub", []), *REPORTS, *graphs} & KNOWN
-        return written, about["checkpoint_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return written, about.get("checkpoint_sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from models.say import say
-from settings.cli import printable
+from models.say import say, shown
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -24,7 +23,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if any(lists.values()):
         text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
-        raise ValueError(f"these weights are those of another network: {printable(text)}")
+        raise ValueError(f"these weights are those of another network: {shown(text)}")
     net.load_state_dict(weights)
 
 
