@@ -89,6 +89,7 @@ class Averaging(EMAWeightAveraging):
     """
 
     own = None  # the weights, while the average is in their place
+    state_key = "EMAWeightAveraging"  # in checkpoints
 
     def _swap_models(self, module: pl.LightningModule) -> None:
         tensors = [*module.parameters(), *module.buffers()]

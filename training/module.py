@@ -116,6 +116,8 @@ class Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.place = place_of(checkpoint)
+        if self.settings.optim.ema_decay is None and "current_model_state" in checkpoint:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]  # the weights, not their average
         checkpoint["lr_schedulers"] = []  # a schedule takes any attribute; `on_train_start` places it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A run that goes on with other settings, or other images."""
 
+import copy
 import json
 import os
 import shutil
@@ -161,6 +162,18 @@ def test_rows_of_another_training_do_not_stay(make_settings, train_with, whole, 
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) > 2
     train_script.train(make_settings(f"ckpt={whole}/checkpoints/last.ckpt", "trainer.max_epochs=3"), tmp_path)
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].min() == 9  # the row of the epoch before
+
+
+def test_without_the_average_from_now_on(make_settings, train_with, tmp_path):
+    """A run goes on from its weights."""
+    train_script.train(make_settings(*SHORT, "optim.ema_decay=0.999"), tmp_path)
+    weights = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["current_model_state"]
+    seen = []
+    train_with(make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "optim.ema_decay=null",
+                             "trainer.max_epochs=3"), tmp_path,
+               At(2, 0, lambda trainer: seen.append(copy.deepcopy(trainer.lightning_module.state_dict()))))
+    assert all(torch.equal(value, weights[key]) for key, value in seen[0].items())
+    assert "current_model_state" not in load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_other_test_images(make_settings, train_with, tmp_path):
