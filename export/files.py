@@ -22,6 +22,17 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_report(path: Path) -> dict:
+    """The JSON of a conversion's report.
+
+    Raises:
+        ValueError: if it is larger than any conversion writes, or no JSON.
+    """
+    if path.stat().st_size > limits.REPORT:
+        raise ValueError("no conversion writes as much")
+    return json.loads(path.read_text())
+
+
 def save_network(net: nn.Module, about: dict, path: Path) -> None:
     """Write the weights under the network's own keys; `about` goes into the header, as JSON."""
     weights = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}

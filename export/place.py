@@ -1,6 +1,5 @@
 """Where convert.py writes: files take their places when all are written, and none that is somebody else's."""
 
-import json
 import os
 import platform
 import shutil
@@ -9,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from export.files import HUB, sha256
+from export.files import HUB, read_report, sha256
 from export.formats import FORMATS
-from models import limits
 
 REPORT, FAILED = "report.json", "report-failed.json"
 REPORTS = ("report.md", "report.png", REPORT)
@@ -19,12 +17,12 @@ GRAPHS = "graphs.png"  # where both graphs were exported
 KNOWN = {*(kind.file for kind in FORMATS.values()), *HUB, *REPORTS, GRAPHS}  # all that a conversion may write
 
 
-def read_report(path: Path) -> tuple[set[str], str | None] | None:
+def _reported(path: Path) -> tuple[set[str], str | None] | None:
     """Which files a conversion wrote, and of which checkpoint, by its report; None if that is not ours."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > limits.REPORT:
+    if path.is_symlink() or not path.is_file():
         return None
     try:
-        report = json.loads(path.read_text())
+        report = read_report(path)
         about, _ = report["about"], report["relative_error"]  # which no other tool's report has
         graphs = [GRAPHS] if "graphs" in report else []
         written = {*report["files"], *report.get("hub", []), *REPORTS, *graphs} & KNOWN
@@ -35,8 +33,8 @@ def read_report(path: Path) -> tuple[set[str], str | None] | None:
 
 def written_before(out: Path) -> set[str]:
     """The files in `out` that an earlier conversion wrote, as its report says."""
-    written, _ = read_report(out / REPORT) or (set(), None)
-    if read_report(out / FAILED) is not None:
+    written, _ = _reported(out / REPORT) or (set(), None)
+    if _reported(out / FAILED) is not None:
         written |= {FAILED}
     return {name for name in written if not (out / name).parent.is_symlink() or "/" not in name}
 
@@ -47,7 +45,7 @@ def refuse_anothers(out: Path, ckpt: Path) -> None:
     Raises:
         ValueError: if so.
     """
-    _, converted = read_report(out / REPORT) or (None, None)
+    _, converted = _reported(out / REPORT) or (None, None)
     if converted is not None and ckpt.is_file() and converted != sha256(ckpt):
         raise ValueError(f"{out} has the files of another checkpoint that is called {ckpt.name}: say "
                          "with out=DIR where to write, or remove that folder")

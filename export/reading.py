@@ -1,14 +1,12 @@
 """A file of convert.py as a network, checked against the report beside it."""
 
-import json
 import sys
 from pathlib import Path
 
 from torch import nn
 
-from export.files import load_network, sha256
+from export.files import load_network, read_report, sha256
 from export.graph import OnnxNetwork
-from models import limits
 
 
 def load_verified(path: Path) -> tuple[nn.Module, dict]:
@@ -26,9 +24,7 @@ def load_verified(path: Path) -> tuple[nn.Module, dict]:
         print(f"{report} is missing: {path.name} was not verified", file=sys.stderr)
     else:
         try:
-            if report.stat().st_size > limits.REPORT:
-                raise ValueError("no conversion writes as much")
-            known = json.loads(report.read_text())["files"][path.name]["sha256"]
+            known = read_report(report)["files"][path.name]["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{report} does not say what {path.name} is: convert the checkpoint "
                              "again") from error

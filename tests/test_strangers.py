@@ -140,6 +140,14 @@ def test_a_state_of_the_training_of_another_form(run, tmp_path, change, message)
     assert "Traceback" not in done.stderr
 
 
+def test_a_schedule_takes_nothing_from_a_file(run, tmp_path):
+    """Any name in its state would become an attribute; where it stands is known without it."""
+    odd = {"step": None, "optimizer": None, "_step_count": "x"}
+    file = changed(run, tmp_path / "a.ckpt", lambda c: c["lr_schedulers"][0].update(odd))
+    done = call("train.py", f"ckpt={file}", "trainer.max_epochs=2", "out=on", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_a_file_may_not_choose(run, tmp_path):
     """To whom W&B sends, and how many processes load images."""
     def choose(checkpoint):

@@ -9,7 +9,6 @@ import struct
 import sys
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -28,7 +27,7 @@ from models.checkpoint import load_checkpoint
 from models.plain import damage
 from models.reading import read_weights
 from reports.runs import read_epochs, read_runs
-from runs.folder import FolderTakenError, RunFolder
+from runs.folder import RunFolder
 from training.metrics import csv_logger
 
 
@@ -185,26 +184,6 @@ def test_metrics_that_unpack_to_more(tmp_path, monkeypatch, text):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6
-
-
-@pytest.mark.parametrize("name", ["hparams.yaml", "wandb", "metrics.csv", "convert"])
-def test_a_runs_folder_with_links_or_pipes(tmp_path, make_settings, name):
-    """TensorBoard's logger would write through a link to nothing, W&B's into a linked folder."""
-    folder = RunFolder(tmp_path)
-    command = make_settings("model=resnet8", "data=digits", "logger=csv")
-    for make in (lambda path: path.symlink_to(tmp_path.parent / "elsewhere"), os.mkfifo):
-        make(tmp_path / name)
-        with pytest.raises(FolderTakenError, match=f"{name} is a link or a device"):
-            folder.take_up(command)
-        (tmp_path / name).unlink()
-
-
-def test_a_checkpoint_does_not_choose_the_folder(make_settings, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    command = make_settings("model=resnet8", "block=dbb", "data=digits", "block.name=../../../x y")
-    assert RunFolder.of(command).path.parent == Path("outputs/resnet8_.._.._.._x_y_digits")
-    with pytest.raises(ValueError, match="block.name=.* must be of signs that can be printed"):
-        make_settings("model=resnet8", "block=dbb", "data=digits", 'block.name="a\x1b[2J"')
 
 
 def test_tiles_of_a_small_image(tmp_path):

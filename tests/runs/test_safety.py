@@ -15,7 +15,7 @@ import runs.folder
 import train as train_script
 from models.checkpoint import load_checkpoint
 from models.plain import damage
-from runs.folder import RunFolder
+from runs.folder import FolderTakenError, RunFolder
 from runs.safety import WholeCheckpointIO, newest, previous, set_aside
 from settings.cli import plain_errors
 from tests.helpers import TINY, call, relative_error
@@ -165,6 +165,26 @@ def test_a_run_writes_through_no_link(make_settings, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is a link or a device, and a run"):
         train_script.train(make_settings("model=resnet8", *TINY), tmp_path / "run")
     assert not [*(tmp_path / "mine").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["hparams.yaml", "wandb", "metrics.csv", "convert"])
+def test_a_runs_folder_with_links_or_pipes(tmp_path, make_settings, name):
+    """TensorBoard's logger would write through a link to nothing, W&B's into a linked folder."""
+    folder = RunFolder(tmp_path)
+    command = make_settings("model=resnet8", "data=digits", "logger=csv")
+    for make in (lambda path: path.symlink_to(tmp_path.parent / "elsewhere"), os.mkfifo):
+        make(tmp_path / name)
+        with pytest.raises(FolderTakenError, match=f"{name} is a link or a device"):
+            folder.take_up(command)
+        (tmp_path / name).unlink()
+
+
+def test_a_checkpoint_does_not_choose_the_folder(make_settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = make_settings("model=resnet8", "block=dbb", "data=digits", "block.name=../../../x y")
+    assert RunFolder.of(command).path.parent == Path("outputs/resnet8_.._.._.._x_y_digits")
+    with pytest.raises(ValueError, match="block.name=.* must be of signs that can be printed"):
+        make_settings("model=resnet8", "block=dbb", "data=digits", 'block.name="a\x1b[2J"')
 
 
 def test_who_trains_in_a_folder_is_named(tmp_path):
