@@ -32,7 +32,7 @@ from export.formats import require
 from export.place import refuse_anothers, require_place, staged
 from reports.conversion import print_tables
 from runs.folder import RunFolder
-from settings.cli import output_folder, plain_errors
+from settings.cli import output_folder, plain_errors, printable
 from settings.command import Command, resolve
 from training.loggers import log_conversion
 
@@ -89,7 +89,8 @@ def main(cfg: DictConfig) -> None:
             log_conversion(report, command, out, folder)
         print_tables(report)
         files = ", ".join(report["files"])
-        print(f"\nwritten to {out}: look at report.md and report.png; the network is in {files}")
+        written = f"written to {out}: look at report.md and report.png; the network is in {files}"
+        print("", printable(written), sep="\n")
 
 
 if __name__ == "__main__":

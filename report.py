@@ -16,7 +16,7 @@ from models import limits
 from reports.compare import compare_variants, name_variants
 from reports.runs import read_runs
 from reports.study import MARK, draw_curves, markdown
-from settings.cli import output_folder, plain_errors
+from settings.cli import output_folder, plain_errors, printable
 
 WRITTEN = ("report.md", "curves.png", "variants.csv", "runs.csv", "epochs.csv")
 
@@ -61,7 +61,7 @@ def main() -> None:
                 rows.to_csv(part / name, index=False, float_format="%.6g")
             for name in WRITTEN:
                 (part / name).replace(out / name)
-        print(text, f"written to {out}: {', '.join(WRITTEN)}", sep="\n")
+        print(text, printable(f"written to {out}: {', '.join(WRITTEN)}"), sep="\n")
 
 
 if __name__ == "__main__":

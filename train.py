@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from evaluation.evaluate import sentence
 from runs.folder import RunFolder
 from runs.safety import newest
-from settings.cli import as_sentence, plain_errors
+from settings.cli import as_sentence, plain_errors, printable
 from settings.command import Command, resolve
 from training import steps, sweep
 from training.divergence import DivergedError
@@ -43,7 +43,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     folder, asked = RunFolder(run_dir), command.ckpt
     command, result = folder.take_up(command), folder.read_result()
     if result is not None and (asked is None or command.ckpt != asked):
-        print(f"{run_dir} is finished: {sentence(result, folder.last)}")
+        print(f"{printable(str(run_dir))} is finished: {sentence(result, folder.last)}")
         return result
     refuse_published(command)
     command = with_identity(command, folder, fresh=asked is not None)

@@ -19,6 +19,7 @@ from export.files import sha256
 from images.data import ImageData
 from images.sources import resized_side
 from models.checkpoint import load_checkpoint
+from settings.cli import printable
 from settings.command import Command
 from settings.schema import FILE_SETS, DataConf
 
@@ -127,4 +128,5 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
 
 def sentence(result: dict[str, float], ckpt: object) -> str:
     """One line of what `scores` returned for a checkpoint."""
-    return f"test top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}  ({ckpt})"
+    values = f"top1 {result['top1']:.4f}  top5 {result['top5']:.4f}  loss {result['loss']:.4f}"
+    return f"test {values}  ({printable(str(ckpt))})"

@@ -31,13 +31,17 @@ def is_image(path: str | Path) -> bool:
     return Path(path).suffix.lower() in IMAGE_ENDINGS
 
 
-def read_pixels(path: str) -> Tensor:
+def read_pixels(path: str, size: tuple[int, int] | None = None) -> Tensor:
     """Read one image as RGB, uint8 `[3, H, W]`.
 
     Raises:
-        ValueError: with the path, if it cannot be read.
+        ValueError: with the path, if it cannot be read, or its width and height are not `size`.
     """
-    if _format(path) in ("JPEG", "MPO"):
+    kind, found = read_header(path)
+    if size not in (None, found):
+        raise ValueError(f"{path} is {found[0]}x{found[1]} pixels, but others are {size[0]}x{size[1]}; "
+                         "data=folder takes any sizes")
+    if kind in ("JPEG", "MPO"):
         try:  # faster than Pillow, to the same pixels (benchmarks/README.md)
             return decode_jpeg(read_file(path), ImageReadMode.RGB)
         except RuntimeError:
@@ -53,8 +57,12 @@ def refuse_long(image: Tensor, side: int, path: str) -> None:
                          f"more than {limits.IMAGE_PIXELS:,}")
 
 
-def _format(path: str) -> str:
-    """An image's format, by its header; refused is one whose pixels would fill the memory."""
+def read_header(path: str) -> tuple[str, tuple[int, int]]:
+    """An image's format, and its width and height.
+
+    Raises:
+        ValueError: with the path, if it cannot be read, or its pixels would fill the memory.
+    """
     try:
         if not Path(path).is_file():
             raise ValueError("there is no file; a pipe or a device would be waited for")
@@ -67,7 +75,7 @@ def _format(path: str) -> str:
         raise ValueError(f"unreadable image: {path} ({error})") from error
     if width * height > limits.IMAGE_PIXELS or max(width, height) > limits.IMAGE_SIDES * min(width, height):
         raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
-    return kind
+    return kind, (width, height)
 
 
 def read_image(path: str) -> Image.Image:

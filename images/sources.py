@@ -1,8 +1,10 @@
 """Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
 
+import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from images.random import generator, seed_of
-from images.reading import is_image, read_pixels, refuse_long
+from images.reading import is_image, read_header, read_pixels, refuse_long
 from models import limits
 from models.say import say
 from settings.cli import printable
@@ -140,13 +142,14 @@ READERS = {"digits": _digits, "cifar10": _cifar, "cifar100": _cifar}
 
 def _tree(conf: DataConf, root: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
     tree = Tree(root / split, _classes(root / "train"))
+    paths = [path for path, _ in tree.samples]
+    _, size = read_header(paths[0])
+    taken = 3 * len(paths) * math.prod(size)
+    if taken > limits.IMAGES_BYTES:
+        raise ValueError(f"{paths[0]} is {size[0]}x{size[1]} pixels; {len(paths):,} such images would take "
+                         f"{taken / 2**30:.0f} GiB of memory: take data=folder, which reads them one by one")
     with ThreadPoolExecutor() as pool:  # decoding runs outside Python's lock
-        images = list(pool.map(lambda sample: read_pixels(sample[0]), tree.samples))
-    for (path, _), image in zip(tree.samples, images, strict=True):
-        if image.shape != images[0].shape:
-            size, usual = (f"{width}x{height}" for _, height, width in (image.shape, images[0].shape))
-            raise ValueError(f"{path} is {size} pixels, but others are {usual}; data={conf.name} needs one "
-                             "size, data=folder takes any")
+        images = list(pool.map(partial(read_pixels, size=size), paths))
     return torch.stack(images), torch.tensor(tree.targets), tree.classes
 
 

@@ -67,19 +67,27 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and {*map(type, counts)} == {int} and isinstance(changed, list)
             and all(isinstance(change, str) for change in changed)
             and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
+            and _are_counts(checkpoint["loops"]) and _are_counts(checkpoint["callbacks"].get("Timer", {}))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
             and min(place) >= 0 and max(place) < 2**31
             and all(isinstance(value, torch.Tensor) for value in weights.values())
             and "${" not in str(settings))  # which would be resolved, with what is secret here
     if not good:
-        raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size or "
-                         "weights are of another form")
+        raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size, "
+                         "counts or weights are of another form")
 
 
 def _is_loss(found: Any) -> bool:
     """Whether something is the state of `training.callbacks.EpochLoss`."""
     return (isinstance(found, dict) and isinstance(found.get("total"), float)
             and isinstance(found.get("count"), int) and found["count"] > 0)
+
+
+def _are_counts(found: Any) -> bool:
+    """Whether something has, in dicts of dicts, only what Lightning counts: steps, and seconds."""
+    if isinstance(found, dict):
+        return all(map(_are_counts, found.values()))
+    return isinstance(found, int | float) and 0 <= found < 2**53
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:

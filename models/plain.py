@@ -1,22 +1,16 @@
 """What a file of PyTorch's may hold, whoever wrote it: tensors, and plain values around them."""
 
-import pickletools
-import re
 import zipfile
+from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from models import limits
+from models.pickles import foreign
 
-# What a pickle may name: what is made empty; what copies a part of it, which it may do a few times; what
-# makes tensors; and what is never called, the kinds of values in a tensor.
-EMPTY = "collections OrderedDict", "argparse Namespace"
-COPIES = "collections Counter", "torch Size", "torch device", "builtins set", "__builtin__ set"
-MAKES_TENSORS = tuple(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter"))
-KNOWN = {*EMPTY, *COPIES, *MAKES_TENSORS}
-KINDS = re.compile(r"torch (\w+Storage|(u?int|bfloat|float|complex)\d+|bool)")
 PICKLES = 5  # at the start of a file in PyTorch's old format
 
 
@@ -58,42 +52,6 @@ def _directory(path: Path) -> int | None:
     return int.from_bytes(wide[48:56], "little")
 
 
-def foreign(pickled: IO[bytes]) -> str | None:
-    """What one pickle names or calls that it may not; None if nothing is.
-
-    PyTorch's own reader runs nothing either, but calls more: what fills a memory, or copies a part as often
-    as that is named.
-    """
-    stack, memo, copies = [], {}, 0
-    for done, (code, argument, _) in enumerate(pickletools.genops(pickled)):
-        if done > limits.OPERATIONS:
-            return f"it takes more than {limits.OPERATIONS:,} steps to read"
-        name, before = code.name, [kind.name for kind in code.stack_before]
-        if name in ("REDUCE", "NEWOBJ"):
-            function, arguments = stack[-2:]
-            empty = function in EMPTY and arguments == ()
-            if not empty and function not in (*COPIES, *MAKES_TENSORS):
-                return f"it calls {(function or 'something').replace(' ', '.')} with values"
-            copies += function in COPIES
-        copies += name == "BUILD"
-        if copies > limits.COPIES or name in ("OBJ", "INST", "STACK_GLOBAL", "NEWOBJ_EX"):
-            return "it holds more than plain tensors"
-        if name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[argument] = stack[-1]
-            continue
-        if "mark" in before:
-            while stack.pop() != "MARK":
-                pass
-            before = before[:before.index("mark")]
-        del stack[len(stack) - len(before):]
-        stack += {"MARK": ["MARK"], "EMPTY_TUPLE": [()], "GLOBAL": [argument],
-                  "BINGET": [memo.get(argument)], "LONG_BINGET": [memo.get(argument)],
-                  "GET": [memo.get(argument)]}.get(name, [None] * len(code.stack_after))
-        if name == "GLOBAL" and argument not in KNOWN and not KINDS.fullmatch(argument):
-            return f"it holds a GLOBAL {argument.replace(' ', '.')}"
-    return None
-
-
 def strange(found: Any, size: int) -> str | None:
     """What is wrong with nested values of a file of `size` bytes; None if nothing is.
 
@@ -104,6 +62,10 @@ def strange(found: Any, size: int) -> str | None:
         (value, depth), count = waiting.pop(), count + 1
         if count > limits.VALUES or depth > limits.DEPTH:
             return f"it has more than {limits.VALUES:,} values, or nests them {limits.DEPTH} deep"
+        attributes = vars(value) if isinstance(value, OrderedDict | Namespace) else {}
+        if isinstance(value, OrderedDict) and not attributes.keys() <= {"_metadata"}:
+            return "it holds an OrderedDict with attributes, which may take the place of its methods"
+        waiting += [(part, depth + 1) for pair in attributes.items() for part in pair]
         if isinstance(value, dict):
             waiting += [(part, depth + 1) for part in (*value, *value.values())]
         elif isinstance(value, list | tuple):
@@ -114,6 +76,8 @@ def strange(found: Any, size: int) -> str | None:
             held += len(value)
         elif isinstance(value, int):
             held += value.bit_length() // 8
+        elif value is not None and not isinstance(value, float | Namespace | torch.device | torch.dtype):
+            return f"it holds a {type(value).__name__}"
         if held > limits.UNPACKED * size:
             return "its tensors and texts are larger than what the file holds of them"
     return None

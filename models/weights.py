@@ -12,7 +12,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """`load_state_dict` that names what differs.
 
     Raises:
-        ValueError: if a key is missing or too many, or a shape differs.
+        ValueError: if a key is missing or too many, or a shape or a kind of numbers differs.
     """
     own = net.state_dict()
     both = sorted(own.keys() & weights.keys())
@@ -24,7 +24,17 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
         text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
         raise ValueError(f"these weights are those of another network: {shown(text)}")
+    _refuse_kinds(weights, own)
     net.load_state_dict(weights)
+
+
+def _refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for whole or complex numbers where the network has real ones, and for codes."""
+    for key in own.keys() & weights.keys():
+        theirs, ours = weights[key].dtype, own[key].dtype
+        if ours.is_floating_point and (not theirs.is_floating_point or theirs.itemsize < 2):
+            raise ValueError(f"{key} is of {theirs} in the file, perhaps quantized, and of {ours} here: save "
+                             "the weights before quantizing")
 
 
 def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -46,10 +56,8 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     linear = nn.Linear | nn.Conv2d  # some end in a convolution
     modules = reversed(list(net.named_modules()))
     head = next(f"{name}." for name, module in modules if isinstance(module, linear))
+    _refuse_kinds(weights, own)
     for key in own.keys() & weights.keys():
-        if own[key].is_floating_point() and not weights[key].is_floating_point():
-            raise ValueError(f"{key} is of {weights[key].dtype} in the file, perhaps quantized, and of "
-                             f"{own[key].dtype} here: save the weights before quantizing")
         if not weights[key].to(own[key].dtype).isfinite().all():
             raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]

@@ -17,7 +17,7 @@ from settings.schema import Settings, flat
 
 RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
 NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")
-LARGEST = 1e30  # value of metrics.csv
+LARGEST = 1e18  # value of a file, which a column of whole numbers can hold
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
 
@@ -77,7 +77,7 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
     numbers = {name: result.get(name) for name in RESULT}
     numbers |= {name: result[name] for name in ("parameters", "val_top1") if name in result}
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > LARGEST:
             raise ValueError(f"{folder.result} has {name}={value!r}, which is no number")
     return run | {"state": "finished"} | unknown | numbers | _cost(rows, settings), rows
 

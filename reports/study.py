@@ -107,9 +107,10 @@ def draw_curves(epochs: pd.DataFrame, variants: pd.DataFrame, path: Path) -> Non
     for axis, (column, title, scale) in zip(axes[:2], shown, strict=True):
         for variant, group in epochs.groupby("variant", sort=False):
             label = f"{variant[:LONGEST]} (n={group['folder'].nunique()})".replace("$", r"\$")  # no formula
-            curve = scale * group.pivot(index="epoch", columns="folder", values=column).dropna(how="all")
-            mean = curve.mean(axis=1, skipna=False)  # one that diverged ends the line
-            std = curve.std(axis=1).fillna(0)
+            curve = (scale * group[column]).groupby(group["epoch"]).agg(["mean", "std", "count"])
+            curve = curve[curve["count"] > 0]
+            whole = curve["count"] == group["folder"].nunique()  # one that diverged ends the line
+            mean, std = curve["mean"].where(whole), curve["std"].fillna(0)
             [line] = axis.plot(mean.index, mean, label=label)
             colors[variant] = line.get_color()
             axis.fill_between(mean.index, mean - std, mean + std, color=line.get_color(), alpha=0.2)

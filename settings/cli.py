@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended 
 MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
     r"No space left|PytorchStreamWriter|inline_container":
         "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
-    r"DefaultCPUAllocator|bad_alloc|CUDA out of memory":
+    r"DefaultCPUAllocator|bad_alloc|CUDA out of memory|MemoryError":
         "there is not enough memory: lower data.batch_size or data.image_size; a run goes on by "
         "ckpt=FOLDER/checkpoints/last.ckpt",
     r"File too large":
@@ -57,14 +57,18 @@ def of_the_machine(error: Exception) -> str | None:
     """What to do about a failure of the machine, if the error is one."""
     if "make room" in str(error):  # which says it already
         return None
-    return next((advice for words, advice in MACHINE.items() if re.search(words, str(error))), None)
+    return next((advice for words, advice in MACHINE.items() if re.search(words, _text(error))), None)
+
+
+def _text(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__  # Python's MemoryError says nothing more
 
 
 def as_sentence(error: Exception) -> str:
     """An error in one sentence; its kind is named where it is none that a user can cause."""
     advice = of_the_machine(error)
     if advice is not None:
-        return f"error: {advice} ({printable(str(error).strip().splitlines()[0])})"
+        return f"error: {advice} ({printable(_text(error).splitlines()[0])})"
     if not is_expected(error):
         return f"error: {type(error).__name__}: {printable(str(error))}"
     text = str(error).strip()

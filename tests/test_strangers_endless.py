@@ -9,9 +9,11 @@ import struct
 import sys
 import tracemalloc
 import zipfile
+from collections import OrderedDict
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ from models.checkpoint import load_checkpoint
 from models.plain import damage
 from models.reading import read_weights
 from reports.runs import read_epochs, read_runs
+from reports.study import draw_curves
 from runs.folder import RunFolder
 from training.metrics import csv_logger
 
@@ -43,6 +46,47 @@ def test_pickles_by_any_name(tmp_path, name):
         file.writestr(f"archive/{name}", pickle.dumps({"a": Large()}, protocol=2))
         file.writestr("archive/version", "3")
     assert "bytearray" in damage(tmp_path / "a.pth")
+
+
+class Blinded:
+    """An OrderedDict whose own `values` is another function."""
+
+    def __reduce__(self):
+        return OrderedDict, (), {"values": OrderedDict}, None, iter({"a": ["x" * 1000] * 10**4}.items())
+
+
+def test_attributes_of_a_dict(tmp_path):
+    torch.save(Blinded(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="cannot be read") as error:
+        read_weights(tmp_path / "a.pth")
+    assert "an OrderedDict with attributes" in str(error.value.__cause__)
+
+
+def test_runs_without_an_epoch_in_common(tmp_path):
+    """A table of all epochs by all runs would take 200 MB."""
+    rows = [{"variant": "a", "folder": str(run), "epoch": 300 * run + epoch, "train_loss": 1.0,
+             "test_top1": math.nan} for run in range(300) for epoch in range(300)]
+    tracemalloc.start()
+    variants = pd.DataFrame({"variant": ["a"], "seconds": [math.nan]})
+    draw_curves(pd.DataFrame(rows), variants, tmp_path / "a.png")
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_a_tree_of_large_images(tmp_path, make_settings, monkeypatch):
+    """Sizes are compared before an image is decoded: the second has no pixels."""
+    for split in ("train", "test"):
+        folder = tmp_path / split / "a"
+        folder.mkdir(parents=True)
+        for name, size in (("a", (30, 30)), ("b", (40, 40))):
+            Image.new("RGB", size).save(folder / f"{name}.png")
+        (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:60])
+    conf = make_settings("model=resnet8", "data=cifar10", f"data.root={tmp_path}").data
+    with pytest.raises(ValueError, match="b.png is 40x40 pixels, but others are 30x30; data=folder takes"):
+        ImageData(conf, 0).load(train=False)
+    monkeypatch.setattr(limits, "IMAGES_BYTES", 3000)
+    with pytest.raises(ValueError, match="a.png is 30x30 pixels; 2 such images would take"):
+        ImageData(conf, 0).load(train=False)
 
 
 def test_hdf5_that_unpacks_to_more(tmp_path):

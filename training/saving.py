@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from runs.folder import RunFolder
+from settings.cli import printable
 from settings.schema import CheckpointConf, seconds
 from training.divergence import StopAtNaN
 
@@ -73,8 +74,8 @@ class LastCheckpoint(Checkpoint):
             return
         asked = asked or signal.SIGTERM  # which another process got
         if trainer.is_global_zero:
-            print(f"stopped by {asked.name} {where}; what is done is saved: go on by python train.py "
-                  f"ckpt={self.folder.last}", file=sys.stderr)
+            print(printable(f"stopped by {asked.name} {where}; what is done is saved: go on by python "
+                            f"train.py ckpt={self.folder.last}"), file=sys.stderr)
             if asked is signal.SIGUSR1:
                 requeue()
         sys.exit(128 + asked)

@@ -16,7 +16,7 @@ from models.build import parameter_count
 from models.checkpoint import load_checkpoint, place_of
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO
-from settings.cli import of_the_machine
+from settings.cli import of_the_machine, printable
 from settings.command import Command
 from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
@@ -141,7 +141,7 @@ def begin(command: Command, model: Classifier, trainer: pl.Trainer, folder: RunF
           f"{parameters:,} parameters, {activations:.0f} MiB for the activations of a batch{reduced}")
     said = [expected_cost(command, size, device), net.report, scaled_layers(command.block, net),
             rough_start(command)]
-    print(*filter(None, said), f"run folder: {folder.path}", sep="\n")
+    print(*filter(None, said), f"run folder: {printable(str(folder.path))}", sep="\n")
     log_convolutions(trainer.loggers[-1], net.report, folder)
     return {"parameters": parameters, "activations_mib": activations}
 
@@ -177,9 +177,9 @@ def stopped_by_time(command: Command, folder: RunFolder, start: Start) -> bool:
         if (epochs, batches) == (start.epochs, start.batches):
             raise ValueError(f"trainer.max_time={command.trainer.max_time} is the time of all sessions of "
                              "this run, and used up: give more, or none")
-        print(f"stopped by trainer.max_time={command.trainer.max_time} after {epochs} of "
-              f"{command.trainer.max_epochs} epochs and {batches} batches: the same command with a longer "
-              f"time, or none, goes on from {folder.last}")
+        print(printable(f"stopped by trainer.max_time={command.trainer.max_time} after {epochs} of "
+                        f"{command.trainer.max_epochs} epochs and {batches} batches: the same command with a "
+                        f"longer time, or none, goes on from {folder.last}"))
     return epochs < command.trainer.max_epochs
 
 
@@ -210,6 +210,6 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
     log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, folder.last),
           f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "
-          f"{len(targets)} predictions changed (python convert.py ckpt={folder.last} writes the files)",
-          sep="\n")
+          f"{len(targets)} predictions changed (python convert.py ckpt={printable(str(folder.last))} writes "
+          "the files)", sep="\n")
     return result

@@ -344,7 +344,9 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
     ("config.yaml", "seed: 0\ntrainer: 5\n", None),
     ("config.yaml", "seed: 1\nname: \"\\ud800\"\n", "is damaged"),
     ("config.yaml", "seed: ${oc.env:HOME}\ntrainer: {max_epochs: 1}\n", "is damaged"),
-    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"activations_mib": 10**400}), "too large")])
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"activations_mib": 10**400}), "too large"),
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"top1": True}), "no number"),
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"top1": -10**30}), "no number")])
 def test_an_odd_run_costs_the_report_no_other(tmp_path, name, text, why):
     study(tmp_path)
     odd = tmp_path / "odd"
