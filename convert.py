@@ -80,7 +80,8 @@ def main(cfg: DictConfig) -> None:
         ckpt = Path(command.ckpt or "")
         run = RunFolder.of_checkpoint(ckpt)
         folder = run or RunFolder(Path("outputs", ckpt.stem))
-        out = Path(command.out) if command.out else folder.conversion
+        name = "convert" if run is None or ckpt.name == run.last.name else f"convert-{ckpt.stem}"
+        out = Path(command.out or folder.path / name)
         folder.refuse_links()
         if command.out is None and run is None:
             refuse_anothers(out, ckpt)

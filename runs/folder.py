@@ -20,7 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from models.checkpoint import load_checkpoint
 from models.say import say
 from runs.safety import newest, previous, set_aside, write_text
-from runs.same import GROUPS, as_begun, differences
+from runs.same import GROUPS, as_begun, differences, is_further
 from settings.cli import output_folder, printable
 from settings.command import Command
 
@@ -59,7 +59,6 @@ class RunFolder:
         self.convolutions = self.path / "convolutions.csv"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
-        self.conversion = self.path / "convert"
 
     @classmethod
     def of(cls, command: Command) -> "RunFolder":
@@ -144,6 +143,12 @@ class RunFolder:
         """Whether there is a checkpoint to go on from; of a kill or of damage, the one before may be all."""
         return self.last.exists() or previous(self.last).exists()
 
+    def has_rows_of(self, command: Command) -> bool:
+        """Whether metrics.csv is of the run that goes on: its checkpoint may be gone, but not its id."""
+        stored = (self.read_config() or {}).get("logger")
+        known = stored.get("id") if isinstance(stored, dict) else None
+        return self.has_state or known is not None and known == command.logger.id
+
     def remove_if_unused(self) -> None:
         """Remove the folder, if a run of ours was to begin in it and did not."""
         if not rank_zero_only.rank and {path.name for path in self.path.iterdir()} <= {self.lock.name}:
@@ -152,13 +157,12 @@ class RunFolder:
     def _go_back(self, command: Command) -> Command:
         """Go on from another checkpoint of this run than the last one.
 
-        If the last has the settings of this command, which was thus stopped before, it goes on there.
+        If the last is of this command, which was thus stopped before, it goes on there.
         """
         try:
-            stored = load_checkpoint(self.last)["dbb"]["settings"]
-        except ValueError:
-            return command
-        if differences(stored, command):
+            if not is_further(load_checkpoint(self.last), load_checkpoint(command.ckpt), command):
+                return command
+        except ValueError:  # whatever cannot be read
             return command
         say(f"{self.last} has these settings, and is further: going on from it")
         return replace(command, ckpt=str(self.last))
@@ -276,6 +280,9 @@ class RunFolder:
         if stored is not None and not different:
             logger = replace(command.logger, id=stored["logger"].get("id"))
             going_on = newest(self.last)
+            if going_on and asked and not is_further(*map(load_checkpoint, (going_on, asked)), command):
+                raise FolderTakenError(f"{self.path} holds a run of these settings that did not go on from "
+                                       f"ckpt={asked}: choose another folder with out=DIR")
             return replace(command, ckpt=None if going_on is None else str(going_on), logger=logger)
         if holds_run:
             knobs = ", ".join(different[:4])

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from models.build import named_start
+from models.checkpoint import place_of
 from settings.command import OF_THE_COMMAND, Command
 from settings.schema import (
     NOT_OF_THE_RUN,
@@ -57,6 +58,16 @@ def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
     if known.get("data.name") in TENSOR_SETS:  # the same images in every place
         ignored.add("data.root")
     return {key: value for key, value in known.items() if not {key, key.split(".")[0]} & ignored}
+
+
+def is_further(last: dict[str, Any], asked: dict[str, Any], command: Command) -> bool:
+    """Whether a checkpoint is of a training that went on from another one, as a command would."""
+    stored = asked["dbb"]["settings"]
+    expected = [*asked["dbb"].get("changed", []), *changes(stored, command, place_of(asked)[0])]
+    known, expected = ([change for change in of if " images: " not in change]  # which the data say later
+                       for of in (last["dbb"].get("changed", []), expected))
+    return (known == expected and last["global_step"] >= asked["global_step"]
+            and not differences(last["dbb"]["settings"], command))
 
 
 def changes(stored: dict[str, Any], command: Command, done: int) -> list[str]:

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reports.runs import METRICS, read_columns
+from reports.runs import read_columns
 from runs.folder import RunFolder
+from runs.rows import read_rows
 from runs.safety import write_text
 from settings.cli import plain_errors
 from settings.schema import TENSOR_SETS, flat
@@ -28,8 +29,8 @@ def keep(folder: RunFolder) -> None:
     if flat(config).get("data.name") in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
     write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-    rows = read_columns(folder.metrics, ["epoch", "step", *METRICS]).apply(pd.to_numeric)
-    rows = rows.dropna(subset=list(METRICS), how="all").groupby("epoch", as_index=False).last()
+    rows = read_columns(folder.metrics, read_rows(folder.metrics).names).apply(pd.to_numeric)
+    rows = rows.groupby("epoch", as_index=False).last().dropna(axis=1, how="all")
     rows = rows.astype({"epoch": int, "step": int})
     write_text(folder.metrics, rows.to_csv(index=False, float_format="%.6g"))
 

@@ -30,12 +30,12 @@ WANDB_WAIT = 10  # seconds, at the start
 WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server without end
 
 
-def make_loggers(settings: Settings, folder: RunFolder, epochs: int = 0, step: int = 0) -> list[Logger]:
+def make_loggers(settings: Command, folder: RunFolder, epochs: int = 0, step: int = 0) -> list[Logger]:
     """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped.
 
-    `epochs` and `step` as in `csv_logger`. A folder without a checkpoint has no rows of what goes on there.
+    `epochs` and `step` as in `csv_logger`. Rows of another training, which saved nothing, go.
     """
-    if not folder.has_state:
+    if not folder.has_rows_of(settings):
         epochs = step = 0
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, folder) for make in more[settings.logger.name]]

@@ -25,6 +25,7 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path):
         keep(RunFolder(run))
         shutil.rmtree(run / "checkpoints")
         metrics = pd.read_csv(run / "metrics.csv")
+        assert {"test/top1", "test/top5", "train/images_per_second"} <= {*metrics}
         assert metrics["epoch"].tolist() == [0]
         assert str(tmp_path) not in (run / "config.yaml").read_text()
         assert OmegaConf.load(run / "config.yaml").data.root is None

@@ -116,6 +116,48 @@ def test_going_back_to_the_checkpoint_before(make_settings, train_with, whole, t
     assert not (parts / "checkpoints" / "last-left2.ckpt").exists()
 
 
+def test_going_back_over_a_detour(make_settings, train_with, whole, tmp_path, capsys):
+    """The last has the settings of the one before it, but trained with others in between."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    last, left = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "last-left.ckpt"
+    shutil.copy(last, left)
+    for epochs, rate in ((3, 0.5), (4, 0.1)):
+        rates = f"optim.lr={rate}", f"trainer.max_epochs={epochs}"
+        train_script.train(make_settings(f"ckpt={last}", *rates), run)
+    train_script.train(make_settings(f"ckpt={left}", "optim.lr=0.1", "trainer.max_epochs=4"), run)
+    assert "last.ckpt is now last-left2.ckpt" in capsys.readouterr().out
+    changed = load_checkpoint(last)["dbb"]["changed"]
+    assert [change for change in changed if "lr" in change] == []
+
+
+def test_a_folder_that_began_from_another_checkpoint(make_settings, whole, tmp_path):
+    """Of the same settings in the end, which it had after others."""
+    other, command = tmp_path / "other", ["optim.lr=0.3", "trainer.max_epochs=4"]
+    shutil.copytree(whole, other)
+    train_script.train(make_settings(f"ckpt={other}/checkpoints/last.ckpt", "optim.lr=0.2",
+                                     "trainer.max_epochs=3"), other)
+    train_script.train(make_settings(f"ckpt={other}/checkpoints/last.ckpt", *command), tmp_path / "b")
+    with pytest.raises(FolderTakenError, match="holds a run of these settings that did not go on from"):
+        train_script.train(make_settings(f"ckpt={whole}/checkpoints/last.ckpt", *command), tmp_path / "b")
+
+
+@pytest.mark.parametrize("place", ["run/checkpoints/mine.ckpt", "mine.ckpt"])
+def test_a_checkpoint_that_somebody_renamed(make_settings, whole, tmp_path, place):
+    """The run that goes on from it keeps its rows, and its id at W&B."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before, identity = pd.read_csv(run / "metrics.csv"), RunFolder(run).read_config()["logger"]["id"]
+    (run / "checkpoints" / "last-previous.ckpt").unlink()
+    (run / "checkpoints" / "last.ckpt").rename(tmp_path / place)
+    (run / "result.json").unlink()
+    train_script.train(make_settings(f"ckpt={tmp_path / place}", "trainer.max_epochs=3"), run)
+    rows = pd.read_csv(run / "metrics.csv")
+    assert rows["step"].min() == before["step"].min()
+    assert set(rows["epoch"].dropna()) == {0, 1, 2}
+    assert RunFolder(run).read_config()["logger"]["id"] == identity
+
+
 @pytest.mark.parametrize("knob", ["trainer.limit_train_batches", "trainer.limit_val_batches"])
 def test_one_batch_is_not_all_of_them(make_settings, tmp_path, knob, capsys):
     """A trial of one batch an epoch, 1, is not the run of all batches, 1.0, which is the default."""
