@@ -1,6 +1,7 @@
 """The three scripts, end to end, in this process and as a user starts them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -84,12 +85,14 @@ def test_a_run_leaves_what_it_promises(trained):
 
 @pytest.mark.slow
 def test_convert_from_the_command_line(trained, convert, tmp_path):
-    ckpt = trained[0] / "checkpoints" / "last.ckpt"
-    done = call("convert.py", f"ckpt={ckpt}", "export=[]", f"out={tmp_path}/out", cwd=tmp_path)
+    """Of another checkpoint than the last: its conversion has a folder of its own."""
+    ckpt = trained[0] / "checkpoints" / "kept.ckpt"
+    shutil.copy(ckpt.with_name("last.ckpt"), ckpt)
+    done = call("convert.py", f"ckpt={ckpt}", "export=[]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 of 360 predictions changed" in done.stdout
     written = ["model.safetensors", "report.json", "report.md", "report.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
+    assert sorted(path.name for path in (trained[0] / "convert-kept").iterdir()) == written
     assert not (tmp_path / "outputs").exists()
     with pytest.raises(ValueError, match="the conversion changed the network"):
         convert(ckpt, tmp_path / "strict", "tolerance=1e-12")
