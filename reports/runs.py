@@ -13,7 +13,8 @@ from runs.folder import RunFolder
 from runs.rows import read_rows
 from runs.same import of_the_training
 from settings.cli import printable
-from settings.schema import Settings, flat
+from settings.schema import Settings
+from settings.values import flat
 
 RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
 NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")

@@ -14,9 +14,8 @@ from settings.schema import (
     ModelConf,
     OptimConf,
     TrainerConf,
-    differ,
-    flat,
 )
+from settings.values import differ, flat
 
 # With whatever values of these.
 SAME_RUN = (*OF_THE_COMMAND, *NOT_OF_THE_RUN)

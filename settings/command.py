@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 import settings.folders  # noqa: F401  the configs name its functions
 from settings.cli import printable
 from settings.overrides import changes_branches, named, parsed, wants_no_block
-from settings.schema import FILE_SETS, BlockConf, Settings, at_least, check_name, differ, flat
+from settings.schema import FILE_SETS, BlockConf, Settings
+from settings.values import at_least, check_name, differ, flat
 
 
 @dataclass

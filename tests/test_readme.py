@@ -19,7 +19,8 @@ import dbb
 import train as train_script
 from models import build_model
 from models.build import UNTRAINED
-from settings.schema import Settings, flat
+from settings.schema import Settings
+from settings.values import flat
 from tests.helpers import ROOT, call, randomize, relative_error
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,8 @@ from runs.folder import RunFolder
 from runs.rows import read_rows
 from runs.safety import write_text
 from settings.cli import plain_errors
-from settings.schema import TENSOR_SETS, flat
+from settings.schema import TENSOR_SETS
+from settings.values import flat
 
 
 def keep(folder: RunFolder) -> None:

@@ -14,7 +14,8 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from runs.folder import RunFolder
 from settings.cli import printable
-from settings.schema import CheckpointConf, seconds
+from settings.schema import CheckpointConf
+from settings.values import seconds
 from training.divergence import StopAtNaN
 
 

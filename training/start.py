@@ -16,7 +16,7 @@ from reports.runs import read_epochs
 from runs.folder import RunFolder
 from runs.same import changes
 from settings.command import Command
-from settings.schema import differ
+from settings.values import differ
 from training.module import Classifier, make_optimizer
 
 # What decides which images an epoch's batches have, and after which of them the optimiser takes a step.
