@@ -35,10 +35,10 @@ def _gradients(d_y: Tensor, x: Tensor, kernel: Tensor, conv: tuple, needed: Sequ
 
 
 class CentredConv(Function):
-    """A convolution with the bias that gives its map the mean `beta.sum(0)`, as the norms of its branches do.
+    """A convolution with the bias that gives its map the mean `beta.sum(1)`, as the norms of its branches do.
 
-    Arguments: `x` `[N, C, H, W]`; `kernel` `[O, C/G, KH, KW]`; `beta` `[B, O]`; constant `mean` of what the
-    kernel sees, `[G, C/G * KH * KW, 1]`; `conv` (stride, padding, dilation, groups); process group.
+    Arguments: `x` `[N, C, H, W]`; `kernel` `[O, C/G, KH, KW]`; `beta` `[G, B, O/G]`; constant `mean` of what
+    the kernel sees, `[G, C/G * KH * KW, 1]`; `conv` (stride, padding, dilation, groups); process group.
 
     The map's mean does not depend on `x` and the kernel. So their gradients are those of a convolution
     without a bias, for a gradient of the map that is centred.
@@ -47,10 +47,10 @@ class CentredConv(Function):
     @staticmethod
     def forward(ctx, x, kernel, beta, mean, conv, group):
         ctx.save_for_backward(x, kernel)
-        ctx.conv, ctx.group, ctx.branches = conv, group, len(beta)
+        ctx.conv, ctx.group, ctx.beta = conv, group, beta.shape
         with without_autocast(x.device):
             rows = kernel.to(mean.dtype).reshape(len(mean), -1, mean.shape[1])
-            wanted = beta.sum(0, dtype=mean.dtype).view(len(mean), -1, 1)
+            wanted = beta.sum(1, dtype=mean.dtype)[..., None]
             bias = torch.baddbmm(wanted, rows, mean, alpha=-1).flatten()
         return F.conv2d(x, kernel, bias.to(x.dtype), *conv)
 
@@ -64,7 +64,9 @@ class CentredConv(Function):
             total, count = total / positions, 1
         centred = torch.sub(d_y, total.to(d_y.dtype)[:, None, None], alpha=1 / count)
         d_x, d_kernel = _gradients(centred, x, kernel, ctx.conv, ctx.needs_input_grad[:2])
-        return d_x, d_kernel, d_beta.repeat(ctx.branches, 1), None, None, None
+        groups, branches, _ = ctx.beta
+        d_beta = d_beta.view(groups, 1, -1).repeat(1, branches, 1)  # each has a gradient of its own
+        return d_x, d_kernel, d_beta, None, None, None
 
 
 class NormedConv(Function):

@@ -43,7 +43,7 @@ def exact(block, x: Tensor) -> Tensor:
             kernels = [branch.inner() for branch in inner] + [branch.point() for branch in points]
             rows = joined(kernels, g.groups).to(mean.dtype)
             norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
-            affine = _affine(joined, norms, g.groups, mean.dtype)
+            affine = _affine(norms, g.groups, mean.dtype)
             scaled, variance = CovarianceSum.apply(rows, *affine, spread)
             with torch.no_grad():
                 variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
@@ -52,7 +52,8 @@ def exact(block, x: Tensor) -> Tensor:
         firsts = dict(zip(inner, scaled[:len(inner)], strict=True))
     if points:
         kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])
-        terms.append(_centred(block.pixelwise, x, kernel, points, mean))
+        beta = beside([branch.bn.bias for branch in points], g.groups)
+        terms.append(_centred(block.pixelwise, x, kernel, beta, mean, process_group(points[0].bn)))
     padded = g.pad(x)
     others = [branch for branch in block.branches.values() if branch not in points]
     alike = [branch for branch in others if _stacks(branch, padded, others[0].bn)]
@@ -97,13 +98,16 @@ def merged_online(block, x: Tensor) -> Tensor:
         if inner:
             kernels = [branch.inner() for branch in inner]
             joint = joined(kernels, g.groups).flatten(0, 2)[..., None, None]
-            affine = _affine(joined, [branch.scale for branch in inner], g.groups, sample.dtype)
+            affine = _affine([branch.scale for branch in inner], g.groups, sample.dtype)
             seen = centre if g.keeps_size else pixels
             scaled, variance, _ = SampledSum.apply(*affine, seen, group, (1, 1), joint)
             firsts = dict(zip(inner, _as_kernels(scaled, kernels), strict=True))
             variances += apart(variance[:, 0], kernels)
         kernels = [branch.kernel(firsts.get(branch)) for branch in live]
-        affine = _affine(beside, [branch.bn for branch in live], g.groups, sample.dtype)
+        norms = [branch.bn for branch in live]
+        weights = beside([norm.weight for norm in norms] + [norm.bias for norm in norms], g.groups)
+        gamma, beta = (part.transpose(0, 1) for part in weights.transpose(0, 1).split(len(norms)))
+        affine = gamma.to(sample.dtype), _epsilon(beside, norms, g.groups, sample.dtype)
         kernel, variance, rows = SampledSum.apply(*affine, sample, group, g.kernel_size, *kernels)
         with torch.no_grad():
             count = len(x) * math.prod(g.positions(padded))
@@ -111,7 +115,7 @@ def merged_online(block, x: Tensor) -> Tensor:
             means = (rows.flatten(1, 2) @ mean).view(variance.shape)
             statistics = torch.stack([variance.transpose(0, 1), means.transpose(0, 1)]).flatten(2)
             _follow(inner, live, [*variances, *statistics[0]], list(statistics[1]))
-    y = _centred(g, padded, kernel.reshape(g.out_channels, -1, *g.kernel_size), live, mean)
+    y = _centred(g, padded, kernel.reshape(g.out_channels, -1, *g.kernel_size), beta, mean, group)
     frozen = [branch.equivalent() for branch in block.branches.values() if branch not in live]
     return y + g.conv(padded, *add_branches(*zip(*frozen, strict=True), g.kernel_size)) if frozen else y
 
@@ -136,12 +140,16 @@ def _taking_part(block) -> tuple[list[Branch], list[Branch]]:
     return live, [branch for branch in live if branch.scale is not None]
 
 
-def _affine(arrange: Callable, norms: list[nn.Module], groups: int, dtype) -> tuple[Tensor, Tensor | float]:
-    """The gammas of norms in the order of their rows, and their epsilon: one number, or one a row."""
-    gamma = arrange([norm.weight for norm in norms], groups).to(dtype)
+def _affine(norms: list[nn.Module], groups: int, dtype) -> tuple[Tensor, Tensor | float]:
+    """The gammas of norms in the order of `joined` rows, and their epsilon."""
+    return joined([norm.weight for norm in norms], groups).to(dtype), _epsilon(joined, norms, groups, dtype)
+
+
+def _epsilon(arrange: Callable, norms: list[nn.Module], groups: int, dtype) -> Tensor | float:
+    """The epsilon of norms: one number, or one a row."""
     if len({norm.eps for norm in norms}) == 1:
-        return gamma, norms[0].eps
-    return gamma, arrange([torch.full_like(norm.weight, norm.eps) for norm in norms], groups).to(dtype)
+        return norms[0].eps
+    return arrange([torch.full_like(norm.weight, norm.eps) for norm in norms], groups).to(dtype)
 
 
 def _as_kernels(joint: Tensor, kernels: list[Tensor]) -> list[Tensor]:
@@ -158,13 +166,12 @@ def _follow(inner: list[Branch], outer: list[Branch], variances: list[Tensor], m
     count_batch([branch.bn for branch in outer])
 
 
-def _centred(g: Geometry, x: Tensor, kernel: Tensor, branches: list[Branch], mean: Tensor) -> Tensor:
-    """A convolution whose map has the mean that the branches' norms give it; `mean` as in `CentredConv`."""
+def _centred(g: Geometry, x: Tensor, kernel: Tensor, beta: Tensor, mean: Tensor, group) -> Tensor:
+    """A convolution whose map has the mean that norms give it; the last three as in `CentredConv`."""
     x, padding = g.aligned(x, kernel.shape[2:])
-    beta = torch.stack([branch.bn.bias for branch in branches])
     conv = g.stride, padding, g.dilation, g.groups
     x, kernel = as_autocast(x, kernel.to(x.dtype))
-    return CentredConv.apply(x, kernel, beta, mean, conv, process_group(branches[0].bn))
+    return CentredConv.apply(x, kernel, beta, mean, conv, group)
 
 
 def _normed(branch: Branch, padded: Tensor, first: Tensor | None) -> Tensor:

@@ -64,7 +64,7 @@ class SampledSum(Function):
             d_sample = None
             if ctx.needs_input_grad[2]:  # with beta=0 the first argument is not read
                 d_sample = torch.baddbmm(sample, rows.flatten(1, 2).mT, d_z, beta=0, alpha=-1 / count)
-            return by_branch(d_gamma), None, d_sample, None, None, *unstacked(d_rows, kernels, ctx.size)
+            return d_gamma, None, d_sample, None, None, *unstacked(d_rows, kernels, ctx.size)
 
 
 class ScaledSum(Function):
@@ -82,7 +82,8 @@ class ScaledSum(Function):
         with without_autocast(scale.device):
             rows = stacked(kernels, len(scale), ctx.size).to(scale.dtype)
             d_rows = scale[..., None] * d_sum[:, None]
-            return by_branch(dots(rows, d_sum)), None, *unstacked(d_rows, kernels, ctx.size)
+            d_scale = dots(rows, d_sum).transpose(0, 1).contiguous()  # a branch's in one piece of memory
+            return d_scale.transpose(0, 1), None, *unstacked(d_rows, kernels, ctx.size)
 
 
 def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +163,7 @@ def stacked(kernels: Sequence[Tensor], groups: int, size: tuple[int, int]) -> Te
 def unstacked(rows: Tensor, kernels: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
     """The gradients of kernels, from those of what `stacked` made of them."""
     parts = []
-    for part, kernel in zip(by_branch(rows).unbind(1), kernels, strict=True):
+    for part, kernel in zip(rows.transpose(0, 1).contiguous(), kernels, strict=True):
         part = part.reshape(len(kernel), -1, *size)
         if kernel.shape[2:] != size:
             (top, left), (height, width) = offsets(kernel.shape[2:], size), kernel.shape[2:]
@@ -173,12 +174,7 @@ def unstacked(rows: Tensor, kernels: Sequence[Tensor], size: tuple[int, int]) ->
 
 def beside(vectors: Sequence[Tensor], groups: int) -> Tensor:
     """Vectors `[O]` of several branches in the order of their rows, `[G, B, O/G]`."""
-    return torch.stack([vector.view(groups, -1) for vector in vectors], 1)
-
-
-def by_branch(stack: Tensor) -> Tensor:
-    """The same values, with each branch's part `[:, b]` in one piece of memory."""
-    return stack.transpose(0, 1).contiguous().transpose(0, 1)
+    return torch.stack(vectors).unflatten(1, (groups, -1)).transpose(0, 1)
 
 
 def joined(parts: Sequence[Tensor], groups: int) -> Tensor:
