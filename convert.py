@@ -80,8 +80,8 @@ def main(cfg: DictConfig) -> None:
         ckpt = Path(command.ckpt or "")
         run = RunFolder.of_checkpoint(ckpt)
         folder = run or RunFolder(Path("outputs", ckpt.stem))
-        name = "convert" if run is None or ckpt.name == run.last.name else f"convert-{ckpt.stem}"
-        out = Path(command.out or folder.path / name)
+        of_last = run is None or ckpt.name == run.last.name
+        out = Path(command.out or folder.path / ("convert" if of_last else f"convert-{ckpt.name}"))
         folder.refuse_links()
         if command.out is None and run is None:
             refuse_anothers(out, ckpt)

@@ -43,7 +43,8 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     folder, asked = RunFolder(run_dir), command.ckpt
     command, result = folder.take_up(command), folder.read_result()
     if result is not None and (asked is None or command.ckpt != asked):
-        print(f"{printable(str(run_dir))} is finished: {sentence(result, folder.last)}")
+        changed = f" (changed on the way: {result['changed']})" if "changed" in result else ""
+        print(printable(f"{run_dir} is finished: {sentence(result, folder.last)}{changed}"))
         return result
     refuse_published(command)
     command = with_identity(command, folder, fresh=asked is not None)
@@ -52,6 +53,8 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     start = start_of(command, folder, result)
     data = steps.load_data(command, start)
     model = steps.make_model(command, data, start)
+    if trainer.is_global_zero:
+        folder.leave_last(command)
     trainer.loggers = make_loggers(command, folder, start.epochs, start.step)
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     if trainer.is_global_zero:

@@ -67,13 +67,14 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
     if "seed" not in config or not isinstance(trainer, dict) or "max_epochs" not in trainer:
         return None, None  # a config.yaml of something else, as W&B writes one into its own folder
     settings = _settings(config, folder)
-    run = {"seed": settings.pop("seed"), "settings": settings, "epochs": len(rows)}
+    run = {"seed": settings.pop("seed"), "settings": settings,
+           "epochs": 0 if rows.empty else int(rows["epoch"].iloc[-1])}  # the first may be logged elsewhere
     if changed := (result or {}).get("changed"):
         what = "; ".join(map(str, changed)) if isinstance(changed, list) else changed
         return run | {"state": printable(f"went on with other settings ({what})")}, rows
     if result is None:
         why = why or "not finished"
-        return run | {"state": f"{why} ({len(rows)} of {settings['trainer.max_epochs']} epochs)"}, rows
+        return run | {"state": f"{why} ({run['epochs']} of {settings['trainer.max_epochs']} epochs)"}, rows
     unknown = dict.fromkeys(("train_loss", "seconds_per_step", "seconds"), np.nan)
     numbers = {name: result.get(name) for name in RESULT}
     numbers |= {name: result[name] for name in ("parameters", "val_top1") if name in result}

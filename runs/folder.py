@@ -21,13 +21,13 @@ from models.checkpoint import load_checkpoint
 from models.say import say
 from runs.safety import newest, previous, set_aside, write_text
 from runs.same import GROUPS, as_begun, differences, is_further
-from settings.cli import output_folder, printable
+from settings.cli import output_folder, printable, typed
 from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
 LONGEST, LARGEST = 1000, 2**16  # bytes of error.txt; of config.yaml and result.json
-DAMAGED = "{} is damaged: remove it, and go on with the run by ckpt={}/checkpoints/last.ckpt"
+DAMAGED = "{} is damaged: remove it, and go on with the run by {}"
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -143,11 +143,12 @@ class RunFolder:
         """Whether there is a checkpoint to go on from; of a kill or of damage, the one before may be all."""
         return self.last.exists() or previous(self.last).exists()
 
-    def has_rows_of(self, command: Command) -> bool:
-        """Whether metrics.csv is of the run that goes on: its checkpoint may be gone, but not its id."""
-        stored = (self.read_config() or {}).get("logger")
-        known = stored.get("id") if isinstance(stored, dict) else None
-        return self.has_state or known is not None and known == command.logger.id
+    def has_rows_of(self, ckpt: str | None) -> bool:
+        """Whether metrics.csv is of the run that wrote a checkpoint, wherever that lies."""
+        known, newest_ones = _identity(self.read_config() or {}), (self.last, previous(self.last))
+        if ckpt is None or known is None or Path(ckpt).absolute() in map(Path.absolute, newest_ones):
+            return self.has_state
+        return known == _identity(load_checkpoint(ckpt)["dbb"]["settings"])
 
     def remove_if_unused(self) -> None:
         """Remove the folder, if a run of ours was to begin in it and did not."""
@@ -179,8 +180,8 @@ class RunFolder:
                                        "folders of its own alone: remove it, or choose another folder with "
                                        "out=DIR (a whole folder may be moved, and linked to)")
 
-    def _leave_last(self, command: Command) -> None:
-        """Keep the last checkpoint, if the run goes on from another: no save may take its place."""
+    def leave_last(self, command: Command) -> None:
+        """Keep the last checkpoint, and its rows, if the run goes on from another one."""
         if command.ckpt is None or Path(command.ckpt).resolve() == self.last.resolve():
             return
         try:
@@ -189,8 +190,17 @@ class RunFolder:
         except ValueError:
             why = "damaged"
         kept = set_aside(self.last, why)
-        if kept is not None:
-            say(f"going on from {command.ckpt}: {self.last} is now {kept.name}")
+        if kept is None:
+            return
+        say(f"going on from {command.ckpt}: {self.last} is now {kept.name}")
+        if why == "left" and self.metrics.is_file():
+            write_text(self._rows_of(kept), self.metrics.read_text())
+        if self._rows_of(command.ckpt).is_file():
+            write_text(self.metrics, self._rows_of(command.ckpt).read_text())
+
+    def _rows_of(self, ckpt: str | Path) -> Path:
+        """The rows beside a checkpoint that was left, `metrics-left.csv` beside `last-left.ckpt`."""
+        return self.path / f"{Path(ckpt).stem.replace('last', 'metrics', 1)}.csv"
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings in config.yaml, as plain values; None where there is none.
@@ -209,7 +219,7 @@ class RunFolder:
         named = all(isinstance(group, dict) and {*map(type, group)} <= {str} for group in groups)
         if not named or not isinstance(stored["block"].get("positions"), int | None) \
                 or not isinstance(stored["block"].get("init"), str | None):
-            raise ValueError(DAMAGED.format(self.config, self.path))
+            raise ValueError(DAMAGED.format(self.config, typed("ckpt", self.last)))
         return stored
 
     def read_result(self) -> dict[str, Any] | None:
@@ -222,7 +232,6 @@ class RunFolder:
 
     def begin(self, command: Command) -> None:
         """Write the settings, and clear what an earlier session left of its end."""
-        self._leave_last(command)
         self.result.unlink(missing_ok=True)
         if not self._has_others_error():
             self.error.unlink(missing_ok=True)
@@ -289,9 +298,15 @@ class RunFolder:
             text = (f"{self.path} already holds a run with another {knobs}: choose another folder with "
                     "out=DIR")
             if self.has_state:
-                text += f", or go on with that run by ckpt={self.last}"
+                text += f", or go on with that run by {typed('ckpt', self.last)}"
             raise FolderTakenError(text)
         return command
+
+
+def _identity(settings: dict[str, Any]) -> str | None:
+    """A run's id at W&B, which all runs have, by stored settings."""
+    logger = settings.get("logger")
+    return logger.get("id") if isinstance(logger, dict) else None
 
 
 def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
@@ -305,7 +320,8 @@ def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
         json.dumps(found, ensure_ascii=False).encode()  # plain values alone
         return found
     except Exception as error:  # of many kinds, depending on the text
-        raise ValueError(DAMAGED.format(path, path.parent)) from error
+        last = path.parent / "checkpoints" / "last.ckpt"
+        raise ValueError(DAMAGED.format(path, typed("ckpt", last))) from error
 
 
 def _result(text: str) -> dict[str, Any]:

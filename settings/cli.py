@@ -110,6 +110,16 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def typed(knob: str, value: object) -> str:
+    """`knob=value` as it is typed, in the quotes that the shell and Hydra need."""
+    if re.fullmatch(r"[\w./+~-]+", str(value)):
+        return f"{knob}={value}"
+    # Of Hydra's quoted values: a backslash escapes quotes, and backslashes in front of one.
+    value = re.sub(r"(\\*)'", r"\1\1\\'", printable(str(value)))
+    value = re.sub(r"(\\+)$", r"\1\1", value)
+    return '"' + re.sub(r'(["$`\\])', r"\\\1", f"{knob}='{value}'") + '"'
+
+
 def output_folder(path: str | Path) -> Path:
     """Make a folder to write into.
 

@@ -92,7 +92,7 @@ def test_convert_from_the_command_line(trained, convert, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "0 of 360 predictions changed" in done.stdout
     written = ["model.safetensors", "report.json", "report.md", "report.png"]
-    assert sorted(path.name for path in (trained[0] / "convert-kept").iterdir()) == written
+    assert sorted(path.name for path in (trained[0] / "convert-kept.ckpt").iterdir()) == written
     assert not (tmp_path / "outputs").exists()
     with pytest.raises(ValueError, match="the conversion changed the network"):
         convert(ckpt, tmp_path / "strict", "tolerance=1e-12")

@@ -19,21 +19,29 @@ from reports.runs import read_columns
 from runs.folder import RunFolder
 from runs.rows import read_rows
 from runs.safety import write_text
-from settings.cli import plain_errors
+from settings.cli import as_sentence
 from settings.schema import TENSOR_SETS
 from settings.values import flat
 
 
 def keep(folder: RunFolder) -> None:
-    """Rewrite the small files of a finished run; harmless the second time."""
+    """Rewrite the small files of a finished run; harmless the second time.
+
+    Raises:
+        ValueError: if one is damaged; nothing is written then.
+    """
     config = folder.read_config()
+    try:
+        names = {"epoch": None, "step": None} | dict.fromkeys(read_rows(folder.metrics).names)
+        rows = read_columns(folder.metrics, list(names)).apply(pd.to_numeric)
+        rows = rows.groupby("epoch", as_index=False).last().astype({"epoch": int, "step": int})
+    except ValueError as error:
+        raise ValueError(f"{folder.metrics} is damaged ({error})") from error
     if flat(config).get("data.name") in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
     write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-    rows = read_columns(folder.metrics, read_rows(folder.metrics).names).apply(pd.to_numeric)
-    rows = rows.groupby("epoch", as_index=False).last().dropna(axis=1, how="all")
-    rows = rows.astype({"epoch": int, "step": int})
-    write_text(folder.metrics, rows.to_csv(index=False, float_format="%.6g"))
+    text = rows.dropna(axis=1, how="all").to_csv(index=False, float_format="%.6g")
+    write_text(folder.metrics, text if len(rows) else "")
 
 
 def main() -> None:
@@ -42,10 +50,16 @@ def main() -> None:
     found = [path for folder in parser.parse_args().folders for path in sorted(folder.rglob("result.json"))]
     runs = [folder for folder in map(RunFolder, (path.parent for path in found))
             if folder.is_ours() and folder.config.is_file() and folder.metrics.is_file()]
-    with plain_errors():
-        for folder in runs:
+    damaged = []
+    for folder in runs:
+        try:
             keep(folder)
-    print(f"{len(runs)} finished runs; other folders, left as they are: {len(found) - len(runs)}")
+        except ValueError as error:
+            damaged.append(as_sentence(error))
+    print(f"{len(runs) - len(damaged)} finished runs; other folders, left as they are: "
+          f"{len(found) - len(runs) + len(damaged)}")
+    if damaged:
+        sys.exit("\n".join(damaged))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,9 +34,9 @@ WANDB_FINISH = 600  # seconds, at the end: W&B would wait for a lost server with
 def make_loggers(settings: Command, folder: RunFolder, epochs: int = 0, step: int = 0) -> list[Logger]:
     """CSV, and W&B or TensorBoard as `logger.name` says; all go on where an earlier session stopped.
 
-    `epochs` and `step` as in `csv_logger`. Rows of another training, which saved nothing, go.
+    `epochs` and `step` as in `csv_logger`. Rows of another training go.
     """
-    if not folder.has_rows_of(settings):
+    if not folder.has_rows_of(settings.ckpt):
         epochs = step = 0
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, folder) for make in more[settings.logger.name]]
@@ -110,6 +111,7 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
                             (lambda conf: "offline", "without W&B; metrics.csv has all of its metrics")):
         try:
             mode = wanted(conf)
+            logging.raiseExceptions = False  # of W&B's own log, on a disk that is full
             # W&B prints nothing about an offline run, and where to see an online one.
             options = wandb.Settings(init_timeout=WANDB_WAIT, quiet=True, silent=mode != "online")
             logger = WandbLogger(name, folder.path, id=conf.id, project=conf.project, entity=conf.entity,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import pytorch_lightning as pl
@@ -13,7 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from runs.folder import RunFolder
-from settings.cli import printable
+from settings.cli import typed
 from settings.schema import CheckpointConf
 from settings.values import seconds
 from training.divergence import StopAtNaN
@@ -56,10 +57,14 @@ class LastCheckpoint(Checkpoint):
             self.divergence.check_weights(trainer, module)
             trainer.save_checkpoint(self.folder.last, weights_only=False)  # the optimiser's state, too
             self.saved_at = time.monotonic()
-            self._stop(trainer, asked, f"in epoch {trainer.current_epoch + 1}, after {done} batches of it")
+            where = f"in epoch {trainer.current_epoch + 1}, after {done} batches of it"
+            self._stop(trainer, asked, where, trainer._logger_connector.update_train_step_metrics)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
         self._stop(trainer, self.asked, f"while epoch {trainer.current_epoch + 1} was evaluated")
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stop(trainer, self.asked, "after its last epoch")
 
     def _due(self, trainer: pl.Trainer) -> bool:
         enough_steps = self.steps is not None and trainer.global_step % self.steps == 0
@@ -70,13 +75,16 @@ class LastCheckpoint(Checkpoint):
         """Whether any process says so: they save, and stop, after the same step."""
         return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
-    def _stop(self, trainer: pl.Trainer, asked: signal.Signals | None, where: str) -> None:
+    def _stop(self, trainer: pl.Trainer, asked: signal.Signals | None, where: str,
+              log: Callable[[], None] = lambda: None) -> None:
+        """End the run, if a process was told to; `log` is what Lightning would do next."""
         if not self._agreed(trainer, asked is not None):
             return
+        log()
         asked = asked or signal.SIGTERM  # which another process got
         if trainer.is_global_zero:
-            print(printable(f"stopped by {asked.name} {where}; what is done is saved: go on by python "
-                            f"train.py ckpt={self.folder.last}"), file=sys.stderr)
+            print(f"stopped by {asked.name} {where}; what is done is saved: go on by python train.py "
+                  f"{typed('ckpt', self.folder.last)}", file=sys.stderr)
             if asked is signal.SIGUSR1:
                 requeue()
         sys.exit(128 + asked)

@@ -48,7 +48,7 @@ def refuse_published(command: Command) -> None:
 
 def with_identity(command: Command, folder: RunFolder, fresh: bool) -> Command:
     """The command with an id for W&B; `fresh` where `ckpt` is another folder's, to which its id belongs."""
-    if command.logger.id is not None and (folder.has_rows_of(command) or not fresh):
+    if command.logger.id is not None and (folder.has_rows_of(command.ckpt) or not fresh):
         return command
     return replace(command, logger=replace(command.logger, id=secrets.token_hex(4)))
 

@@ -16,7 +16,7 @@ from models.build import parameter_count
 from models.checkpoint import load_checkpoint, place_of
 from runs.folder import RunFolder
 from runs.safety import WholeCheckpointIO
-from settings.cli import of_the_machine, printable
+from settings.cli import of_the_machine, printable, typed
 from settings.command import Command
 from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
@@ -210,6 +210,6 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
     log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, folder.last),
           f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "
-          f"{len(targets)} predictions changed (python convert.py ckpt={printable(str(folder.last))} writes "
-          "the files)", sep="\n")
+          f"{len(targets)} predictions changed (python convert.py {typed('ckpt', folder.last)} writes the "
+          "files)", sep="\n")
     return result

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from runs.folder import RunFolder
 from tests.helpers import TINY, call
+from tests.reports.test_report import DBB, write_run
 from tools.keep_runs import keep, main
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,19 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path):
     pd.testing.assert_frame_equal(before, after, rtol=1e-3)
     assert sorted(after["variant"]) == ["dbb", "none", "sgs"]
     assert after.set_index("variant").loc[["dbb", "sgs"], "pairs"].tolist() == [2, 2]
+
+
+def test_a_damaged_run_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
+    damaged, whole = tmp_path / "a", tmp_path / "b"
+    for folder in (damaged, whole):
+        write_run(folder, DBB, 3, 0.75)
+    (damaged / "metrics.csv").write_text("epoch,step\n1\n2\n")
+    before = (damaged / "config.yaml").read_text()
+    monkeypatch.setattr("sys.argv", ["keep_runs.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: .*a/metrics.csv is damaged .lines that are cut"):
+        main()
+    assert (damaged / "config.yaml").read_text() == before
+    assert pd.read_csv(whole / "metrics.csv")["epoch"].tolist() == [0, 1]
 
 
 def test_what_no_run_wrote_is_left_as_it_is(tmp_path, monkeypatch, capsys):

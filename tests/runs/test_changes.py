@@ -131,6 +131,24 @@ def test_going_back_over_a_detour(make_settings, train_with, whole, tmp_path, ca
     assert [change for change in changed if "lr" in change] == []
 
 
+def test_rows_go_with_their_checkpoint(make_settings, whole, tmp_path):
+    """Going back and forth, and on from another run's checkpoint in this folder."""
+    run, more = tmp_path / "run", "trainer.max_epochs=3"
+    files = run / "checkpoints"
+    shutil.copytree(whole, run)
+    before = pd.read_csv(run / "metrics.csv").dropna(subset=["test/loss"])
+    train_script.train(make_settings(f"ckpt={files}/last-previous.ckpt", "optim.lr=0.5", more), run)
+    train_script.train(make_settings(f"ckpt={files}/last-left.ckpt", more), run)
+    rows = pd.read_csv(run / "metrics.csv").dropna(subset=["test/loss"])
+    assert rows["test/loss"].tolist()[:2] == pytest.approx(before["test/loss"].tolist())
+    train_script.train(make_settings(*SHORT, "seed=5"), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "checkpoints" / "last.ckpt", files / "other.ckpt")
+    train_script.train(make_settings(f"ckpt={files}/other.ckpt", more), run)
+    assert pd.read_csv(run / "metrics.csv")["step"].min() == 9, "the row of the epoch before, made up"
+    left = pd.read_csv(run / "metrics-left3.csv").dropna(subset=["test/loss"])
+    assert left["test/loss"].tolist() == rows["test/loss"].tolist()
+
+
 def test_a_folder_that_began_from_another_checkpoint(make_settings, whole, tmp_path):
     """Of the same settings in the end, which it had after others."""
     other, command = tmp_path / "other", ["optim.lr=0.3", "trainer.max_epochs=4"]

@@ -4,12 +4,14 @@ import errno
 import os
 import random
 import shutil
+import subprocess
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import runs.folder
 import train as train_script
@@ -17,7 +19,7 @@ from models.checkpoint import load_checkpoint
 from models.plain import damage
 from runs.folder import FolderTakenError, RunFolder
 from runs.safety import WholeCheckpointIO, newest, previous, set_aside
-from settings.cli import plain_errors
+from settings.cli import plain_errors, typed
 from tests.helpers import TINY, call, relative_error
 from training.divergence import DivergedError
 from training.module import Classifier
@@ -149,6 +151,13 @@ def test_a_failure_of_the_machine_is_a_sentence(error, advice):
         raise error
     with pytest.raises(RuntimeError, match="a fault of ours"), plain_errors():
         raise RuntimeError("a fault of ours")
+
+
+@pytest.mark.parametrize("path", ["runs/a/last.ckpt", "my runs/a b", "runs/lr=0.1,b", "it's $x `y` \"q\" \\"])
+def test_what_is_printed_can_be_typed(path):
+    word = subprocess.run(["bash", "-c", f"printf %s {typed('ckpt', path)}"], capture_output=True, text=True)
+    [override] = OverridesParser.create().parse_overrides([word.stdout])
+    assert override.value() == path
 
 
 def test_no_line_of_a_files_looks_like_one_of_ours():

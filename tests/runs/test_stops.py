@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.callbacks import Callback, Timer
 
 import train as train_script
 from models.checkpoint import load_checkpoint
 from runs.safety import previous
 from tests.helpers import write_tree
-from tests.runs.stopping import SHORT, At, check_same, fail, place, terminate
+from tests.runs.stopping import SHORT, At, check_same, fail, interrupt, place, terminate
 from training import saving
 
 pytestmark = pytest.mark.slow
@@ -93,6 +93,24 @@ def test_an_epoch_is_saved_before_its_evaluation(make_settings, train_with, whol
         assert rows[1][column].tolist() == pytest.approx(rows[0][column].tolist(), rel=1e-5), column
 
 
+class AtItsEnd(Callback):
+    """Ctrl-C once the last epoch is over, when its steps and its evaluation are."""
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == trainer.max_epochs - 1:
+            interrupt(trainer)
+
+
+def test_a_signal_after_the_last_epoch(make_settings, train_with, whole, tmp_path, capsys):
+    """The run stops, and so would a sweep; the same command then evaluates."""
+    with pytest.raises(SystemExit, match="130"):
+        train_with(make_settings(*SHORT), tmp_path, AtItsEnd())
+    assert "stopped by SIGINT after its last epoch" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+    train_with(make_settings(*SHORT), tmp_path)
+    check_same(whole, tmp_path)
+
+
 def test_a_damaged_test_image_costs_no_epoch(make_settings, tmp_path):
     files = write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 8, (40, 40))
     broken = files / "val" / "b" / "7.png"
@@ -144,7 +162,7 @@ def test_a_run_that_began_from_another_goes_on_by_the_same_command(make_settings
     capsys.readouterr()
     result = train_with(make_settings(*command), tmp_path / "b")
     assert "epoch 2/3" not in capsys.readouterr().out, "which b has done"
-    check_same(tmp_path / "whole", tmp_path / "b")
+    check_same(tmp_path / "whole", tmp_path / "b", cut=12)
     assert train_with(make_settings(*command), tmp_path / "b")["loss"] == result["loss"], "it is finished"
     with pytest.raises(ValueError, match="already holds a run with another trainer.max_epochs"):
         train_with(make_settings(command[0], "trainer.max_epochs=4"), tmp_path / "b")
