@@ -88,6 +88,9 @@ class ImageData(pl.LightningDataModule):
             say(f"data.max_images={self.conf.max_images}: {len(self.test_indices)} of {len(self.test_set)} "
                 "test images are taken")
         if train:
+            if self.conf.crop_padding >= self.image_size:
+                raise ValueError(f"data.crop_padding={self.conf.crop_padding} must be less than the side of "
+                                 f"the images, {self.image_size} pixels: some would have none of their own")
             self.train_set, _ = read(self.conf, self.seed, train=True)
             # The same images are held out whatever the run's seed.
             order = torch.randperm(len(self.train_set), generator=generator(0))

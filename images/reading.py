@@ -1,6 +1,5 @@
 """One image file as RGB pixels; which endings images have."""
 
-import math
 import struct
 from pathlib import Path
 
@@ -69,11 +68,13 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
             tags = image.tag_v2 if kind == "TIFF" else {}
-            if math.prod(int(tags.get(tag, 1)) for tag in TILE) > limits.IMAGE_PIXELS:
+            if any(int(tags.get(tag, 1)) > max(limits.TILE, 2 * side)
+                   for tag, side in zip(TILE, image.size, strict=True)):
                 raise ValueError("its tiles are too large")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
-    if width * height > limits.IMAGE_PIXELS or max(width, height) > limits.IMAGE_SIDES * min(width, height):
+    most = limits.JPEG2000_PIXELS if kind == "JPEG2000" else limits.IMAGE_PIXELS
+    if width * height > most or max(width, height) > limits.IMAGE_SIDES * min(width, height):
         raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
     return kind, (width, height)
 

@@ -156,10 +156,10 @@ def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor]) ->
     Raises:
         ValueError: if it has far more parameters.
     """
-    storages = [value.untyped_storage() for value in weights.values()]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    needed, held = parameter_count(name, num_classes), sum(value.numel() for value in weights.values())
-    held = min(held, sum(sizes.values()))  # one tensor may have many names
+    real = [value for value in weights.values() if value.is_floating_point() and value.itemsize > 1]
+    sizes = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in real}
+    needed, held = parameter_count(name, num_classes), sum(value.numel() for value in real)
+    held = min(held, sum(sizes.values()) // 2)  # one tensor may have many names
     if needed > limits.PARAMETERS * held:
         raise ValueError(f"these weights are those of another network: {name} has {needed:,} parameters, the "
                          f"file {held:,}")

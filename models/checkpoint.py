@@ -41,6 +41,9 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
     except Exception as error:  # of many kinds, depending on what is pickled
         raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain "
                          "tensors") from error
+    wrong = strange(checkpoint, Path(path).stat().st_size)
+    if wrong is not None:
+        raise ValueError(f"ckpt={path} was not written by train.py: {wrong}")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("dbb"), dict) \
             or not isinstance(checkpoint["dbb"].get("settings"), dict):
         raise ValueError(f"ckpt={path} was not written by train.py: it holds no settings of ours")
@@ -49,10 +52,7 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Refuse what train.py never writes, and what would take more memory than the file has."""
-    wrong = strange(checkpoint, Path(path).stat().st_size)
-    if wrong is not None:
-        raise ValueError(f"ckpt={path} was not written by train.py: {wrong}")
+    """Refuse what train.py never writes."""
     about, weights = checkpoint["dbb"], checkpoint.get("state_dict")
     classes, size = about.get("classes"), about.get("image_size")
     place, settings = about.get("place", (0, 0)), about["settings"]
@@ -71,6 +71,7 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
             and min(place) >= 0 and max(place) < 2**31
             and all(isinstance(value, torch.Tensor) for value in weights.values())
+            and len(str(settings)) <= 2 * limits.SETTINGS  # with quotes and brackets
             and "${" not in str(settings))  # which would be resolved, with what is secret here
     if not good:
         raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size, "

@@ -1,4 +1,7 @@
-"""What a pickle names, builds and calls, found by following it without running it."""
+"""What a pickle names, builds and calls, found by following it without running it.
+
+Where this and PyTorch's own reader could differ, an operation is refused.
+"""
 
 import pickletools
 import re
@@ -9,105 +12,144 @@ from models import limits
 # What a pickle may name: what is made empty, and then filled; what copies a small part; what makes tensors;
 # and what is never called, the kinds of values in a tensor.
 EMPTY = "collections OrderedDict", "argparse Namespace"
-COPIES = "collections Counter", "torch Size", "torch device"
+COPIES = "collections Counter", "torch Size"
 MAKES_TENSORS = "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"
-KNOWN = {*EMPTY, *COPIES, *MAKES_TENSORS, "torch._utils _rebuild_parameter"}
+KNOWN = {*EMPTY, *COPIES, *MAKES_TENSORS, "torch._utils _rebuild_parameter", "torch device"}
 KINDS = re.compile(r"torch (\w+Storage|(u?int|bfloat|float|complex)\d+|bool)")
-
-# What is followed of a value: of a global its name; of a tuple its parts; of a dict, as a list, its keys; and
-# of the others whether it is one of EMPTY, or a text or small number: another key may take for ever to hash.
-OBJECT, PLAIN, MARK = "object", "plain", "mark"
-PLAINS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINUNICODE", "SHORT_BINSTRING"}
-TUPLES = {"EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"}
-CODES = {*PLAINS, *TUPLES, "PROTO", "STOP", "MARK", "GLOBAL", "BINGET", "LONG_BINGET", "EMPTY_DICT",
-         "EMPTY_LIST", "BINFLOAT", "LONG1", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID", "REDUCE",
-         "NEWOBJ", "BUILD"}  # that PyTorch's reader knows
+CODES = {  # that PyTorch's reader knows
+    "PROTO", "STOP", "MARK", "GLOBAL", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "NONE",
+    "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "BINUNICODE",
+    "SHORT_BINSTRING", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "EMPTY_LIST",
+    "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD"}
 
 
-def foreign(pickled: IO[bytes]) -> str | None:
-    """What one pickle names or calls that it may not; None if nothing is.
+class Name(str):
+    """A global, "module name", which is no text."""
 
-    PyTorch's own reader runs nothing either, but calls more: what fills a memory, or copies a part as often
-    as that is named.
+
+class Keys(list):
+    """The keys of a dict: what is followed of it."""
+
+
+class Unknown:
+    """A value that is not followed."""
+
+
+UNKNOWN, OBJECT, MARK = Unknown(), Unknown(), Unknown()  # the second is one of EMPTY
+
+
+class ForeignError(ValueError):
+    """A pickle does what it may not."""
+
+
+class Pickle:
+    """One pickle, followed: `value` is what it makes, `storages` are the keys of the tensors' values in it.
+
+    Texts, small whole numbers and None are themselves; lists and tuples have what is followed of their parts.
+
+    Raises:
+        ForeignError: for what fills a memory, copies a part as often as that is named, or takes for ever.
     """
-    stack, memo, copies = [], {}, 0
-    for done, (code, argument, _) in enumerate(pickletools.genops(pickled)):
-        name = code.name
-        if done > limits.OPERATIONS:
-            return f"it takes more than {limits.OPERATIONS:,} steps to read"
-        if name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-            continue
-        if name not in CODES:
-            return "it holds more than plain tensors"
-        taken = _take(stack, [kind.name for kind in code.stack_before])
-        wrong = _wrong(name, argument, taken)
-        copies += name == "BUILD" or name == "REDUCE" and taken[0] in COPIES
-        if wrong is not None or copies > limits.COPIES:
-            return wrong or "it holds more than plain tensors, or copies them"
-        left = memo.get(argument) if name.endswith("BINGET") else _left(name, argument, taken)
-        stack += [left] * len(code.stack_after)
-    return None
 
+    def __init__(self, pickled: IO[bytes]):
+        self.stack, self.memo, self.storages, self.copies, self.numbers = [], {}, set(), 0, 0
+        for done, (code, argument, _) in enumerate(pickletools.genops(pickled)):
+            if done > limits.OPERATIONS:
+                raise ForeignError(f"it takes more than {limits.OPERATIONS:,} steps to read")
+            if code.name not in CODES:
+                raise ForeignError("it holds more than plain tensors")
+            if code.name.endswith("BINPUT"):
+                if argument > len(self.memo):
+                    raise ForeignError("it numbers its parts as no pickle does")
+                self.memo[argument] = self.stack[-1]
+                continue
+            taken = self._take([kind.name for kind in code.stack_before])
+            self._check(code.name, argument, taken)
+            self.stack += [self._left(code.name, argument, taken)] * len(code.stack_after)
+            if code.name == "STOP":
+                self.value = taken[0]
 
-def _take(stack: list[Any], kinds: list[str]) -> list[Any]:
-    """Take from the stack what an operation takes, without the mark in it."""
-    above = []
-    if "mark" in kinds:
-        while (part := stack.pop()) != MARK:
-            above.append(part)
-        kinds = kinds[:kinds.index("mark")]
-    below = len(stack) - len(kinds)
-    taken = stack[below:] + above[::-1]
-    del stack[below:]
-    return taken
+    def _take(self, kinds: list[str]) -> list[Any]:
+        """Take from the stack what an operation takes, without the mark in it."""
+        above = []
+        if "mark" in kinds:
+            while (part := self.stack.pop()) is not MARK:
+                above.append(part)
+            kinds = kinds[:kinds.index("mark")]
+        below = len(self.stack) - len(kinds)
+        taken = self.stack[below:] + above[::-1]
+        del self.stack[below:]
+        return taken
 
+    def _check(self, code: str, argument: Any, taken: list[Any]) -> None:
+        """Refuse an operation that may not be done with what it takes."""
+        if code == "GLOBAL" and argument not in KNOWN and not KINDS.fullmatch(argument):
+            raise ForeignError(f"it holds a GLOBAL {argument.replace(' ', '.')}")
+        if code in ("REDUCE", "NEWOBJ") and not _may_call(*taken):
+            called = taken[0].replace(" ", ".") if isinstance(taken[0], Name) else "something"
+            raise ForeignError(f"it calls {called} with values")
+        if code == "BUILD" and not (taken[0] is OBJECT and _is_small(taken[1])):
+            raise ForeignError("it fills more than plain tensors")
+        if code == "BINPERSID" and not (isinstance(taken[0], tuple) and len(taken[0]) in (5, 6)
+                                        and all(map(_is_plain, taken[0]))):
+            raise ForeignError("it names the values of a tensor otherwise than PyTorch does")
+        if code in ("SETITEM", "SETITEMS"):  # other keys, or many numbers, may take for ever to hash
+            self.numbers += sum(isinstance(key, int) for key in taken[1::2])
+            if not all(map(_is_plain, taken[1::2])) or self.numbers > limits.NUMBERS:
+                raise ForeignError("it has keys that are neither texts nor small numbers, or many of these")
+        self.copies += code == "BUILD" or code == "REDUCE" and taken[0] in COPIES
+        if self.copies > limits.COPIES:
+            raise ForeignError("it holds more than plain tensors, or copies them")
 
-def _wrong(name: str, argument: Any, taken: list[Any]) -> str | None:
-    """Why an operation may not be done with what it takes; None if it may."""
-    if name == "GLOBAL" and argument not in KNOWN and not KINDS.fullmatch(argument):
-        return f"it holds a GLOBAL {argument.replace(' ', '.')}"
-    if name in ("REDUCE", "NEWOBJ") and not _may_call(*taken):
-        called = taken[0].replace(" ", ".") if isinstance(taken[0], str) else "something"
-        return f"it calls {called} with values"
-    if name == "BUILD" and not (taken[0] == OBJECT and _is_small(taken[1])):
-        return "it fills more than plain tensors"
-    if name in ("SETITEM", "SETITEMS") and any(key != PLAIN for key in taken[1::2]):
-        return "it has keys that are neither texts nor small numbers"
-    return None
+    def _left(self, code: str, argument: Any, taken: list[Any]) -> Any:
+        """What is followed of what an operation leaves."""
+        match code:
+            case "BININT" | "BININT1" | "BININT2" | "BINUNICODE" | "SHORT_BINSTRING":
+                return argument
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code]
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
+                return tuple(taken)
+            case "BINGET" | "LONG_BINGET":
+                return self.memo[argument]
+            case "MARK":
+                return MARK
+            case "GLOBAL":
+                return Name(argument)
+            case "EMPTY_DICT":
+                return Keys()
+            case "EMPTY_LIST":
+                return []
+            case "BINPERSID":
+                self.storages.add(taken[0][2])
+            case "REDUCE" | "NEWOBJ" if taken[0] in EMPTY:
+                return OBJECT
+            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS" | "BUILD":
+                if isinstance(taken[0], list):
+                    taken[0].extend(taken[1::2] if isinstance(taken[0], Keys) else taken[1:])
+                return taken[0]
+        return UNKNOWN
 
 
 def _may_call(function: Any, arguments: Any) -> bool:
-    if function not in KNOWN or not isinstance(arguments, tuple):
+    if not isinstance(function, Name) or function not in KNOWN or not isinstance(arguments, tuple):
         return False
     if function in EMPTY:
         return arguments == ()
     if function in COPIES:
-        return all(part == PLAIN or _is_small(part) for part in arguments)
+        return all(map(_is_small, arguments))
+    if function == "torch device":
+        return all(map(_is_plain, arguments))
     sizes = arguments[2:4] if function in MAKES_TENSORS else ()
     return all(isinstance(part, tuple) and len(part) <= limits.DIMENSIONS for part in sizes)
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text, a name or a small number, or None."""
+    return value is None or isinstance(value, str | bytes | int)
+
+
 def _is_small(value: Any) -> bool:
     """Whether a dict, or a tuple of plain values, may be copied."""
-    plain = isinstance(value, tuple) and all(part == PLAIN for part in value)
-    return (plain or isinstance(value, list)) and len(value) <= limits.PARTS
-
-
-def _left(name: str, argument: Any, taken: list[Any]) -> Any:
-    """What is known of what an operation leaves."""
-    if name == "GLOBAL":
-        return argument
-    if name == "MARK":
-        return MARK
-    if name in PLAINS:
-        return PLAIN
-    if name in TUPLES:
-        return tuple(taken)
-    if name == "EMPTY_DICT":
-        return []
-    if name in ("SETITEM", "SETITEMS") and isinstance(taken[0], list):
-        taken[0].extend(taken[1::2])
-    if name in ("SETITEM", "SETITEMS", "APPEND", "APPENDS", "BUILD"):
-        return taken[0]
-    return OBJECT if name in ("REDUCE", "NEWOBJ") and taken[0] in EMPTY else None
+    plain = isinstance(value, tuple) and all(map(_is_plain, value))
+    return (plain or isinstance(value, Keys)) and len(value) <= limits.PARTS

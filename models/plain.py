@@ -1,17 +1,17 @@
 """What a file of PyTorch's may hold, whoever wrote it: tensors, and plain values around them."""
 
+import tarfile
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from models import limits
-from models.pickles import foreign
-
-PICKLES = 5  # at the start of a file in PyTorch's old format
+from models.pickles import Pickle
 
 
 def damage(path: Path) -> str | None:
@@ -20,20 +20,40 @@ def damage(path: Path) -> str | None:
         with path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":  # by which torch.load tells the old format
                 file.seek(0)
-                return next(filter(None, (foreign(file) for _ in range(PICKLES))), None)
+                return _damage_of_old_format(file)
         with zipfile.ZipFile(path) as file:
-            if file.start_dir != _directory(path):
-                return "its list of contents is not where its end says: other readers find another"
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                return "it is compressed, as PyTorch writes none"  # perhaps to fill a memory
-            for entry in file.infolist():
-                if entry.filename.lower().endswith(".pkl") and (wrong := foreign(file.open(entry))):
-                    return wrong
-            broken = file.testzip()
+            return _damage_of_zip(file, path)
     except (OSError, MemoryError):  # of the machine, perhaps for a moment
         raise
     except Exception as error:  # of many kinds, depending on the bytes
-        return str(error)
+        return str(error) or type(error).__name__
+
+
+def _damage_of_old_format(file: IO[bytes]) -> str | None:
+    """Five pickles, of which the fourth is what is wanted, and then the values of tensors."""
+    with suppress(tarfile.HeaderError):  # torch.load would read it as that first, perhaps for ever
+        tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        return "it is an archive of tar"
+    file.seek(0)
+    *_, wanted, keys = [Pickle(file) for _ in range(5)]
+    if not isinstance(keys.value, list) or wanted.storages != {*keys.value}:
+        return "it does not have the values of all its tensors"  # which would be what the memory had
+    return None
+
+
+def _damage_of_zip(file: zipfile.ZipFile, path: Path) -> str | None:
+    entries = file.infolist()
+    if file.start_dir != _directory(path):
+        return "its list of contents is not where its end says: other readers find another"
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return "it is compressed, as PyTorch writes none"  # perhaps to fill a memory
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        return "its parts share their bytes"
+    pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
+    if len(pickles) != 1:
+        return "it does not hold one pickle"
+    Pickle(file.open(pickles[0]))
+    broken = file.testzip()
     return None if broken is None else f"the checksum of {broken} is wrong"
 
 

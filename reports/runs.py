@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
+from models import limits
 from runs.folder import RunFolder
 from runs.rows import read_rows
 from runs.same import of_the_training
@@ -143,7 +144,8 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
         rows = read_columns(folder.metrics, ["epoch", "step", *METRICS]).rename(columns=METRICS)
         rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
         rows = rows.astype(float)
-        if (rows["epoch"] % 1 != 0).any() or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):
+        odd = (rows["epoch"] % 1 != 0).any() or (rows["epoch"] > limits.EPOCHS).any()
+        if odd or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):
             raise ValueError("an epoch or a value is none of a training's")
         rows = rows.groupby("epoch").last()
         return rows.assign(folder=str(folder.path), epoch=rows.index.astype(int) + 1)

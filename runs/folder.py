@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from models import limits
 from models.checkpoint import load_checkpoint
 from models.say import say
 from runs.safety import newest, previous, set_aside, write_text
@@ -26,7 +27,7 @@ from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
-LONGEST, LARGEST = 1000, 2**16  # bytes of error.txt; of config.yaml and result.json
+LONGEST, LARGEST = 1000, 2**16  # bytes of error.txt; of result.json
 DAMAGED = "{} is damaged: remove it, and go on with the run by {}"
 
 
@@ -208,7 +209,7 @@ class RunFolder:
         Raises:
             ValueError: if it is damaged.
         """
-        return _read(self.config, lambda text: yaml.load(text, PlainLoader))
+        return _read(self.config, lambda text: yaml.load(text, PlainLoader), limits.SETTINGS)
 
     def _own_config(self) -> dict[str, Any] | None:
         """As `read_config`, where the file must be a run's."""
@@ -231,11 +232,19 @@ class RunFolder:
         return _read(self.result, _result)
 
     def begin(self, command: Command) -> None:
-        """Write the settings, and clear what an earlier session left of its end."""
+        """Write the settings, and clear what an earlier session left of its end.
+
+        Raises:
+            ValueError: if they are longer than any file of settings that is read.
+        """
+        text = OmegaConf.to_yaml(OmegaConf.create(command.stored()))
+        if len(text) > limits.SETTINGS:
+            raise ValueError(f"the settings take {len(text):,} letters; {limits.SETTINGS:,} are the most: "
+                             "name fewer layers, branches or tags")
         self.result.unlink(missing_ok=True)
         if not self._has_others_error():
             self.error.unlink(missing_ok=True)
-        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(command.stored())))
+        write_text(self.config, text)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, which says that the run is finished."""
@@ -309,12 +318,12 @@ def _identity(settings: dict[str, Any]) -> str | None:
     return logger.get("id") if isinstance(logger, dict) else None
 
 
-def _read(path: Path, parse: Callable) -> dict[str, Any] | None:
+def _read(path: Path, parse: Callable, largest: int = LARGEST) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        text = _text(path, LARGEST + 1)
-        if len(text) > LARGEST:
+        text = _text(path, largest + 1)
+        if len(text) > largest:
             raise ValueError("no run writes as much")
         found = dict(parse(text))
         json.dumps(found, ensure_ascii=False).encode()  # plain values alone

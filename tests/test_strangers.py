@@ -110,6 +110,9 @@ def in_itself():
     lambda c: c["dbb"]["settings"]["logger"].update(tags=many_times()), lambda c: c.update(more=in_itself()),
     lambda c: c.update(more=torch.zeros(3, device="meta")), lambda c: c.update(more=torch.eye(3).to_sparse()),
     lambda c: c["dbb"]["settings"]["block"].update(branches=["kxk"] * 3000),
+    lambda c: c["dbb"]["settings"]["block"].update(kernel_sizes=[3] * 100_000),
+    lambda c: (c["dbb"]["settings"]["model"].update(name="resnet18"),
+               c["state_dict"].update(a=torch.zeros(10**7, dtype=torch.uint8))),
     lambda c: c["dbb"]["settings"]["data"].update(image_size=2048),
     lambda c: (c["dbb"]["settings"]["model"].update(name="eva_giant_patch14_224"), c["state_dict"].update(
         {f"net.{i}": c["state_dict"]["net.fc.weight"] for i in range(10**5)})),
@@ -173,6 +176,10 @@ MEMORY = {  # pickles that PyTorch's reader of plain values takes, and that fill
     "large keys": b"}(\x8a\x01\x01K\x00\x8a\x08" + (2**61).to_bytes(8, "little") + b"K\x00u",
     "counter": b"ccollections\nCounter\n}(" + b"".join(b"J" + number.to_bytes(4, "little") + b"K\x00"
                                                        for number in range(2000)) + b"u\x85R",
+    "storage's key": b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nN" + b"q\x00h\x00\x86" * 60
+                     + b"X\x03\x00\x00\x00cpuK\x01tQ",
+    "text": b"ccollections\nCounter\nX\x02\x00\x00\x00ab\x85R", "memo": b"J\xff\xff\xff\x7fr\xff\xff\xff\x00",
+    "numbers": b"}(" + b"".join(b"J" + key.to_bytes(4, "little") + b"N" for key in range(30_000)) + b"u",
     "state": b"ctorch\nfloat32\n}b", "counted": b"ccollections\nCounter\n](K\x01e\x85R",
     "sides": b"ctorch._utils\n_rebuild_tensor\n(K\x00K\x00(" + b"K\x01" * 100 + b"tq\x00h\x00tR",
     "side list": b"ctorch._utils\n_rebuild_tensor\n(K\x00K\x00](" + b"K\x01" * 100 + b"eq\x00h\x00tR"}
@@ -188,7 +195,7 @@ def test_a_file_that_asks_for_memory(tmp_path, kind):
     old = b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {})) + pickled
     (tmp_path / "b.pth").write_bytes(old)
     (tmp_path / "c.pth").write_bytes(old + (tmp_path / "a.ckpt").read_bytes())
-    words = "GLOBAL|with values|more than plain|keys that are neither"
+    words = "GLOBAL|with values|more than plain|keys that are neither|values of a tensor|numbers its parts"
     with pytest.raises(ValueError, match=words):
         load_checkpoint(tmp_path / "a.ckpt")
     for name in ("a.ckpt", "b.pth", "c.pth"):

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import sys
+import tarfile
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -49,14 +50,17 @@ def test_pickles_by_any_name(tmp_path, name):
 
 
 class Blinded:
-    """An OrderedDict whose own `values` is another function."""
+    """An OrderedDict whose own `values` and `get` are others."""
 
     def __reduce__(self):
-        return OrderedDict, (), {"values": OrderedDict}, None, iter({"a": ["x" * 1000] * 10**4}.items())
+        items = iter({"a": ["x" * 1000] * 10**4}.items())
+        return OrderedDict, (), {"values": OrderedDict, "get": "x"}, None, items
 
 
 def test_attributes_of_a_dict(tmp_path):
     torch.save(Blinded(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="an OrderedDict with attributes"):
+        load_checkpoint(tmp_path / "a.pth")
     with pytest.raises(ValueError, match="cannot be read") as error:
         read_weights(tmp_path / "a.pth")
     assert "an OrderedDict with attributes" in str(error.value.__cause__)
@@ -161,7 +165,8 @@ def test_a_header_that_names_a_giant(tmp_path):
 
 
 def test_images_that_would_fill_the_memory(tmp_path):
-    for size, name in (((1, 60_000), "long.png"), ((20_000, 10), "wide.jpg"), ((12_000, 12_000), "large.png"),
+    for size, name in (((3000, 3000), "large.jp2"),
+                       ((1, 60_000), "long.png"), ((20_000, 10), "wide.jpg"), ((12_000, 12_000), "large.png"),
                        ((13_000, 12_000), "large.jpg")):
         Image.new("L", size).save(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name} .* pixels"):
@@ -200,6 +205,33 @@ def test_a_zip_that_readers_read_otherwise(tmp_path):
     for changed in (b"PK\x03\x04" + content, content[:-2] + b"\x01\x00x"):
         file.write_bytes(changed)
         assert "its list of contents is not where its end says" in damage(file)
+
+
+def test_a_zip_whose_parts_share_their_bytes(tmp_path):
+    """One pickle under many names would be followed as often."""
+    file = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr("a/data.pkl", b"\x80\x02X\x10\x27\x00\x00" + b"a" * 10_000 + b".")
+        made.filelist *= 300
+    assert damage(file) == "its parts share their bytes"
+    with zipfile.ZipFile(file, "w") as made:
+        for name in ("a/data.pkl", "a/more.pkl"):
+            made.writestr(name, b"\x80\x02N.")
+    assert damage(file) == "it does not hold one pickle"
+
+
+def test_the_old_format_has_all_values(tmp_path):
+    """What it lacks would be what the memory had; and as tar, PyTorch would read it first."""
+    file = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    assert damage(file) is None
+    content = file.read_bytes()
+    start = content.rindex(b"\x80\x02]")  # the list of what follows
+    file.write_bytes(content[:start] + b"\x80\x02].")
+    assert damage(file) == "it does not have the values of all its tensors"
+    header = tarfile.TarInfo("N.N.N.N.N.").tobuf()
+    file.write_bytes(header + bytes(1024))
+    assert damage(file) == "it is an archive of tar"
 
 
 def test_one_text_named_often(tmp_path):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reports.runs import read_columns
+from reports.runs import read_columns, read_epochs
 from runs.folder import RunFolder
 from runs.rows import read_rows
 from runs.safety import write_text
@@ -34,6 +34,7 @@ def keep(folder: RunFolder) -> None:
     try:
         names = {"epoch": None, "step": None} | dict.fromkeys(read_rows(folder.metrics).names)
         rows = read_columns(folder.metrics, list(names)).apply(pd.to_numeric)
+        rows = rows[rows["epoch"].isin(read_epochs(folder)["epoch"] - 1)]
         rows = rows.groupby("epoch", as_index=False).last().astype({"epoch": int, "step": int})
     except ValueError as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error

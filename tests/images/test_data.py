@@ -147,6 +147,12 @@ def test_image_size_resizes(make_settings, cifar):
     assert load(make_settings, "data=digits", "data.image_size=32").train_set.images.shape[1:] == (3, 32, 32)
 
 
+def test_images_are_moved_by_less_than_they_are_wide(make_settings):
+    conf = make_settings("model=resnet8", "data=digits", "data.crop_padding=8").data
+    with pytest.raises(ValueError, match="data.crop_padding=8 must be less than the side of the images, 8"):
+        ImageData(conf, 0).load(train=True)
+
+
 def test_tree_of_files(make_settings, files):
     data = load(make_settings, "data=imagenet", f"data.root={files}", "data.image_size=32",
                 "data.batch_size=4", "data.num_workers=0")

@@ -340,6 +340,8 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
 
 
 @pytest.mark.parametrize(("name", "text", "why"), [
+    ("metrics.csv", "epoch,step,train/loss_epoch\n1,1,1\n3e6,2,1\n", "an epoch or a value is none of"),
+    ("config.yaml", "seed: 0\nx: [" + "1, " * 10_000 + "1]\n", "is damaged"),
     ("metrics.csv", "epoch,step,train/loss_epoch\n0.2,1,1\n0.7,2,1\n", "an epoch or a value is none of"),
     ("metrics.csv", "epoch,step,train/loss_epoch\n0,1,1e308\n1,2,-1e308\n", "an epoch or a value is none"),
     ("metrics.csv", "epoch,step,train/loss_epoch" + "," * 100_000, "lines that are cut"),

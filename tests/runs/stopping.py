@@ -53,7 +53,7 @@ def place(folder: Path) -> tuple[int, int]:
 
 
 def check_same(one: Path, other: Path, cut: int | None = None) -> None:
-    """The weights, bit by bit; what metrics.csv says of steps and epochs, once each, but for the step `cut`."""
+    """The weights, bit by bit; what metrics.csv says of steps and epochs, once each, but of step `cut`."""
     first, second = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (one, other))
     for name in ("state_dict", "current_model_state"):
         assert first.get(name, {}).keys() == second.get(name, {}).keys()
