@@ -5,14 +5,13 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
@@ -20,24 +19,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from models import limits
 from models.checkpoint import load_checkpoint
 from models.say import say
+from runs.reading import identity, read_config, read_own_config, read_result, read_text
 from runs.safety import newest, previous, set_aside, write_text
-from runs.same import GROUPS, as_begun, differences, is_further
+from runs.same import as_begun, differences, is_further
 from settings.cli import output_folder, printable, typed
 from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
-LONGEST, LARGEST = 1000, 2**16  # bytes of error.txt; of result.json
-DAMAGED = "{} is damaged: remove it, and go on with the run by {}"
-
-
-class PlainLoader(yaml.SafeLoader):
-    """Without aliases, which train.py does not write, and by which a small file could fill a memory."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("it has aliases")
-        return super().compose_node(parent, index)
+LONGEST = 1000  # bytes of error.txt that are read
 
 
 class FolderTakenError(ValueError):
@@ -117,7 +107,7 @@ class RunFolder:
         os.environ[FOLDER_VARIABLE] = str(self.path.absolute())
         lock, holder = FileLock(self.lock, blocking=False), ""
         if self.lock.exists():
-            holder = _text(self.lock)  # to lock a file is to empty it
+            holder = read_text(self.lock)  # to lock a file is to empty it
         if not f"{holder}process ".startswith("process "):
             raise FolderTakenError(f"{self.lock} is of no run: choose another folder with out=DIR")
         try:
@@ -146,10 +136,10 @@ class RunFolder:
 
     def has_rows_of(self, ckpt: str | None) -> bool:
         """Whether metrics.csv is of the run that wrote a checkpoint, wherever that lies."""
-        known, newest_ones = _identity(self.read_config() or {}), (self.last, previous(self.last))
+        known, newest_ones = identity(self.read_config() or {}), (self.last, previous(self.last))
         if ckpt is None or known is None or Path(ckpt).absolute() in map(Path.absolute, newest_ones):
             return self.has_state
-        return known == _identity(load_checkpoint(ckpt)["dbb"]["settings"])
+        return known == identity(load_checkpoint(ckpt)["dbb"]["settings"])
 
     def remove_if_unused(self) -> None:
         """Remove the folder, if a run of ours was to begin in it and did not."""
@@ -195,13 +185,14 @@ class RunFolder:
             return
         say(f"going on from {command.ckpt}: {self.last} is now {kept.name}")
         if why == "left" and self.metrics.is_file():
-            write_text(self._rows_of(kept), self.metrics.read_text())
-        if self._rows_of(command.ckpt).is_file():
-            write_text(self.metrics, self._rows_of(command.ckpt).read_text())
+            write_text(self._rows_of(kept), self.metrics.read_text(errors="replace"))
+        came = Path(command.ckpt)
+        if came.name.startswith("last-left") and self._rows_of(came).is_file():
+            write_text(self.metrics, self._rows_of(came).read_text(errors="replace"))
 
-    def _rows_of(self, ckpt: str | Path) -> Path:
-        """The rows beside a checkpoint that was left, `metrics-left.csv` beside `last-left.ckpt`."""
-        return self.path / f"{Path(ckpt).stem.replace('last', 'metrics', 1)}.csv"
+    def _rows_of(self, left: Path) -> Path:
+        """The rows of a checkpoint that was left, `metrics-left.csv` of `checkpoints/last-left.ckpt`."""
+        return left.absolute().parent.parent / f"{left.stem.replace('last', 'metrics', 1)}.csv"
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings in config.yaml, as plain values; None where there is none.
@@ -209,19 +200,7 @@ class RunFolder:
         Raises:
             ValueError: if it is damaged.
         """
-        return _read(self.config, lambda text: yaml.load(text, PlainLoader), limits.SETTINGS)
-
-    def _own_config(self) -> dict[str, Any] | None:
-        """As `read_config`, where the file must be a run's."""
-        stored = self.read_config()
-        if stored is None:
-            return None
-        groups = [stored.get(group) for group in (*GROUPS, "logger")]
-        named = all(isinstance(group, dict) and {*map(type, group)} <= {str} for group in groups)
-        if not named or not isinstance(stored["block"].get("positions"), int | None) \
-                or not isinstance(stored["block"].get("init"), str | None):
-            raise ValueError(DAMAGED.format(self.config, typed("ckpt", self.last)))
-        return stored
+        return read_config(self.config)
 
     def read_result(self) -> dict[str, Any] | None:
         """What a finished run's result.json holds; None if it is not finished.
@@ -229,7 +208,7 @@ class RunFolder:
         Raises:
             ValueError: if it is damaged.
         """
-        return _read(self.result, _result)
+        return read_result(self.result)
 
     def begin(self, command: Command) -> None:
         """Write the settings, and clear what an earlier session left of its end.
@@ -263,10 +242,10 @@ class RunFolder:
         """The sentence in error.txt; None where there is none of ours."""
         if not self.error.exists() or self._has_others_error():
             return None
-        return printable(_text(self.error, LONGEST).strip().splitlines()[0])
+        return printable(read_text(self.error, LONGEST).strip().splitlines()[0])
 
     def _has_others_error(self) -> bool:
-        return self.error.exists() and not _text(self.error, LONGEST).startswith("error: ")
+        return self.error.exists() and not read_text(self.error, LONGEST).startswith("error: ")
 
     def take_up(self, command: Command) -> Command:
         """Go on where the folder's run stopped, if it is the run that a command describes.
@@ -292,7 +271,7 @@ class RunFolder:
             return command
         if asked is not None and asked.parent == self.checkpoints.resolve():
             return self._go_back(command)
-        stored = self._own_config()
+        stored = read_own_config(self.config)
         command = as_begun(command, stored)
         different = differences(stored, command)
         if stored is not None and not different:
@@ -310,39 +289,3 @@ class RunFolder:
                 text += f", or go on with that run by {typed('ckpt', self.last)}"
             raise FolderTakenError(text)
         return command
-
-
-def _identity(settings: dict[str, Any]) -> str | None:
-    """A run's id at W&B, which all runs have, by stored settings."""
-    logger = settings.get("logger")
-    return logger.get("id") if isinstance(logger, dict) else None
-
-
-def _read(path: Path, parse: Callable, largest: int = LARGEST) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        text = _text(path, largest + 1)
-        if len(text) > largest:
-            raise ValueError("no run writes as much")
-        found = dict(parse(text))
-        json.dumps(found, ensure_ascii=False).encode()  # plain values alone
-        return found
-    except Exception as error:  # of many kinds, depending on the text
-        last = path.parent / "checkpoints" / "last.ckpt"
-        raise ValueError(DAMAGED.format(path, typed("ckpt", last))) from error
-
-
-def _result(text: str) -> dict[str, Any]:
-    """What result.json says, which has numbers at least for these."""
-    result = json.loads(text)
-    _ = [float(result[name]) for name in ("top1", "top5", "loss")]
-    return result
-
-
-def _text(path: Path, longest: int = 2**20) -> str:
-    """What a small file says, up to a length; of a folder in its place, nothing that is ours."""
-    if not path.is_file():
-        return "a folder"
-    with path.open("rb") as file:
-        return file.read(longest).decode(errors="replace")
