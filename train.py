@@ -54,7 +54,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     data = steps.load_data(command, start)
     model = steps.make_model(command, data, start)
     if trainer.is_global_zero:
-        folder.leave_last(command)
+        folder.go_back(command)
     trainer.loggers = make_loggers(command, folder, start.epochs, start.step)
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     if trainer.is_global_zero:

@@ -1,5 +1,6 @@
 """A run's folder: every path in it, what it says of the run, and who works in it."""
 
+import filecmp
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from models import limits
 from models.checkpoint import load_checkpoint
 from models.say import say
 from runs.reading import identity, read_config, read_own_config, read_result, read_text
-from runs.safety import newest, previous, set_aside, write_text
+from runs.safety import copy_whole, newest, previous, set_aside, write_text
 from runs.same import as_begun, differences, is_further
 from settings.cli import output_folder, printable, typed
 from settings.command import Command
@@ -88,11 +90,7 @@ class RunFolder:
                 return True
         except ValueError:  # a damaged one, which cannot be told from somebody else's
             pass
-        try:
-            load_checkpoint(self.last)
-        except ValueError:
-            return False
-        return True
+        return _is_whole(self.last)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -112,7 +110,7 @@ class RunFolder:
             raise FolderTakenError(f"{self.lock} is of no run: choose another folder with out=DIR")
         try:
             lock.acquire()
-            self.lock.write_text(f"process {os.getpid()} of {platform.node()}")
+            self.lock.write_text(_worker())
         except NotImplementedError:
             pass  # a file system without locks cannot keep others out
         except PermissionError as error:
@@ -139,6 +137,8 @@ class RunFolder:
         known, newest_ones = identity(self.read_config() or {}), (self.last, previous(self.last))
         if ckpt is None or known is None or Path(ckpt).absolute() in map(Path.absolute, newest_ones):
             return self.has_state
+        if self.goes_back(ckpt) and self._has_rows_of_left(Path(ckpt)):
+            return True
         return known == identity(load_checkpoint(ckpt)["dbb"]["settings"])
 
     def remove_if_unused(self) -> None:
@@ -146,7 +146,7 @@ class RunFolder:
         if not rank_zero_only.rank and {path.name for path in self.path.iterdir()} <= {self.lock.name}:
             shutil.rmtree(self.path)
 
-    def _go_back(self, command: Command) -> Command:
+    def _go_on(self, command: Command) -> Command:
         """Go on from another checkpoint of this run than the last one.
 
         If the last is of this command, which was thus stopped before, it goes on there.
@@ -171,28 +171,44 @@ class RunFolder:
                                        "folders of its own alone: remove it, or choose another folder with "
                                        "out=DIR (a whole folder may be moved, and linked to)")
 
-    def leave_last(self, command: Command) -> None:
-        """Keep the last checkpoint, and its rows, if the run goes on from another one."""
-        if command.ckpt is None or Path(command.ckpt).resolve() == self.last.resolve():
+    def go_back(self, command: Command) -> None:
+        """Have last.ckpt be what the run goes on from, if that is another checkpoint of its folder.
+
+        What was the newest state is kept as last-left.ckpt, its rows as metrics-left.csv, and these come back
+        with it.
+        """
+        if not self.goes_back(command.ckpt):
             return
-        try:
-            load_checkpoint(self.last)
-            why = "left"
-        except ValueError:
-            why = "damaged"
-        kept = set_aside(self.last, why)
-        if kept is None:
-            return
-        say(f"going on from {command.ckpt}: {self.last} is now {kept.name}")
-        if why == "left" and self.metrics.is_file():
-            write_text(self._rows_of(kept), self.metrics.read_text(errors="replace"))
-        came = Path(command.ckpt)
-        if came.name.startswith("last-left") and self._rows_of(came).is_file():
-            write_text(self.metrics, self._rows_of(came).read_text(errors="replace"))
+        asked = Path(command.ckpt)
+        newest = next(filter(_is_whole, (self.last, previous(self.last))), None)
+        others = [path for path in self.checkpoints.glob("*.ckpt") if path != self.last]
+        if newest == self.last and any(filecmp.cmp(newest, path, shallow=False) for path in others):
+            newest.unlink()  # an earlier attempt saved nothing
+        elif newest is not None and not newest.samefile(asked):
+            numbers = chain([""], count(2))
+            kept = next(left for left in (self.checkpoints / f"last-left{number}.ckpt" for number in numbers)
+                        if not left.exists() and not self._rows_of(left).exists())
+            if self.metrics.is_file():
+                write_text(self._rows_of(kept), self.metrics.read_text(errors="replace"))
+            newest.rename(kept)
+            say(f"going on from {command.ckpt}: {newest} is now {kept.name}")
+        set_aside(self.last)
+        if self._has_rows_of_left(asked):
+            write_text(self.metrics, self._rows_of(asked).read_text(errors="replace"))
+        self.result.unlink(missing_ok=True)
+        copy_whole(asked, self.last)
+
+    def goes_back(self, ckpt: str | None) -> bool:
+        """Whether a checkpoint is another one of this folder than the last."""
+        asked = None if ckpt is None else Path(ckpt).absolute()
+        return asked not in (None, self.last.absolute()) and asked.parent == self.checkpoints.absolute()
 
     def _rows_of(self, left: Path) -> Path:
-        """The rows of a checkpoint that was left, `metrics-left.csv` of `checkpoints/last-left.ckpt`."""
-        return left.absolute().parent.parent / f"{left.stem.replace('last', 'metrics', 1)}.csv"
+        """The rows of a checkpoint that was left, `metrics-left.csv` of `last-left.ckpt`."""
+        return self.path / f"{left.stem.replace('last', 'metrics', 1)}.csv"
+
+    def _has_rows_of_left(self, ckpt: Path) -> bool:
+        return ckpt.name.startswith("last-left") and self._rows_of(ckpt).is_file()
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings in config.yaml, as plain values; None where there is none.
@@ -224,6 +240,17 @@ class RunFolder:
         if not self._has_others_error():
             self.error.unlink(missing_ok=True)
         write_text(self.config, text)
+
+    def refuse_taken(self) -> None:
+        """Refuse to write where another process works now: somebody renamed this run's folder.
+
+        Raises:
+            FolderTakenError: if one does.
+        """
+        locked = os.environ.get(FOLDER_VARIABLE) == str(self.path.absolute())
+        if locked and self.lock.exists() and read_text(self.lock) != _worker():
+            raise FolderTakenError(f"{self.path} is another run's now, and this run's folder was renamed: go "
+                                   "on where it lies, from its last.ckpt")
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, which says that the run is finished."""
@@ -270,7 +297,7 @@ class RunFolder:
         if asked is not None and (asked == self.last.resolve() or not holds_run):
             return command
         if asked is not None and asked.parent == self.checkpoints.resolve():
-            return self._go_back(command)
+            return self._go_on(command)
         stored = read_own_config(self.config)
         command = as_begun(command, stored)
         different = differences(stored, command)
@@ -289,3 +316,16 @@ class RunFolder:
                 text += f", or go on with that run by {typed('ckpt', self.last)}"
             raise FolderTakenError(text)
         return command
+
+
+def _worker() -> str:
+    """What .lock says of who works in a folder."""
+    return f"process {os.getpid()} of {platform.node()}"
+
+
+def _is_whole(ckpt: Path) -> bool:
+    try:
+        load_checkpoint(ckpt)
+    except ValueError:
+        return False
+    return True

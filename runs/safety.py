@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
@@ -24,7 +25,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         part = path.with_name(f".{path.name}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with _to_the_disk(part, "wb") as file:
                 torch.save(checkpoint, file)
             if path.exists():
@@ -36,6 +37,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             why = getattr(error, "strerror", None) or "the disk may be full"
             forbidden = getattr(error, "errno", None) in (errno.EPERM, errno.EACCES, errno.EROFS)
             first = "let this user write there" if forbidden else "make room"
+            if isinstance(error, FileNotFoundError):
+                first = "go on where the run's folder lies now, if it was renamed"
             raise OSError(f"{path} could not be written ({why}): {first}, and the same command goes on "
                           "from the checkpoint before") from error
 
@@ -77,6 +80,14 @@ def set_aside(path: Path, why: str = "damaged") -> Path | None:
     numbers = chain([""], count(2))
     names = (path.with_name(f"{path.stem}-{why}{number}{path.suffix}") for number in numbers)
     return path.rename(next(name for name in names if not name.exists()))
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all."""
+    part = target.with_name(f".{target.name}.part")
+    with source.open("rb") as read, _to_the_disk(part, "wb") as file:
+        shutil.copyfileobj(read, file)
+    part.replace(target)
 
 
 def write_text(path: Path, text: str) -> None:

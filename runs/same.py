@@ -62,15 +62,19 @@ def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
 def is_further(last: dict[str, Any], asked: dict[str, Any], command: Command) -> bool:
     """Whether a checkpoint is of a training that went on from another one, as a command would."""
     stored = asked["dbb"]["settings"]
-    expected = [*asked["dbb"].get("changed", []), *changes(stored, command, place_of(asked)[0])]
+    expected = [*asked["dbb"].get("changed", []), *changes(stored, command, *place_of(asked))]
     known, expected = ([change for change in of if " images: " not in change]  # which the data say later
                        for of in (last["dbb"].get("changed", []), expected))
     return (known == expected and last["global_step"] >= asked["global_step"]
             and not differences(last["dbb"]["settings"], command))
 
 
-def changes(stored: dict[str, Any], command: Command, done: int) -> list[str]:
-    """Settings of the training that differ from a checkpoint's, of `done` epochs, a sentence each."""
+def changes(stored: dict[str, Any], command: Command, done: int, batches: int = 0) -> list[str]:
+    """Settings of the training that differ from a checkpoint's, a sentence each.
+
+    `done` epochs and `batches` of the next one are trained.
+    """
+    place = f"epoch {done}" + (f" and {batches} batches" if batches else "")
     old, new = LATER_KNOBS | of_the_training(stored), of_the_training(command.stored())
-    return [f"{key}: {old[key]} until epoch {done}, then {value}" for key, value in new.items()
+    return [f"{key}: {old[key]} until {place}, then {value}" for key, value in new.items()
             if key in old and differ(old[key], value)]

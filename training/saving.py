@@ -55,6 +55,8 @@ class LastCheckpoint(Checkpoint):
         elif last or self._agreed(trainer, asked is not None or self._due(trainer)):
             self.divergence.check(trainer)
             self.divergence.check_weights(trainer, module)
+            if trainer.is_global_zero:
+                self.folder.refuse_taken()
             trainer.save_checkpoint(self.folder.last, weights_only=False)  # the optimiser's state, too
             self.saved_at = time.monotonic()
             where = f"in epoch {trainer.current_epoch + 1}, after {done} batches of it"

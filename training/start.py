@@ -64,14 +64,15 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
     checkpoint = load_checkpoint(command.ckpt)
     stored, (done, batches) = checkpoint["dbb"]["settings"], place_of(checkpoint)
     same_end = stored["trainer"].get("max_epochs") == command.trainer.max_epochs
-    unevaluated = result is None and folder.has_state and same_end  # stopped in its last evaluation
+    # Stopped in its last evaluation, or left complete.
+    unevaluated = same_end and (result is None and folder.has_state or folder.goes_back(command.ckpt))
     if done >= command.trainer.max_epochs and not unevaluated:
         raise ValueError(f"trainer.max_epochs={command.trainer.max_epochs}: the checkpoint already has "
                          f"{done} epochs; set more to continue")
     if stored["optim"].get("name") != command.optim.name:
         raise ValueError(f"optim.name={command.optim.name} cannot continue with the state of "
                          f"{stored['optim'].get('name')} in the checkpoint")
-    now = changes(stored, command, done)
+    now = changes(stored, command, done, batches)
     for change in now:
         if batches and change.startswith(OF_AN_EPOCH):
             raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "

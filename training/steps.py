@@ -177,9 +177,9 @@ def stopped_by_time(command: Command, folder: RunFolder, start: Start) -> bool:
         if (epochs, batches) == (start.epochs, start.batches):
             raise ValueError(f"trainer.max_time={command.trainer.max_time} is the time of all sessions of "
                              "this run, and used up: give more, or none")
-        print(printable(f"stopped by trainer.max_time={command.trainer.max_time} after {epochs} of "
-                        f"{command.trainer.max_epochs} epochs and {batches} batches: the same command with a "
-                        f"longer time, or none, goes on from {folder.last}"))
+        print(f"stopped by trainer.max_time={command.trainer.max_time} after {epochs} of "
+              f"{command.trainer.max_epochs} epochs and {batches} batches: go on by python train.py "
+              f"{typed('ckpt', folder.last)} with a longer trainer.max_time, or null")
     return epochs < command.trainer.max_epochs
 
 

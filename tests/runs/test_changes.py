@@ -149,6 +149,64 @@ def test_rows_go_with_their_checkpoint(make_settings, whole, tmp_path):
     assert left["test/loss"].tolist() == rows["test/loss"].tolist()
 
 
+def test_going_back_after_an_attempt_that_saved_nothing(make_settings, train_with, whole, tmp_path):
+    """The rows come back too; and a training that was complete is evaluated again."""
+    run, more = tmp_path / "run", ("optim.lr=0.5", "trainer.max_epochs=3")
+    files = run / "checkpoints"
+    shutil.copytree(whole, run)
+    before = json.loads((run / "result.json").read_text())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="power failure"):
+            train_with(make_settings(f"ckpt={files}/last-previous.ckpt", *more), run, At(1, 3, fail))
+    train_script.train(make_settings(f"ckpt={files}/last-left.ckpt"), run)
+    check_same(whole, run)
+    assert json.loads((run / "result.json").read_text()) == pytest.approx(before)
+    assert sorted(path.name for path in run.glob("*/last-left*")) == ["last-left.ckpt"]
+
+
+def test_going_back_where_the_last_is_missing(make_settings, whole, tmp_path):
+    """The one before is the newest state then, and is kept."""
+    run, more = tmp_path / "run", "trainer.max_epochs=3"
+    files = run / "checkpoints"
+    shutil.copytree(whole, run)
+    newest = (files / "last-previous.ckpt").read_bytes()
+    (files / "last.ckpt").rename(files / "first.ckpt")
+    (run / "metrics-left.csv").write_text("mine")
+    train_script.train(make_settings(f"ckpt={files}/first.ckpt", "optim.lr=0.5", more), run)
+    assert (files / "last-left2.ckpt").read_bytes() == newest
+    assert (run / "metrics-left.csv").read_text() == "mine"
+    assert (run / "metrics-left2.csv").exists()
+
+
+def test_places_within_one_epoch_are_told_apart(make_settings, train_with, tmp_path):
+    """B went on from one of them."""
+    for batch in (1, 3):
+        with pytest.raises(SystemExit, match="143"):
+            train_with(make_settings(*SHORT), tmp_path / "a", At(1, batch, terminate))
+        shutil.copy(tmp_path / "a" / "checkpoints" / "last.ckpt", tmp_path / f"{batch}.ckpt")
+    train_script.train(make_settings(f"ckpt={tmp_path}/1.ckpt", "optim.lr=0.05"), tmp_path / "b")
+    with pytest.raises(FolderTakenError, match="did not go on from"):
+        train_script.train(make_settings(f"ckpt={tmp_path}/3.ckpt", "optim.lr=0.05"), tmp_path / "b")
+
+
+def test_a_folder_that_is_renamed_while_its_run_trains(make_settings, train_with, tmp_path, monkeypatch):
+    """Nothing is written into what took its place."""
+    def rename(trainer):
+        (tmp_path / "run").rename(tmp_path / "new")
+        if trainer.current_epoch == 1:
+            (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+            (tmp_path / "run" / ".lock").write_text("process 1 of another")
+    for epoch, error in ((0, "renamed"), (1, "another run's now")):
+        folder = RunFolder(tmp_path / "run")
+        folder.path.mkdir(exist_ok=True)
+        with folder.alone(), pytest.raises((OSError, FolderTakenError), match=error):
+            train_with(make_settings(*SHORT), folder.path, At(epoch, 1, rename))
+        assert not list(tmp_path.glob("run/checkpoints/*"))
+        if epoch == 0:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            shutil.rmtree(tmp_path / "new")
+
+
 def test_a_folder_that_began_from_another_checkpoint(make_settings, whole, tmp_path):
     """Of the same settings in the end, which it had after others."""
     other, command = tmp_path / "other", ["optim.lr=0.3", "trainer.max_epochs=4"]
@@ -194,7 +252,7 @@ def test_what_cannot_change_within_an_epoch(make_settings, train_with, tmp_path)
     with pytest.raises(SystemExit, match="130"):
         train_with(make_settings(*SHORT), tmp_path, At(1, 2, interrupt))
     ckpt = f"ckpt={tmp_path}/checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match="data.batch_size: 32 until epoch 1, then 16: this can change bet"):
+    with pytest.raises(ValueError, match="batch_size: 32 until epoch 1 and 3 batches, then 16: this can"):
         train_with(make_settings(ckpt, "data.batch_size=16"), tmp_path)
     with pytest.raises(ValueError, match="trainer.max_epochs=1: the checkpoint already has 1 epochs"):
         train_with(make_settings(ckpt, "trainer.max_epochs=1"), tmp_path)
