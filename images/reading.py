@@ -12,12 +12,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from models import limits
 
-IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif",
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".j2c", ".j2k", ".jfif",
                  ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
                  ".tga")
 # Those of these endings, whatever a file is called: PostScript, say, would be run by another program.
 Image.init()
-FORMATS = [kind for kind in ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX",
+FORMATS = [kind for kind in ("AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX",
                              "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP") if kind in Image.OPEN]
 TILE = 322, 323  # a TIFF's tags of the width and height of a tile, which may be larger than the image
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,

@@ -14,7 +14,8 @@ from models import limits
 EMPTY = "collections OrderedDict", "argparse Namespace"
 COPIES = "collections Counter", "torch Size"
 MAKES_TENSORS = "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"
-KNOWN = {*EMPTY, *COPIES, *MAKES_TENSORS, "torch._utils _rebuild_parameter", "torch device"}
+MAKES = (*MAKES_TENSORS, "torch._utils _rebuild_parameter", "torch device")
+KNOWN = {*EMPTY, *COPIES, *MAKES}
 KINDS = re.compile(r"torch (\w+Storage|(u?int|bfloat|float|complex)\d+|bool)")
 CODES = {  # that PyTorch's reader knows
     "PROTO", "STOP", "MARK", "GLOBAL", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "NONE",
@@ -59,7 +60,7 @@ class Pickle:
             if code.name not in CODES:
                 raise ForeignError("it holds more than plain tensors")
             if code.name.endswith("BINPUT"):
-                if argument > len(self.memo):
+                if argument > len(self.memo) + 1:  # Python 2 began with 1
                     raise ForeignError("it numbers its parts as no pickle does")
                 self.memo[argument] = self.stack[-1]
                 continue
@@ -85,26 +86,30 @@ class Pickle:
         """Refuse an operation that may not be done with what it takes."""
         if code == "GLOBAL" and argument not in KNOWN and not KINDS.fullmatch(argument):
             raise ForeignError(f"it holds a GLOBAL {argument.replace(' ', '.')}")
-        if code in ("REDUCE", "NEWOBJ") and not _may_call(*taken):
+        of_values = code == "NEWOBJ" and taken[0] not in EMPTY
+        if code in ("REDUCE", "NEWOBJ") and (of_values or not _may_call(*taken)):
             called = taken[0].replace(" ", ".") if isinstance(taken[0], Name) else "something"
             raise ForeignError(f"it calls {called} with values")
         if code == "BUILD" and not (taken[0] is OBJECT and _is_small(taken[1])):
             raise ForeignError("it fills more than plain tensors")
-        if code == "BINPERSID" and not (isinstance(taken[0], tuple) and len(taken[0]) in (5, 6)
-                                        and all(map(_is_plain, taken[0]))):
+        if code == "BINPERSID" and not _is_storage(taken[0]):
             raise ForeignError("it names the values of a tensor otherwise than PyTorch does")
         if code in ("SETITEM", "SETITEMS"):  # other keys, or many numbers, may take for ever to hash
             self.numbers += sum(isinstance(key, int) for key in taken[1::2])
             if not all(map(_is_plain, taken[1::2])) or self.numbers > limits.NUMBERS:
                 raise ForeignError("it has keys that are neither texts nor small numbers, or many of these")
-        self.copies += code == "BUILD" or code == "REDUCE" and taken[0] in COPIES
+        self.copies += code == "BUILD" or code == "REDUCE" and taken[0] not in MAKES and taken[1] != ()
         if self.copies > limits.COPIES:
             raise ForeignError("it holds more than plain tensors, or copies them")
 
     def _left(self, code: str, argument: Any, taken: list[Any]) -> Any:
         """What is followed of what an operation leaves."""
         match code:
-            case "BININT" | "BININT1" | "BININT2" | "BINUNICODE" | "SHORT_BINSTRING":
+            case "BININT" | "BININT1" | "BININT2" | "BINUNICODE":
+                return argument
+            case "SHORT_BINSTRING":  # of Python 2; pickletools gives each byte a sign, PyTorch reads UTF-8
+                return argument.encode("latin-1").decode()
+            case "LONG1" if abs(argument) < 2**31:
                 return argument
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code]
@@ -135,13 +140,26 @@ def _may_call(function: Any, arguments: Any) -> bool:
     if not isinstance(function, Name) or function not in KNOWN or not isinstance(arguments, tuple):
         return False
     if function in EMPTY:
-        return arguments == ()
+        return arguments == () or len(arguments) == 1 and _are_pairs(arguments[0])
     if function in COPIES:
-        return all(map(_is_small, arguments))
+        return len(arguments) == 1 and _is_small(arguments[0])
     if function == "torch device":
-        return all(map(_is_plain, arguments))
+        return len(arguments) <= 2 and all(map(_is_plain, arguments))
     sizes = arguments[2:4] if function in MAKES_TENSORS else ()
     return all(isinstance(part, tuple) and len(part) <= limits.DIMENSIONS for part in sizes)
+
+
+def _is_storage(value: Any) -> bool:
+    """Whether a value names a tensor's values: "storage", a kind, a key, a device, a number, perhaps None."""
+    if not isinstance(value, tuple) or len(value) not in (5, 6) or value[5:] not in ((), (None,)):
+        return False
+    return [type(part) for part in value[:5]] == [str, Name, str, str, int]
+
+
+def _are_pairs(value: Any) -> bool:
+    """Whether a value is a short list of pairs, as Python 2 made an OrderedDict of."""
+    return (isinstance(value, list) and len(value) <= limits.PARTS
+            and all(isinstance(pair, list) and len(pair) == 2 and _is_plain(pair[0]) for pair in value))
 
 
 def _is_plain(value: Any) -> bool:
@@ -151,5 +169,6 @@ def _is_plain(value: Any) -> bool:
 
 def _is_small(value: Any) -> bool:
     """Whether a dict, or a tuple of plain values, may be copied."""
-    plain = isinstance(value, tuple) and all(map(_is_plain, value))
-    return (plain or isinstance(value, Keys)) and len(value) <= limits.PARTS
+    if not isinstance(value, tuple | Keys) or len(value) > limits.PARTS:
+        return False
+    return isinstance(value, Keys) or all(map(_is_plain, value))

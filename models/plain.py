@@ -36,7 +36,8 @@ def _damage_of_old_format(file: IO[bytes]) -> str | None:
         return "it is an archive of tar"
     file.seek(0)
     *_, wanted, keys = [Pickle(file) for _ in range(5)]
-    if not isinstance(keys.value, list) or wanted.storages != {*keys.value}:
+    named = isinstance(keys.value, list) and all(type(key) is str for key in keys.value)
+    if not named or wanted.storages != {*keys.value}:
         return "it does not have the values of all its tensors"  # which would be what the memory had
     return None
 
@@ -49,10 +50,13 @@ def _damage_of_zip(file: zipfile.ZipFile, path: Path) -> str | None:
         return "it is compressed, as PyTorch writes none"  # perhaps to fill a memory
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         return "its parts share their bytes"
-    pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
-    if len(pickles) != 1:
-        return "it does not hold one pickle"
-    Pickle(file.open(pickles[0]))
+    names = [entry.orig_filename for entry in entries]  # as PyTorch reads them
+    pickles = [entry for entry, name in zip(entries, names, strict=True) if name.lower().endswith(".pkl")]
+    if len(pickles) != 1 or len({name.lower() for name in names}) != len(names):
+        return "it does not hold one pickle, or two parts by one name"
+    root = pickles[0].orig_filename.rpartition("/")[0]
+    if not {f"{root}/data/{key}" for key in Pickle(file.open(pickles[0])).storages} <= {*names}:
+        return "it does not have the values of all its tensors"
     broken = file.testzip()
     return None if broken is None else f"the checksum of {broken} is wrong"
 

@@ -3,9 +3,13 @@
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from models.say import say, shown
+
+REAL = torch.float64, torch.float32, torch.float16, torch.bfloat16
+WHOLE = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -32,7 +36,7 @@ def _refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
     """Raise a ValueError for whole or complex numbers where the network has real ones, and for codes."""
     for key in own.keys() & weights.keys():
         theirs, ours = weights[key].dtype, own[key].dtype
-        if ours.is_floating_point and (not theirs.is_floating_point or theirs.itemsize < 2):
+        if theirs not in REAL and (ours.is_floating_point or theirs not in WHOLE):
             raise ValueError(f"{key} is of {theirs} in the file, perhaps quantized, and of {ours} here: save "
                              "the weights before quantizing")
 

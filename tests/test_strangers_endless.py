@@ -217,7 +217,7 @@ def test_a_zip_whose_parts_share_their_bytes(tmp_path):
     with zipfile.ZipFile(file, "w") as made:
         for name in ("a/data.pkl", "a/more.pkl"):
             made.writestr(name, b"\x80\x02N.")
-    assert damage(file) == "it does not hold one pickle"
+    assert damage(file) == "it does not hold one pickle, or two parts by one name"
 
 
 def test_the_old_format_has_all_values(tmp_path):
@@ -227,11 +227,39 @@ def test_the_old_format_has_all_values(tmp_path):
     assert damage(file) is None
     content = file.read_bytes()
     start = content.rindex(b"\x80\x02]")  # the list of what follows
-    file.write_bytes(content[:start] + b"\x80\x02].")
-    assert damage(file) == "it does not have the values of all its tensors"
+    nested = b"])" + b"".join(b"q%ch%c\x86" % (number, number) for number in range(60)) + b"a"
+    for keys in (b"]", nested, b"])" + b"\x85" * 10**5 + b"a"):
+        file.write_bytes(content[:start] + b"\x80\x02" + keys + b".")
+        assert damage(file) == "it does not have the values of all its tensors"
     header = tarfile.TarInfo("N.N.N.N.N.").tobuf()
     file.write_bytes(header + bytes(1024))
     assert damage(file) == "it is an archive of tar"
+
+
+def test_values_under_many_spellings_of_a_name(tmp_path):
+    """PyTorch finds a part of a zip in capitals, too, and reads it as often as it is named."""
+    torch.save([torch.ones(2), torch.ones(3)], tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as read, zipfile.ZipFile(tmp_path / "b.pth", "w") as made:
+        for name in read.namelist():
+            if not name.endswith("data/1"):
+                made.writestr(name.replace("a/data/0", "a/data/1"), read.read(name))
+    assert damage(tmp_path / "b.pth") == "it does not have the values of all its tensors"
+    with zipfile.ZipFile(tmp_path / "b.pth", "a") as made:
+        for name in ("a/data/0", "A/data/0"):
+            made.writestr(name, b"")
+    assert damage(tmp_path / "b.pth") == "it does not hold one pickle, or two parts by one name"
+
+
+def test_files_that_python_2_wrote(tmp_path):
+    """Its memo begins with 1, its OrderedDicts are calls with a list, and its texts are bytes."""
+    pickled = b"ccollections\nOrderedDict\nq\x01]q\x02]q\x03(U\x01aq\x04K\x05ea\x85q\x05Rq\x06"
+    file = tmp_path / "a.pth"
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr("a/data.pkl", b"\x80\x02" + pickled + b".")
+        made.writestr("a/version", "3")
+        made.writestr("a/byteorder", "little")
+    assert damage(file) is None
+    assert torch.load(file, weights_only=True) == {"a": 5}
 
 
 def test_one_text_named_often(tmp_path):
