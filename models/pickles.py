@@ -107,7 +107,7 @@ class Pickle:
         match code:
             case "BININT" | "BININT1" | "BININT2" | "BINUNICODE":
                 return argument
-            case "SHORT_BINSTRING":  # of Python 2; pickletools gives each byte a sign, PyTorch reads UTF-8
+            case "SHORT_BINSTRING":  # of Python 2: a sign for each byte here, UTF-8 to PyTorch
                 return argument.encode("latin-1").decode()
             case "LONG1" if abs(argument) < 2**31:
                 return argument

@@ -181,9 +181,9 @@ class RunFolder:
             return
         asked = Path(command.ckpt)
         newest = next(filter(_is_whole, (self.last, previous(self.last))), None)
-        others = [path for path in self.checkpoints.glob("*.ckpt") if path != self.last]
-        if newest == self.last and any(filecmp.cmp(newest, path, shallow=False) for path in others):
-            newest.unlink()  # an earlier attempt saved nothing
+        kept_ones = [asked, *self.checkpoints.glob("last-*.ckpt")]
+        if newest == self.last and any(filecmp.cmp(newest, path, shallow=False) for path in kept_ones):
+            newest.unlink()  # the copy of one of them: an earlier attempt saved nothing
         elif newest is not None and not newest.samefile(asked):
             numbers = chain([""], count(2))
             kept = next(left for left in (self.checkpoints / f"last-left{number}.ckpt" for number in numbers)
