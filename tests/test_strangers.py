@@ -172,7 +172,7 @@ MEMORY = {  # pickles that PyTorch's reader of plain values takes, and that fill
     "codecs": b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R",
     "dict": b"ccollections\nOrderedDict\nq\x00](K\x01K\x01\x86e\x85R",
     "states": b"](" + b"ccollections\nOrderedDict\n)R}b" * 2000 + b"e",
-    "long calls": b"(" + b"K\x01" * 1000 + b"tq\x00ctorch\nSize\n(" + b"h\x00" * 10**6 + b"tR",
+    "long calls": b"(" + b"K\x01" * 1000 + b"tq\x00ctorch\nSize\n(" + b"h\x00" * 10**5 + b"tR",
     "objects": b"ctorch\nSize\nK\x01\x85\x85\x81",
     "keys": b"}N" + b"q\x00h\x00\x86" * 60 + b"K\x01s", "set": b"c__builtin__\nset\n](K\x01e\x85R",
     "large keys": b"}(\x8a\x01\x01K\x00\x8a\x08" + (2**61).to_bytes(8, "little") + b"K\x00u",
