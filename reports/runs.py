@@ -117,8 +117,8 @@ def _cost(rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, float]:
             "seconds": batches * per_step}
 
 
-def read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Some columns of a metrics.csv, as text; without rows where there is no file.
+def read_columns(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Some columns of a metrics.csv, or all, as text; without rows where there is no file.
 
     Raises:
         ValueError: if it is damaged, but for a last line that is still being written.
@@ -128,6 +128,7 @@ def read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
     names, rows, damaged, cut = read_rows(path)
     if damaged or not names and cut:
         raise ValueError(f"lines that are cut, or have other columns than its first: {damaged}")
+    columns = list(dict.fromkeys(names)) if columns is None else columns
     known = [name for name in columns if name in names]
     places = [names.index(name) for name in known]
     return pd.DataFrame([[row[place] for place in places] for row in rows], columns=known).reindex(

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from models import limits
 from models.checkpoint import load_checkpoint
 from models.say import say
 from runs.reading import identity, read_config, read_own_config, read_result, read_text
-from runs.safety import copy_whole, newest, previous, set_aside, write_text
+from runs.safety import copy_whole, free_number, newest, previous, set_aside, write_text
 from runs.same import as_begun, differences, is_further
 from settings.cli import output_folder, printable, typed
 from settings.command import Command
@@ -185,9 +184,7 @@ class RunFolder:
         if newest == self.last and any(filecmp.cmp(newest, path, shallow=False) for path in kept_ones):
             newest.unlink()  # the copy of one of them: an earlier attempt saved nothing
         elif newest is not None and not newest.samefile(asked):
-            numbers = chain([""], count(2))
-            kept = next(left for left in (self.checkpoints / f"last-left{number}.ckpt" for number in numbers)
-                        if not left.exists() and not self._rows_of(left).exists())
+            kept = self._left(free_number(self._left, lambda number: self._rows_of(self._left(number))))
             if self.metrics.is_file():
                 write_text(self._rows_of(kept), self.metrics.read_text(errors="replace"))
             newest.rename(kept)
@@ -202,6 +199,9 @@ class RunFolder:
         """Whether a checkpoint is another one of this folder than the last."""
         asked = None if ckpt is None else Path(ckpt).absolute()
         return asked not in (None, self.last.absolute()) and asked.parent == self.checkpoints.absolute()
+
+    def _left(self, number: str) -> Path:
+        return self.checkpoints / f"last-left{number}.ckpt"
 
     def _rows_of(self, left: Path) -> Path:
         """The rows of a checkpoint that was left, `metrics-left.csv` of `last-left.ckpt`."""

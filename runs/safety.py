@@ -4,7 +4,7 @@ import copy
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -73,13 +73,20 @@ def newest(last: Path) -> Path | None:
     return before
 
 
-def set_aside(path: Path, why: str = "damaged") -> Path | None:
-    """Rename a file by why it is out of use, so that no other takes its place; returned is its new name."""
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged file, so that no other takes its place; returned is its new name."""
     if rank_zero_only.rank or not path.exists():
         return None
-    numbers = chain([""], count(2))
-    names = (path.with_name(f"{path.stem}-{why}{number}{path.suffix}") for number in numbers)
-    return path.rename(next(name for name in names if not name.exists()))
+
+    def damaged(number):
+        return path.with_name(f"{path.stem}-damaged{number}{path.suffix}")
+    return path.rename(damaged(free_number(damaged)))
+
+
+def free_number(*names: Callable[[str], Path]) -> str:
+    """The first of "", "2", "3" ... by which none of some files exists."""
+    numbers = map(str, chain([""], count(2)))
+    return next(number for number in numbers if not any(name(number).exists() for name in names))
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 
 from reports.runs import read_columns, read_epochs
 from runs.folder import RunFolder
-from runs.rows import read_rows
 from runs.safety import write_text
 from settings.cli import as_sentence
 from settings.schema import TENSOR_SETS
@@ -32,9 +31,8 @@ def keep(folder: RunFolder) -> None:
     """
     config = folder.read_config()
     try:
-        names = {"epoch": None, "step": None} | dict.fromkeys(read_rows(folder.metrics).names)
-        rows = read_columns(folder.metrics, list(names)).apply(pd.to_numeric)
-        rows = rows[rows["epoch"].isin(read_epochs(folder)["epoch"] - 1)]
+        epochs, rows = read_epochs(folder), read_columns(folder.metrics).apply(pd.to_numeric)
+        rows = rows[rows["epoch"].isin(epochs["epoch"] - 1)] if len(epochs) else epochs[["epoch", "step"]]
         rows = rows.groupby("epoch", as_index=False).last().astype({"epoch": int, "step": int})
     except ValueError as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error

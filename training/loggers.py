@@ -114,8 +114,9 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
             logging.raiseExceptions = False  # of W&B's own log, on a disk that is full
             # W&B prints nothing about an offline run, and where to see an online one.
             options = wandb.Settings(init_timeout=WANDB_WAIT, quiet=True, silent=mode != "online")
-            logger = WandbLogger(name, folder.path, id=conf.id, project=conf.project, entity=conf.entity,
-                                 group=group, tags=tags, mode=mode, settings=options)
+            # W&B's helper process may be another's, which started it in another folder.
+            logger = WandbLogger(name, folder.path.absolute(), id=conf.id, project=conf.project,
+                                 entity=conf.entity, group=group, tags=tags, mode=mode, settings=options)
             logger._wandb_init.pop("anonymous")  # Lightning always passes it, and W&B warns of it
             logger.experiment  # noqa: B018  the run, which W&B starts when it is asked for
             return logger
