@@ -32,7 +32,7 @@ def keep(folder: RunFolder) -> None:
     config = folder.read_config()
     try:
         epochs, rows = read_epochs(folder), read_columns(folder.metrics).apply(pd.to_numeric)
-        rows = rows[rows["epoch"].isin(epochs["epoch"] - 1)] if len(epochs) else epochs[["epoch", "step"]]
+        rows = rows[rows["epoch"].isin(epochs["epoch"] - 1)] if len(epochs) else epochs[["epoch", "step"]].reset_index(drop=True)
         rows = rows.groupby("epoch", as_index=False).last().astype({"epoch": int, "step": int})
     except ValueError as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error
