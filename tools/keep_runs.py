@@ -31,16 +31,17 @@ def keep(folder: RunFolder) -> None:
     """
     config = folder.read_config()
     try:
-        epochs, rows = read_epochs(folder), read_columns(folder.metrics).apply(pd.to_numeric)
-        rows = rows[rows["epoch"].isin(epochs["epoch"] - 1)] if len(epochs) else epochs[["epoch", "step"]].reset_index(drop=True)
-        rows = rows.groupby("epoch", as_index=False).last().astype({"epoch": int, "step": int})
+        epochs, rows = read_epochs(folder)["epoch"] - 1, read_columns(folder.metrics).apply(pd.to_numeric)
+        if len(epochs):
+            rows = rows[rows["epoch"].isin(epochs)].groupby("epoch", as_index=False).last()
+            rows = rows.astype({"epoch": int, "step": int})
     except ValueError as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error
     if flat(config).get("data.name") in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
     write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
     text = rows.dropna(axis=1, how="all").to_csv(index=False, float_format="%.6g")
-    write_text(folder.metrics, text if len(rows) else "")
+    write_text(folder.metrics, text if len(epochs) else "")
 
 
 def main() -> None:
