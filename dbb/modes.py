@@ -51,9 +51,12 @@ def exact(block, x: Tensor) -> Tensor:
             scaled = _as_kernels(scaled, kernels)
         firsts = dict(zip(inner, scaled[:len(inner)], strict=True))
     if points:
-        kernel = sum(scaled[len(inner) + 1:], scaled[len(inner)])
-        beta = beside([branch.bn.bias for branch in points], g.groups)
-        terms.append(_centred(block.pixelwise, x, kernel, beta, mean, process_group(points[0].bn)))
+        kernel, beta = (sum(parts[1:], parts[0]) for parts in
+                        (scaled[len(inner):], [branch.bn.bias.to(mean.dtype) for branch in points]))
+        with without_autocast(x.device):
+            rows = kernel.to(mean.dtype).view(g.groups, -1, mean.shape[1])
+            bias = torch.baddbmm(beta.view(g.groups, -1, 1), rows, mean, alpha=-1).flatten()
+        terms.append(F.conv2d(x, kernel.to(x.dtype), bias.to(x.dtype), groups=g.groups))
     padded = g.pad(x)
     others = [branch for branch in block.branches.values() if branch not in points]
     alike = [branch for branch in others if _stacks(branch, padded, others[0].bn)]

@@ -61,7 +61,7 @@ def covariance(x: Tensor, groups: int, group=None) -> tuple[Tensor, Tensor, Tens
         group: the processes to take them over, see `process_group`.
 
     Returns:
-        Mean `[G, C/G, 1]`, not differentiable; biased covariance `[G, C/G, C/G]`; the number of values.
+        Mean `[G, C/G, 1]`; biased covariance `[G, C/G, C/G]`; the number of values.
 
     Raises:
         ValueError: if there is no position or one only, whose variance is not defined.
@@ -77,7 +77,6 @@ class _Covariance(Function):
 
     @staticmethod
     def forward(ctx, x, groups, group):
-        ctx.set_materialize_grads(False)
         values, count, everywhere = x.to(wide(x.dtype)), x.numel() // x.shape[1], (0, 2, 3)
         average = Tensor.mean if count else Tensor.sum  # a process without images, beside others, has zeros
         with without_autocast(x.device):
@@ -94,21 +93,23 @@ class _Covariance(Function):
                 gram = rows @ rows.mT / max(1, count)
             if group is not None:
                 gram, = over_processes(group, gram * (count / total))
+        mean = mean.view(groups, -1, 1)
         ctx.save_for_backward(x, mean)
         ctx.count, ctx.group = total, group
-        ctx.mark_non_differentiable(*[part for part in (mean, total) if isinstance(part, Tensor)])
-        return mean.view(groups, -1, 1), gram, total
+        ctx.mark_non_differentiable(*[part for part in [total] if isinstance(part, Tensor)])
+        return mean, gram, total
 
     @staticmethod
-    def backward(ctx, _, d_covariance, __):
-        if d_covariance is None:
-            return None, None, None
-        x, mean = ctx.saved_tensors
+    def backward(ctx, d_mean, d_covariance, _):
+        (x, mean), count = ctx.saved_tensors, ctx.count
         if torch.is_grad_enabled():  # this backward is going to be differentiated: the mean depends on x
-            values, count = x.to(mean.dtype), x.numel() // x.shape[1]
-            mean, _ = mean_over_processes(ctx.group, values.mean((0, 2, 3)), count)
-        d_covariance, = over_processes(ctx.group, d_covariance)
-        centred = x.to(mean.dtype) - mean[:, None, None]
-        kernel = (d_covariance + d_covariance.mT).flatten(0, 1)[:, :, None, None] / ctx.count
+            values, here = x.to(mean.dtype), x.numel() // x.shape[1]
+            mean = mean_over_processes(ctx.group, values.mean((0, 2, 3)), here)[0].view_as(mean)
+        if ctx.group is not None:
+            d_mean, d_covariance = (d / count for d in over_processes(ctx.group, d_mean, d_covariance))
+            count = 1
         with without_autocast(x.device):
-            return F.conv2d(centred, kernel, groups=len(d_covariance)).to(x.dtype), None, None
+            rows = (d_covariance + d_covariance.mT) / count
+            bias = torch.baddbmm(d_mean, rows, mean, beta=1 / count, alpha=-1).flatten()
+            d_x = F.conv2d(x.to(mean.dtype), rows.flatten(0, 1)[:, :, None, None], bias, groups=len(mean))
+        return d_x.to(x.dtype), None, None
