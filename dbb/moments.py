@@ -93,18 +93,15 @@ class _Covariance(Function):
                 gram = rows @ rows.mT / max(1, count)
             if group is not None:
                 gram, = over_processes(group, gram * (count / total))
+                ctx.mark_non_differentiable(total)
         mean = mean.view(groups, -1, 1)
         ctx.save_for_backward(x, mean)
         ctx.count, ctx.group = total, group
-        ctx.mark_non_differentiable(*[part for part in [total] if isinstance(part, Tensor)])
         return mean, gram, total
 
     @staticmethod
     def backward(ctx, d_mean, d_covariance, _):
         (x, mean), count = ctx.saved_tensors, ctx.count
-        if torch.is_grad_enabled():  # this backward is going to be differentiated: the mean depends on x
-            values, here = x.to(mean.dtype), x.numel() // x.shape[1]
-            mean = mean_over_processes(ctx.group, values.mean((0, 2, 3)), here)[0].view_as(mean)
         if ctx.group is not None:
             d_mean, d_covariance = (d / count for d in over_processes(ctx.group, d_mean, d_covariance))
             count = 1
