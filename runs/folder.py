@@ -28,6 +28,7 @@ from settings.command import Command
 
 # Where the first process of a job tells those that it starts which folder is the run's.
 FOLDER_VARIABLE = "DBB_RUN_FOLDER"
+HELD: dict[str, int] = {}  # by folder, the lock that this process holds, as the file system numbers files
 LONGEST = 1000  # bytes of error.txt that are read
 
 
@@ -102,14 +103,13 @@ class RunFolder:
             yield
             return
         os.environ[FOLDER_VARIABLE] = str(self.path.absolute())
-        lock, holder = FileLock(self.lock, blocking=False), ""
-        if self.lock.exists():
-            holder = read_text(self.lock)  # to lock a file is to empty it
-        if not f"{holder}process ".startswith("process "):
+        lock = FileLock(self.lock, blocking=False)
+        if self.lock.exists() and not f"{read_text(self.lock)}process ".startswith("process "):
             raise FolderTakenError(f"{self.lock} is of no run: choose another folder with out=DIR")
         try:
             lock.acquire()
-            self.lock.write_text(_worker())
+            self.lock.write_text(f"process {os.getpid()} of {platform.node()}")
+            HELD[os.environ[FOLDER_VARIABLE]] = self.lock.stat().st_ino
         except NotImplementedError:
             pass  # a file system without locks cannot keep others out
         except PermissionError as error:
@@ -117,13 +117,13 @@ class RunFolder:
                 raise ValueError(f"cannot write into {self.path} ({error.strerror}): choose another folder "
                                  "with out=DIR") from error
         except Timeout as error:
-            self.lock.write_text(holder)
-            raise FolderTakenError(f"another process is training in {self.path} ({holder}): let it finish, "
-                                   "or choose another folder with out=DIR; if it is dead, remove "
-                                   f"{self.lock}") from error
+            raise FolderTakenError(f"another process is training in {self.path} ({read_text(self.lock)}): "
+                                   "let it finish, or choose another folder with out=DIR; if it is dead, "
+                                   f"remove {self.lock}") from error
         try:
             yield
         finally:
+            HELD.pop(str(self.path.absolute()), None)
             lock.release()
 
     @property
@@ -134,7 +134,7 @@ class RunFolder:
     def has_rows_of(self, ckpt: str | None) -> bool:
         """Whether metrics.csv is of the run that wrote a checkpoint, wherever that lies."""
         known, newest_ones = identity(self.read_config() or {}), (self.last, previous(self.last))
-        if ckpt is None or known is None or Path(ckpt).absolute() in map(Path.absolute, newest_ones):
+        if ckpt is None or known is None or Path(ckpt).resolve() in map(Path.resolve, newest_ones):
             return self.has_state
         if self.goes_back(ckpt) and self._has_rows_of_left(Path(ckpt)):
             return True
@@ -178,9 +178,10 @@ class RunFolder:
         """
         if not self.goes_back(command.ckpt):
             return
-        asked = Path(command.ckpt)
+        asked = Path(command.ckpt).resolve()
         newest = next(filter(_is_whole, (self.last, previous(self.last))), None)
-        kept_ones = [asked, *self.checkpoints.glob("last-*.ckpt")]
+        left = (path for path in self.checkpoints.glob("last-left*.ckpt") if self._has_rows_of_left(path))
+        kept_ones = [asked, *left]
         if newest == self.last and any(filecmp.cmp(newest, path, shallow=False) for path in kept_ones):
             newest.unlink()  # the copy of one of them: an earlier attempt saved nothing
         elif newest is not None and not newest.samefile(asked):
@@ -197,8 +198,8 @@ class RunFolder:
 
     def goes_back(self, ckpt: str | None) -> bool:
         """Whether a checkpoint is another one of this folder than the last."""
-        asked = None if ckpt is None else Path(ckpt).absolute()
-        return asked not in (None, self.last.absolute()) and asked.parent == self.checkpoints.absolute()
+        asked = None if ckpt is None else Path(ckpt).resolve()
+        return asked not in (None, self.last.resolve()) and asked.parent == self.checkpoints.resolve()
 
     def _left(self, number: str) -> Path:
         return self.checkpoints / f"last-left{number}.ckpt"
@@ -247,8 +248,8 @@ class RunFolder:
         Raises:
             FolderTakenError: if one does.
         """
-        locked = os.environ.get(FOLDER_VARIABLE) == str(self.path.absolute())
-        if locked and self.lock.exists() and read_text(self.lock) != _worker():
+        held = HELD.get(str(self.path.absolute()))
+        if held is not None and self.lock.exists() and self.lock.stat().st_ino != held:
             raise FolderTakenError(f"{self.path} is another run's now, and this run's folder was renamed: go "
                                    "on where it lies, from its last.ckpt")
 
@@ -316,11 +317,6 @@ class RunFolder:
                 text += f", or go on with that run by {typed('ckpt', self.last)}"
             raise FolderTakenError(text)
         return command
-
-
-def _worker() -> str:
-    """What .lock says of who works in a folder."""
-    return f"process {os.getpid()} of {platform.node()}"
 
 
 def _is_whole(ckpt: Path) -> bool:

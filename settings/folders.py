@@ -39,6 +39,6 @@ def slurm_job() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value))
+OmegaConf.register_new_resolver("first", lambda *values: os.path.expanduser(next(filter(None, values))))
 OmegaConf.register_new_resolver("job_name", job_name)
 OmegaConf.register_new_resolver("slurm_job", slurm_job)

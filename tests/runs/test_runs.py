@@ -215,8 +215,12 @@ def test_what_a_sweeper_gets_is_of_the_checkpoint(make_settings, tmp_path):
 def test_one_process_trains_in_a_folder(tmp_path):
     folder = RunFolder(tmp_path)
     taken = pytest.raises(FolderTakenError, match="another process is training in")
-    with folder.alone(), taken, RunFolder(tmp_path).alone():
-        pass
+    with folder.alone():
+        written = folder.lock.stat().st_mtime_ns
+        with taken, RunFolder(tmp_path).alone():
+            pass
+        assert folder.lock.stat().st_mtime_ns == written, "the one that is refused changes nothing"
+        folder.refuse_taken()
     with folder.alone():
         pass
 

@@ -8,6 +8,7 @@ import pytest
 import timm.optim
 import torch
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from dbb import ReparamConv2d
 from evaluation.networks import build_network
@@ -213,3 +214,9 @@ def test_a_tilde_is_the_home_folder(make_settings, tmp_path, monkeypatch):
     train(make_settings("model=resnet8", *TINY, "data.max_images=64", "data.batch_size=32"), folder.path)
     again = make_settings('ckpt="~/runs/checkpoints/last.ckpt"')
     assert RunFolder.of(again).path == tmp_path / "runs"
+
+
+def test_a_sweep_goes_home_too(monkeypatch):
+    """`out='~/study'` is a folder in the home, as for a single run."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert OmegaConf.create({"dir": "${first:null,~/study}"}).dir == "/home/me/study"

@@ -1,0 +1,138 @@
+"""Going back to another checkpoint of a run's folder: what was the newest state is kept, with its rows."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+
+import train as train_script
+from models.checkpoint import load_checkpoint
+from tests.runs.stopping import SHORT, At, check_same, fail, place
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stop", [fail, None])
+def test_going_back_to_the_checkpoint_before(make_settings, train_with, whole, tmp_path, capsys, stop):
+    """With another rate, in the run's own folder; the same command then goes on, not from the old last.
+
+    The second time it is a copy that somebody made in the run's folder.
+    """
+    for name in ("whole", "parts"):
+        shutil.copytree(whole, tmp_path / name)
+        files = tmp_path / name / "checkpoints"
+        shutil.copy(files / "last-previous.ckpt", files / "first.ckpt")
+    old = load_checkpoint(whole / "checkpoints" / "last.ckpt")
+    parts = tmp_path / "parts"
+
+    def train(folder, *more):
+        name = "last-previous" if stop is None else "first"
+        settings = make_settings(f"ckpt={folder}/checkpoints/{name}.ckpt", "optim.lr=0.01",
+                                 "trainer.max_epochs=3")
+        return train_with(settings, folder, *more)
+
+    train(tmp_path / "whole")
+    assert "last.ckpt is now last-left.ckpt\n" in capsys.readouterr().out
+    if stop is None:
+        train(parts)
+    else:
+        with pytest.raises(RuntimeError, match="power failure"):
+            train(parts, At(2, 1, stop))
+        assert place(parts) == (2, 0)
+    train(parts)  # where it is finished: nothing more
+    assert "has these settings, and is further: going on from it" in capsys.readouterr().out
+    check_same(tmp_path / "whole", parts)
+    left = load_checkpoint(parts / "checkpoints" / "last-left.ckpt")
+    assert all(torch.equal(value, left["state_dict"][key]) for key, value in old["state_dict"].items())
+    assert not (parts / "checkpoints" / "last-left2.ckpt").exists()
+
+
+def test_going_back_over_a_detour(make_settings, train_with, whole, tmp_path, capsys):
+    """The last has the settings of the one before it, but trained with others in between."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    last, left = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "last-left.ckpt"
+    shutil.copy(last, left)
+    for epochs, rate in ((3, 0.5), (4, 0.1)):
+        rates = f"optim.lr={rate}", f"trainer.max_epochs={epochs}"
+        train_script.train(make_settings(f"ckpt={last}", *rates), run)
+    train_script.train(make_settings(f"ckpt={left}", "optim.lr=0.1", "trainer.max_epochs=4"), run)
+    assert "last.ckpt is now last-left2.ckpt" in capsys.readouterr().out
+    changed = load_checkpoint(last)["dbb"]["changed"]
+    assert [change for change in changed if "lr" in change] == []
+
+
+def test_rows_go_with_their_checkpoint(make_settings, whole, tmp_path):
+    """Going back and forth, and on from another run's checkpoint in this folder."""
+    run, more = tmp_path / "run", "trainer.max_epochs=3"
+    files = run / "checkpoints"
+    shutil.copytree(whole, run)
+    before = pd.read_csv(run / "metrics.csv").dropna(subset=["test/loss"])
+    train_script.train(make_settings(f"ckpt={files}/last-previous.ckpt", "optim.lr=0.5", more), run)
+    train_script.train(make_settings(f"ckpt={files}/last-left.ckpt", more), run)
+    rows = pd.read_csv(run / "metrics.csv").dropna(subset=["test/loss"])
+    assert rows["test/loss"].tolist()[:2] == pytest.approx(before["test/loss"].tolist())
+    train_script.train(make_settings(*SHORT, "seed=5"), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "checkpoints" / "last.ckpt", files / "other.ckpt")
+    train_script.train(make_settings(f"ckpt={files}/other.ckpt", more), run)
+    assert pd.read_csv(run / "metrics.csv")["step"].min() == 9, "the row of the epoch before, made up"
+    left = pd.read_csv(run / "metrics-left3.csv").dropna(subset=["test/loss"])
+    assert left["test/loss"].tolist() == rows["test/loss"].tolist()
+
+
+def test_going_back_after_an_attempt_that_saved_nothing(make_settings, train_with, whole, tmp_path):
+    """The rows come back too; and a training that was complete is evaluated again."""
+    run, more = tmp_path / "run", ("optim.lr=0.5", "trainer.max_epochs=3")
+    files = run / "checkpoints"
+    shutil.copytree(whole, run)
+    before = json.loads((run / "result.json").read_text())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="power failure"):
+            train_with(make_settings(f"ckpt={files}/last-previous.ckpt", *more), run, At(1, 3, fail))
+    train_script.train(make_settings(f"ckpt={files}/last-left.ckpt"), run)
+    check_same(whole, run)
+    assert json.loads((run / "result.json").read_text()) == pytest.approx(before)
+    assert sorted(path.name for path in run.glob("*/last-left*")) == ["last-left.ckpt", "last-left2.ckpt"]
+
+
+def test_going_back_where_the_last_is_missing(make_settings, whole, tmp_path):
+    """The one before is the newest state then, and is kept."""
+    run, more = tmp_path / "run", "trainer.max_epochs=3"
+    files = run / "checkpoints"
+    shutil.copytree(whole, run)
+    newest = (files / "last-previous.ckpt").read_bytes()
+    (files / "last.ckpt").rename(files / "first.ckpt")
+    (run / "metrics-left.csv").write_text("mine")
+    train_script.train(make_settings(f"ckpt={files}/first.ckpt", "optim.lr=0.5", more), run)
+    assert (files / "last-left2.ckpt").read_bytes() == newest
+    assert (run / "metrics-left.csv").read_text() == "mine"
+    assert (run / "metrics-left2.csv").exists()
+
+
+@pytest.mark.parametrize("here", ["link", "run/../run"])
+def test_going_back_by_another_spelling_of_the_folder(make_settings, whole, tmp_path, here):
+    """A home that is a link, say: the shell says one path of it, and the system another."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (tmp_path / "link").symlink_to(run)
+    newest = (run / "checkpoints" / "last.ckpt").read_bytes()
+    train_script.train(make_settings(f"ckpt={tmp_path}/{here}/checkpoints/last-previous.ckpt", "optim.lr=0.5",
+                                     "trainer.max_epochs=3"), run)
+    assert (run / "checkpoints" / "last-left.ckpt").read_bytes() == newest
+    assert (run / "metrics-left.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["last-epoch2", "last-previous"])
+def test_a_copy_of_the_last_is_not_what_was_left(make_settings, whole, tmp_path, name):
+    """Somebody's copy has no rows, and the one before the last will make room for others."""
+    run = tmp_path / "run"
+    files = run / "checkpoints"
+    shutil.copytree(whole, run)
+    shutil.copy(files / "last-previous.ckpt", files / "first.ckpt")
+    newest, rows = (files / "last.ckpt").read_bytes(), (run / "metrics.csv").read_text()
+    shutil.copy(files / "last.ckpt", files / f"{name}.ckpt")
+    train_script.train(make_settings(f"ckpt={files}/first.ckpt", "optim.lr=0.5", "trainer.max_epochs=4"), run)
+    assert (files / "last-left.ckpt").read_bytes() == newest
+    assert (run / "metrics-left.csv").read_text() == rows
