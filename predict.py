@@ -56,6 +56,9 @@ def predictions(net: nn.Module, about: dict,
             if logits.shape != (len(images), len(about["classes"])) or not logits.is_floating_point():
                 raise ValueError(f"the network returns {logits.dtype} of shape {list(logits.shape)}, not a "
                                  f"number for each of {len(about['classes'])} classes")
+            if not logits.isfinite().all():
+                raise ValueError("the network returns values that are infinite or no numbers: its weights, "
+                                 "or its mean and std, are damaged")
             top = logits.softmax(1).topk(min(5, len(about["classes"])))
             rows = zip(images, top.values.tolist(), top.indices.tolist(), strict=True)
             for index, probabilities, labels in rows:

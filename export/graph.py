@@ -6,6 +6,7 @@ import logging
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,8 +90,7 @@ class OnnxNetwork(nn.Module):
         read, written = self.session.get_inputs(), self.session.get_outputs()
         model = onnx.load(path, load_external_data=False)
         kinds = {node.op_type for node in model.graph.node}
-        values = [attribute.t for node in model.graph.node for attribute in node.attribute]
-        outside = any(tensor.external_data for tensor in [*model.graph.initializer, *values])
+        outside = any(isinstance(part, onnx.TensorProto) and part.external_data for part in _parts(model))
         shape = [written[0].shape[-1:], len(written[0].shape)] if len(written) == 1 else None
         if shape != [[len(self.about["classes"])], 2] or [one.name for one in read] != ["images"] \
                 or {"Loop", "If", "Scan"} & kinds or model.functions or outside:
@@ -102,6 +102,15 @@ class OnnxNetwork(nn.Module):
             return torch.from_numpy(self.session.run(None, {"images": images.cpu().numpy()})[0])
         except Exception as error:  # as above; for want of memory, say
             raise ValueError(f"{self.path} cannot be run: {str(error).splitlines()[0]}") from error
+
+
+def _parts(message) -> Iterator:
+    """Everything in a message of protobuf, itself first."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _parts(part)
 
 
 class Node(NamedTuple):

@@ -91,7 +91,7 @@ def _runs(name: str) -> bool:
     """Whether the process runs whose number stands before the dash."""
     try:
         os.kill(int(name.partition("-")[0]), 0)
-    except (ValueError, ProcessLookupError):
+    except (ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:
         pass  # another user's

@@ -79,7 +79,10 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
                              "size, or data=folder, which reads images one by one")
         mode, at_once = InterpolationMode(conf.interpolation), max(1, 2**24 // conf.image_size**2)
         size = [conf.image_size] * 2
-        images = torch.cat([TF.resize(part, size, mode, antialias=True) for part in images.split(at_once)])
+        resized = images.new_empty(*images.shape[:2], *size)  # to join parts would hold all of them twice
+        for part, place in zip(images.split(at_once), resized.split(at_once), strict=True):
+            place.copy_(TF.resize(part, size, mode, antialias=True))
+        images = resized
     return TensorImages(images, targets, conf, seed, augment=train), classes
 
 

@@ -100,6 +100,10 @@ def _layer(u: dict[str, Tensor], conv: nn.Conv2d, eps: float) -> dict[str, Tenso
     for sign, kernel in OREPA.items():
         if sign in u:
             dtype = u[sign].dtype
+            # Without values first: tensors that do not fit together may make large ones.
+            made = kernel({key: value.to("meta") for key, value in u.items()})
+            if made.shape != conv.weight.shape:
+                raise ValueError(f"their kernel is {list(made.shape)}, not {list(conv.weight.shape)}")
             layer["conv.weight"] = kernel(u).to(dtype)
     for theirs, ours in NAMES.items():
         if conv.groups == conv.out_channels:

@@ -25,7 +25,8 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
              "of another shape": [f"{key}: {list(weights[key].shape)}, here {list(own[key].shape)}"
                                   for key in both if own[key].shape != weights[key].shape]}
     if any(lists.values()):
-        text = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+        text = "; ".join(f"{len(keys)} {what} ({', '.join(key[:200] for key in keys[:4])}"
+                         f"{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
         raise ValueError(f"these weights are those of another network: {shown(text)}")
     _refuse_kinds(weights, own)
@@ -93,9 +94,9 @@ def _from_torchvision(key: str, net: nn.Module) -> str:
     """A key of torchvision's MobileNet v2 under timm's name."""
     blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(net.blocks) for j in range(len(stage))]
     key = re.sub(r"^classifier\.1\.", "classifier.", key)
-    key = re.sub(r"^features\.0\.(\d)\.", lambda m: ("conv_stem.", "bn1.")[int(m[1])], key)
-    key = re.sub(rf"^features\.{len(blocks) + 1}\.(\d)\.", lambda m: ("conv_head.", "bn2.")[int(m[1])], key)
-    block = re.match(r"features\.(\d+)\.conv\.(.*)\.(\w+)$", key)
+    key = re.sub(r"^features\.0\.([01])\.", lambda m: ("conv_stem.", "bn1.")[int(m[1])], key)
+    key = re.sub(rf"^features\.{len(blocks) + 1}\.([01])\.", lambda m: ("conv_head.", "bn2.")[int(m[1])], key)
+    block = re.match(r"features\.(\d{1,3})\.conv\.(.*)\.(\w+)$", key)
     if block is None or not 0 < int(block[1]) <= len(blocks):
         return key
     index, layer, leaf = int(block[1]), block[2], block[3]

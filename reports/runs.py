@@ -145,8 +145,8 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
         rows = read_columns(folder.metrics, ["epoch", "step", *METRICS]).rename(columns=METRICS)
         rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
         rows = rows.astype(float)
-        odd = (rows["epoch"] % 1 != 0).any() or (rows["epoch"] > limits.EPOCHS).any()
-        if odd or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):
+        odd = (rows["epoch"] % 1 != 0) | (rows["epoch"] < 0) | (rows["epoch"] > limits.EPOCHS)
+        if odd.any() or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):
             raise ValueError("an epoch or a value is none of a training's")
         rows = rows.groupby("epoch").last()
         return rows.assign(folder=str(folder.path), epoch=rows.index.astype(int) + 1)

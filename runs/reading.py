@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def read_result(path: Path) -> dict[str, Any] | None:
     """
     def parse(text):
         result = json.loads(text)
-        _ = [float(result[name]) for name in ("top1", "top5", "loss")]
+        if not all(isinstance(result[name], int | float) and isfinite(result[name])
+                   for name in ("top1", "top5", "loss")):
+            raise ValueError("an accuracy is no number")
         return result
     return _read(path, parse, RESULT)
 

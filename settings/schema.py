@@ -163,7 +163,7 @@ class OptimConf:
 
     name: str = MISSING
     lr: float = at_least(0, most=1e6)
-    lr_batch_size: int | None = at_least(1, None)
+    lr_batch_size: int | None = at_least(1, None, most=10**9)
     momentum: float = 0.9
     weight_decay: float = at_least(0, 0.0, most=1e6)
     decay_norm_and_bias: bool = True
@@ -199,9 +199,9 @@ class TrainerConf:
     gradient_clip_val: float | None = at_least(0, None)
     accumulate_grad_batches: int = at_least(1, 1, most=10**6)
     check_val_every_n_epoch: int = at_least(1, 1)
-    limit_train_batches: int | float = at_least(0, 1.0)
-    limit_val_batches: int | float = at_least(0, 1.0)
-    log_every_n_steps: int = at_least(0, 50)
+    limit_train_batches: int | float = at_least(0, 1.0, most=10**9)
+    limit_val_batches: int | float = at_least(0, 1.0, most=10**9)
+    log_every_n_steps: int = at_least(0, 50, most=10**9)
     deterministic: bool = False
     benchmark: bool | None = None
     detect_anomaly: bool = False

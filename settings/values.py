@@ -47,7 +47,7 @@ def seconds(knob: str, time: str | None) -> int | None:
     """
     if time is None:
         return None
-    found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", time)
+    found = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d):(\d\d)", time)
     days, hours, minutes, rest = map(int, found.groups()) if found else [0] * 4
     total = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     if not total:
@@ -60,7 +60,8 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under their names on the command line, e.g. `optim.lr`."""
     result = {}
     for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        name = f"{prefix}{key}"  # a key of a file's may be a number
+        result |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return result
 
 

@@ -272,10 +272,11 @@ def test_errors_of_a_stranger_forge_nothing(run, tmp_path, monkeypatch):
     ("config.yaml", lambda c: c["trainer"].pop("accumulate_grad_batches")),
     ("config.yaml", lambda c: c.pop("block")),
     ("config.yaml", lambda c: c["trainer"].update(accumulate_grad_batches="x")),
-    ("config.yaml", lambda c: c.update({7: 7})), ("config.yaml", lambda c: c.update(seed=10**400)),
+    ("config.yaml", lambda c: c.update({7: 7, "more": {5: 1}})),
+    ("config.yaml", lambda c: c.update(seed=10**400)),
     ("result.json", lambda c: c.pop("converted_top1")), ("result.json", lambda c: c.update(settings=3)),
     ("result.json", lambda c: c.update(predictions_changed=float("inf"))),
-    ("result.json", lambda c: c.update(changed=5)),
+    ("result.json", lambda c: c.update(changed=5)), ("result.json", lambda c: c.update(top1="0.095")),
     ("result.json", lambda c: c.update(state="x", folder="y"))])
 def test_runs_of_other_forms(run, tmp_path, name, change):
     """Each is told, and costs the report no other run."""
@@ -335,7 +336,7 @@ def test_predict_shows_names_as_they_are(run, tmp_path, capsys, monkeypatch):
     assert r"cat\n/etc/passwd  1.0\x1b[2J" in printed
 
 
-@pytest.mark.parametrize("kind", ["another output", "a loop", "a function", "values elsewhere"])
+@pytest.mark.parametrize("kind", ["another output", "a loop", "a function", "values elsewhere", "sparse"])
 def test_onnx_files_of_other_forms(run, tmp_path, kind):
     model = onnx.load(run / "convert" / "model.onnx")
     if kind == "another output":
@@ -345,6 +346,13 @@ def test_onnx_files_of_other_forms(run, tmp_path, kind):
     elif kind == "values elsewhere":  # of which the hash in report.json says nothing
         onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, size_threshold=0)
         model = onnx.load(tmp_path / "a.onnx", load_external_data=False)
+    elif kind == "sparse":
+        place = onnx.StringStringEntryProto(key="location", value="inside.bin")
+        (tmp_path / "inside.bin").write_bytes(bytes(4))
+        values = onnx.TensorProto(name="s", data_type=1, dims=[1], data_location=1, external_data=[place])
+        indices = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0])
+        sparse = onnx.SparseTensorProto(values=values, indices=indices, dims=[1])
+        model.graph.sparse_initializer.append(sparse)
     else:
         body = onnx.helper.make_graph([], "body", [], [])
         limit = onnx.helper.make_node("Loop", ["", ""], [], body=body)
@@ -360,6 +368,8 @@ def test_predict_takes_a_number_for_each_class(run, tmp_path, monkeypatch):
     for logits in (torch.zeros(1, 20), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2)):
         with pytest.raises(ValueError, match="not a number for each of 2 classes"):
             [*predict_script.predictions(lambda images, logits=logits: logits, about, ["a.png"])]
+    with pytest.raises(ValueError, match="infinite or no numbers"):
+        [*predict_script.predictions(lambda images: torch.full((1, 2), torch.nan), about, ["a.png"])]
     sizes = []
     about["image_size"] = 2048  # as many pixels at once as of smaller images
     [*predict_script.predictions(lambda images: sizes.append(len(images)) or torch.zeros(len(images), 2),

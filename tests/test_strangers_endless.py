@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -30,7 +31,7 @@ from models.checkpoint import load_checkpoint
 from models.plain import damage
 from models.reading import read_weights
 from reports.runs import read_epochs, read_runs
-from reports.study import draw_curves
+from reports.study import POINTS, draw_curves
 from runs.folder import RunFolder
 from training.metrics import csv_logger
 
@@ -75,6 +76,16 @@ def test_runs_without_an_epoch_in_common(tmp_path):
     draw_curves(pd.DataFrame(rows), variants, tmp_path / "a.png")
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()
+
+
+def test_curves_of_a_million_epochs(tmp_path, monkeypatch):
+    """Of which matplotlib would draw every one."""
+    plot, seen = Axes.plot, []
+    monkeypatch.setattr(Axes, "plot", lambda *args, **how: seen.append(len(args[1])) or plot(*args, **how))
+    epochs = pd.DataFrame({"variant": "none", "folder": "a", "epoch": range(10**6), "train_loss": 1.0,
+                           "test_top1": 0.5})
+    draw_curves(epochs, pd.DataFrame({"seconds": [float("nan")]}), tmp_path / "a.png")
+    assert 1000 < max(seen) <= POINTS
 
 
 def test_a_tree_of_large_images(tmp_path, make_settings, monkeypatch):

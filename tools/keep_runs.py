@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import OmegaConf
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,7 +39,7 @@ def keep(folder: RunFolder) -> None:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error
     if flat(config).get("data.name") in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
-    write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_text(folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     text = rows.dropna(axis=1, how="all").to_csv(index=False, float_format="%.6g")
     write_text(folder.metrics, text if len(epochs) else "")
 
@@ -54,7 +54,7 @@ def main() -> None:
     for folder in runs:
         try:
             keep(folder)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             damaged.append(as_sentence(error))
     print(f"{len(runs) - len(damaged)} finished runs; other folders, left as they are: "
           f"{len(found) - len(runs) + len(damaged)}")

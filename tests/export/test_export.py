@@ -304,6 +304,7 @@ def test_a_later_conversion_replaces_what_an_earlier_one_wrote(trained, make_set
         pass
     left = tmp_path / f".part-{platform.node()}+{ended.pid}-abc"
     left.mkdir()
+    (tmp_path / f".part-{platform.node()}+{10**20}-abc").mkdir()
     convert_script.convert(make_settings(f"ckpt={trained}", config_name="convert"), tmp_path)
     assert (tmp_path / "model.onnx").exists()
     report = json.loads((tmp_path / "report.json").read_text())

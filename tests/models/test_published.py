@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models import build_model, load_weights, published
 from models.published import translate
@@ -15,6 +17,19 @@ from tests.helpers import Stranger, randomize, relative_error
 from tests.models.published_networks import CLASSES, Orepa, OrepaStem, image, published_model
 
 pytestmark = pytest.mark.slow
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many values the largest tensor has that is made on the CPU."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.values = max(self.values, tensor.numel())
+        return made
 
 
 def logits_of_ours(weights, source, name, dtype=torch.float64):
@@ -60,6 +75,19 @@ def test_the_large_kernel_of_orepa_may_be_made_of_plain_ones():
     plain, _ = translate(kernels | norm, "orepa", "resnet18", net)
     assert plain.keys() == ours.keys()
     assert relative_error(plain["conv1.weight"], ours["conv1.weight"]) < 1e-14
+
+
+@pytest.mark.parametrize(("name", "size"), [("avg_conv", (30000, 1)), ("origin", (1, 1, 3, 3))])
+def test_tensors_that_do_not_fit_together_make_no_large_one(name, size):
+    """A vector times a column, say, of a few kilobytes each."""
+    unit = OrepaStem(3, 64, 2).double().state_dict()
+    unit |= {key: torch.zeros(size) for key in unit if key.endswith(f"orepa_{name}")}
+    unit |= {key: torch.zeros(30000) for key in unit if key.endswith("avg_avg") and name == "avg_conv"}
+    values = {f"stage0.conv1.{key}": value for key, value in unit.items()}
+    net = build_model("resnet18", CLASSES, image_size=128)
+    with Largest() as made, pytest.raises(ValueError, match="do not fit together"):
+        translate(values, "orepa", "resnet18", net)
+    assert made.values < 10**6
 
 
 def write_torch(weights, path):

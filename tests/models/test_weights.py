@@ -202,6 +202,14 @@ def test_strides_of_small_images_are_told(tmp_path, capsys):
         in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["features.0.5.weight", f"features.{'9' * 5000}.conv.0.0.weight"])
+def test_keys_that_torchvision_does_not_have(key):
+    weights = {"features.0.0.weight": torch.zeros(32, 3, 3, 3), key: torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"another network: .* 1 unexpected \(features\.[\d.]+") as error:
+        build_model("mobilenet_v2", 10, image_size=32, weights=weights)
+    assert len(str(error.value)) < 1000
+
+
 def test_the_key_of_pytorchs_tutorials(tmp_path):
     torch.save({"model_state_dict": {"weight": torch.ones(1)}, "epoch": 3}, tmp_path / "tutorial.pt")
     assert read_weights(tmp_path / "tutorial.pt") == ({"weight": torch.ones(1)}, {})

@@ -40,14 +40,17 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path):
 
 
 def test_a_damaged_run_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
-    damaged, whole = tmp_path / "a", tmp_path / "b"
-    for folder in (damaged, whole):
+    damaged, whole, blocked = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    for folder in (damaged, whole, blocked):
         write_run(folder, DBB, 3, 0.75)
+    (blocked / ".config.yaml.part").mkdir()
+    (whole / "config.yaml").open("a").write('more: {7: "${x"}\n')
     (damaged / "metrics.csv").write_text("epoch,step\n1\n2\n")
     before = (damaged / "config.yaml").read_text()
     monkeypatch.setattr("sys.argv", ["keep_runs.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="error: .*a/metrics.csv is damaged .lines that are cut"):
+    with pytest.raises(SystemExit, match="error: .*a/metrics.csv is damaged .lines that are cut") as stopped:
         main()
+    assert "c/.config.yaml.part" in str(stopped.value)
     assert (damaged / "config.yaml").read_text() == before
     assert pd.read_csv(whole / "metrics.csv")["epoch"].tolist() == [0, 1]
 

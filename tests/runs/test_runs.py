@@ -212,6 +212,15 @@ def test_what_a_sweeper_gets_is_of_the_checkpoint(make_settings, tmp_path):
     assert train_script.train(settings, tmp_path / "two")["val_top1"] == result["val_top1"]
 
 
+def test_a_key_that_is_a_number(make_settings, tmp_path):
+    """In config.yaml, as somebody may have written it."""
+    folder, command = RunFolder(tmp_path), make_settings("model=resnet8", *TINY, "block.init=mean")
+    folder.begin(command)
+    with folder.config.open("a") as file:
+        file.write("7: 1\nmore:\n  5: 1\n")
+    assert folder.take_up(command).ckpt is None
+
+
 def test_one_process_trains_in_a_folder(tmp_path):
     folder = RunFolder(tmp_path)
     taken = pytest.raises(FolderTakenError, match="another process is training in")

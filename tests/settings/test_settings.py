@@ -219,4 +219,4 @@ def test_a_tilde_is_the_home_folder(make_settings, tmp_path, monkeypatch):
 def test_a_sweep_goes_home_too(monkeypatch):
     """`out='~/study'` is a folder in the home, as for a single run."""
     monkeypatch.setenv("HOME", "/home/me")
-    assert OmegaConf.create({"dir": "${first:null,~/study}"}).dir == "/home/me/study"
+    assert OmegaConf.create({"out": "~/study", "dir": "${first:${out},x}"}).dir == "/home/me/study"
