@@ -84,16 +84,18 @@ class OnnxNetwork(nn.Module):
         try:
             providers = ["CPUExecutionProvider"]
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            described = self.session.get_modelmeta().custom_metadata_map.get("dbb")
         except Exception as error:  # onnxruntime's own kinds, which share no base class
             raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-        self.about = parse_about(self.session.get_modelmeta().custom_metadata_map.get("dbb"), path)
+        self.about = parse_about(described, path)
         read, written = self.session.get_inputs(), self.session.get_outputs()
         model = onnx.load(path, load_external_data=False)
-        kinds = {node.op_type for node in model.graph.node}
-        outside = any(isinstance(part, onnx.TensorProto) and part.external_data for part in _parts(model))
+        parts = [*_parts(model)]
+        outside = any(isinstance(part, onnx.TensorProto) and part.external_data for part in parts)
+        graphs = sum(isinstance(part, onnx.GraphProto) for part in parts)  # a loop has one of its own
         shape = [written[0].shape[-1:], len(written[0].shape)] if len(written) == 1 else None
         if shape != [[len(self.about["classes"])], 2] or [one.name for one in read] != ["images"] \
-                or {"Loop", "If", "Scan"} & kinds or model.functions or outside:
+                or graphs > 1 or model.functions or outside:
             raise ValueError(f"{path} is no file of convert.py: its graph has other inputs or outputs, "
                              "loops, functions, or values in other files")
 

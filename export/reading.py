@@ -7,6 +7,7 @@ from torch import nn
 
 from export.files import load_network, read_report, sha256
 from export.graph import OnnxNetwork
+from models.say import shown
 
 
 def load_verified(path: Path) -> tuple[nn.Module, dict]:
@@ -21,7 +22,7 @@ def load_verified(path: Path) -> tuple[nn.Module, dict]:
         raise ValueError(f"{path}: only .onnx and .safetensors files of convert.py are read")
     report = path.parent / "report.json"
     if not report.is_file():
-        print(f"{report} is missing: {path.name} was not verified", file=sys.stderr)
+        print(shown(f"{report} is missing: {path.name} was not verified"), file=sys.stderr)
     else:
         try:
             known = read_report(report)["files"][path.name]["sha256"]

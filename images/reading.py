@@ -71,12 +71,27 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
             if any(int(tags.get(tag, 1)) > max(limits.TILE, 2 * side)
                    for tag, side in zip(TILE, image.size, strict=True)):
                 raise ValueError("its tiles are too large")
+            if tags and [*map(_tags(path).count, TILE)] != [tag in tags for tag in TILE]:
+                raise ValueError("its tiles are described twice, or by numbers of another kind")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({error})") from error
     most = limits.JPEG2000_PIXELS if kind == "JPEG2000" else limits.IMAGE_PIXELS
     if width * height > most or max(width, height) > limits.IMAGE_SIDES * min(width, height):
         raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
     return kind, (width, height)
+
+
+def _tags(path: str) -> list[int]:
+    """All tags of a TIFF's first image, as libtiff sees them: of types that Pillow leaves out, too."""
+    with Path(path).open("rb") as file:
+        head = file.read(16)
+        order = "<" if head.startswith(b"II") else ">"
+        big = struct.unpack_from(f"{order}H", head, 2) == (43,)  # BigTIFF
+        file.seek(*struct.unpack_from(f"{order}Q" if big else f"{order}L", head, 8 if big else 4))
+        count, = struct.unpack(f"{order}Q" if big else f"{order}H", file.read(8 if big else 2))
+        length = 20 if big else 12
+        entries = file.read(length * min(count, 2**16))
+    return [struct.unpack_from(f"{order}H", entries, start)[0] for start in range(0, len(entries), length)]
 
 
 def read_image(path: str) -> Image.Image:

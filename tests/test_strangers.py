@@ -336,7 +336,8 @@ def test_predict_shows_names_as_they_are(run, tmp_path, capsys, monkeypatch):
     assert r"cat\n/etc/passwd  1.0\x1b[2J" in printed
 
 
-@pytest.mark.parametrize("kind", ["another output", "a loop", "a function", "values elsewhere", "sparse"])
+@pytest.mark.parametrize("kind", ["another output", "a loop", "a function", "values elsewhere", "sparse",
+                                  "a loop inside", "no text"])
 def test_onnx_files_of_other_forms(run, tmp_path, kind):
     model = onnx.load(run / "convert" / "model.onnx")
     if kind == "another output":
@@ -353,12 +354,18 @@ def test_onnx_files_of_other_forms(run, tmp_path, kind):
         indices = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0])
         sparse = onnx.SparseTensorProto(values=values, indices=indices, dims=[1])
         model.graph.sparse_initializer.append(sparse)
+    elif kind == "a loop inside":  # of an operator that is none
+        body = onnx.helper.make_graph([], "body", [], [])
+        model.graph.node.append(onnx.helper.make_node("SequenceMap", [""], [], body=body))
     else:
         body = onnx.helper.make_graph([], "body", [], [])
         limit = onnx.helper.make_node("Loop", ["", ""], [], body=body)
         model.graph.node.append(limit)
     onnx.save(model, tmp_path / "a.onnx")
-    with pytest.raises(ValueError, match="no file of convert.py|cannot be read"):
+    if kind == "no text":
+        path = tmp_path / "a.onnx"
+        path.write_bytes(path.read_bytes().replace(b'"model"', b'"mod\xffl"'))
+    with pytest.raises(ValueError, match=r"no file of convert.py|a\.onnx cannot be read"):
         OnnxNetwork(Path(tmp_path / "a.onnx"))
 
 

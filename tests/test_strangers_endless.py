@@ -312,6 +312,17 @@ def test_tiles_of_a_small_image(tmp_path):
         read_pixels(str(tmp_path / "a.tif"))
 
 
+def test_tiles_that_only_one_reader_sees(tmp_path):
+    """Pillow leaves out numbers of a type that it does not know, which libtiff reads."""
+    tags = [(256, 4, 16), (257, 4, 16), (258, 3, 8), (259, 3, 1), (262, 3, 1), (277, 3, 1), (322, 17, 8),
+            (322, 4, 16), (323, 17, 8), (323, 4, 16), (324, 4, 8), (325, 4, 256)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    content = struct.pack("<2sHIq", b"II", 42, 264, 46_000).ljust(264, b"\0")
+    (tmp_path / "a.tif").write_bytes(content + struct.pack("<H", len(tags)) + entries + bytes(4))
+    with pytest.raises(ValueError, match="its tiles are described twice"):
+        read_pixels(str(tmp_path / "a.tif"))
+
+
 def test_folders_in_folders(tmp_path):
     """More of them than Python's functions may call themselves."""
     (tmp_path / "val" / "a" / "/".join("a" * 200)).mkdir(parents=True)

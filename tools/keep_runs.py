@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from reports.runs import read_columns, read_epochs
 from runs.folder import RunFolder
+from runs.reading import read_own_config
 from runs.safety import write_text
 from settings.cli import as_sentence
 from settings.schema import TENSOR_SETS
-from settings.values import flat
 
 
 def keep(folder: RunFolder) -> None:
@@ -29,7 +29,8 @@ def keep(folder: RunFolder) -> None:
     Raises:
         ValueError: if one is damaged; nothing is written then.
     """
-    config = folder.read_config()
+    folder.refuse_links()
+    config = read_own_config(folder.config)
     try:
         epochs, rows = read_epochs(folder)["epoch"] - 1, read_columns(folder.metrics).apply(pd.to_numeric)
         if len(epochs):
@@ -37,7 +38,7 @@ def keep(folder: RunFolder) -> None:
             rows = rows.astype({"epoch": int, "step": int})
     except ValueError as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error
-    if flat(config).get("data.name") in TENSOR_SETS:  # of these, no part of what a run is
+    if config["data"].get("name") in TENSOR_SETS:  # of these, no part of what a run is
         config["data"]["root"] = None
     write_text(folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     text = rows.dropna(axis=1, how="all").to_csv(index=False, float_format="%.6g")

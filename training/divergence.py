@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class DivergedError(ValueError):
-    """The training loss or the weights are not finite any more."""
+    """The training loss, the weights or the final test loss are not finite any more."""
 
 
 class StopAtNaN(Callback):

@@ -1,5 +1,6 @@
 """The steps of train.py: the images, the network, the Trainer, the beginning and the end."""
 
+import math
 import os
 import traceback
 
@@ -15,11 +16,12 @@ from images.data import ImageData
 from models.build import parameter_count
 from models.checkpoint import load_checkpoint, place_of
 from runs.folder import RunFolder
-from runs.safety import WholeCheckpointIO
+from runs.safety import WholeCheckpointIO, previous
 from settings.cli import of_the_machine, printable, typed
 from settings.command import Command
 from training.callbacks import make_callbacks, shows_progress_bar
 from training.cost import expected_cost
+from training.divergence import DivergedError
 from training.loggers import log_convolutions, log_predictions
 from training.module import Classifier, rough_start, try_optimizer
 from training.sgs import scaled_layers
@@ -189,12 +191,19 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
 
     Returns:
         What result.json holds.
+
+    Raises:
+        DivergedError: if the test loss is not finite.
     """
     net = load_network(load_checkpoint(folder.last), command)
     device = pick_device(command.trainer.accelerator)
     with branchwise(net):
         logits, targets = predict(net, data, device, "test")
         result = scores(logits, targets)
+        if not math.isfinite(result["loss"]):
+            raise DivergedError(f"the test loss is {result['loss']}, though the weights are finite: the last "
+                                "steps were too large. Go on from an earlier checkpoint, such as "
+                                f"{previous(folder.last)}, with a lower optim.lr")
         if command.data.val_size:
             of_val = scores(*predict(net, data, device, "val", data.held_out_dataloader()))
             result["val_top1"] = of_val["top1"]

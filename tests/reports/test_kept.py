@@ -55,6 +55,23 @@ def test_a_damaged_run_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     assert pd.read_csv(whole / "metrics.csv")["epoch"].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("kind", ["a link", "a dotted key"])
+def test_a_config_that_is_somebody_elses(tmp_path, monkeypatch, kind):
+    """Its values do not come into a folder that is committed."""
+    config, secret = tmp_path / "a" / "config.yaml", tmp_path / "secret.yaml"
+    write_run(tmp_path / "a", DBB, 3, 0.75)
+    secret.write_text("token: 1\n" if kind == "a link" else "data.name: digits\n")
+    config.unlink()
+    config.symlink_to(secret) if kind == "a link" else config.write_text(secret.read_text())
+    before = config.read_text()
+    monkeypatch.setattr(RunFolder, "is_ours", lambda self: True)  # by its checkpoint, say
+    monkeypatch.setattr("sys.argv", ["keep_runs.py", str(tmp_path / "a")])
+    with pytest.raises(SystemExit, match="config.yaml is (a link|damaged)"):
+        main()
+    assert config.read_text() == before
+    assert config.is_symlink() == (kind == "a link")
+
+
 def test_what_no_run_wrote_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     files = {"config.yaml": "data:\n  root: /data  # mine\n", "result.json": '{"acc": 0.9}',
              "metrics.csv": "epoch,step,mine\n0,1,2\n"}

@@ -123,6 +123,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not list(tmp_path.glob("runs/two/checkpoints/*"))
 
 
+def test_a_test_loss_that_is_not_finite_is_no_end(make_settings, tmp_path, monkeypatch):
+    """Of weights that are; going back to the checkpoint before is open."""
+    settings = make_settings("model=resnet8_dbb", *TINY, "trainer.max_epochs=2")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.steps.scores", lambda *_: {"top1": 0.1, "top5": 0.5, "loss": float("nan")})
+        with pytest.raises(DivergedError, match="the test loss is nan, .*last-previous.ckpt, with a lower"):
+            train_script.train(settings, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    settings.ckpt, settings.optim.lr = str(tmp_path / "checkpoints" / "last-previous.ckpt"), 0.001
+    assert train_script.train(settings, tmp_path)["loss"] < 10
+
+
 def test_weights_that_are_not_finite_are_not_saved(make_settings, tmp_path, monkeypatch):
     """The loss before the step that ruined them is."""
     step = Classifier.training_step
