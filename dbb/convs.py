@@ -34,6 +34,12 @@ def _gradients(d_y: Tensor, x: Tensor, kernel: Tensor, conv: tuple, needed: Sequ
         [*needed, False])[:2]
 
 
+def bias_for_mean(wanted: Tensor, kernel: Tensor, mean: Tensor) -> Tensor:
+    """The bias `[O]` by which a convolution's map has the mean `wanted` `[G, O/G, 1]`; others as below."""
+    rows = kernel.to(mean.dtype).reshape(len(mean), -1, mean.shape[1])
+    return torch.baddbmm(wanted, rows, mean, alpha=-1).flatten()
+
+
 class CentredConv(Function):
     """A convolution with the bias that gives its map the mean `beta.sum(1)`, as the norms of its branches do.
 
@@ -49,9 +55,7 @@ class CentredConv(Function):
         ctx.save_for_backward(x, kernel)
         ctx.conv, ctx.group, ctx.beta = conv, group, beta.shape
         with without_autocast(x.device):
-            rows = kernel.to(mean.dtype).reshape(len(mean), -1, mean.shape[1])
-            wanted = beta.sum(1, dtype=mean.dtype)[..., None]
-            bias = torch.baddbmm(wanted, rows, mean, alpha=-1).flatten()
+            bias = bias_for_mean(beta.sum(1, dtype=mean.dtype)[..., None], kernel, mean)
         return F.conv2d(x, kernel, bias.to(x.dtype), *conv)
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbb.branch import Branch
-from dbb.convs import CentredConv, NormedConv, StackedConv, as_autocast, in_format_of
+from dbb.convs import CentredConv, NormedConv, StackedConv, as_autocast, bias_for_mean, in_format_of
 from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, mean_over_processes, process_group, without_autocast
 from dbb.norms import count_batch, follow, uses_batch_statistics
@@ -54,8 +54,7 @@ def exact(block, x: Tensor) -> Tensor:
         kernel, beta = (sum(parts[1:], parts[0]) for parts in
                         (scaled[len(inner):], [branch.bn.bias.to(mean.dtype) for branch in points]))
         with without_autocast(x.device):
-            rows = kernel.to(mean.dtype).view(g.groups, -1, mean.shape[1])
-            bias = torch.baddbmm(beta.view(g.groups, -1, 1), rows, mean, alpha=-1).flatten()
+            bias = bias_for_mean(beta.view(g.groups, -1, 1), kernel, mean)
         terms.append(F.conv2d(x, kernel.to(x.dtype), bias.to(x.dtype), groups=g.groups))
     padded = g.pad(x)
     others = [branch for branch in block.branches.values() if branch not in points]

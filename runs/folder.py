@@ -297,7 +297,7 @@ class RunFolder:
         asked = None if command.ckpt is None else Path(command.ckpt).resolve()
         if asked is not None and (asked == self.last.resolve() or not holds_run):
             return command
-        if asked is not None and asked.parent == self.checkpoints.resolve():
+        if self.goes_back(command.ckpt):
             return self._go_on(command)
         stored = read_own_config(self.config)
         command = as_begun(command, stored)
