@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import pickle
 import random
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -23,7 +21,6 @@ from export.graph import OnnxNetwork
 from images.reading import read_pixels
 from models import limits
 from models.checkpoint import load_checkpoint
-from models.plain import damage
 from models.reading import read_weights
 from reports.markdown import table
 from reports.study import MARK
@@ -163,47 +160,6 @@ def test_what_a_file_may_not_choose(run, tmp_path):
     assert "logger.entity=somebody is the checkpoint's, and not taken from it" in done.stdout
     assert "\x1b" not in done.stdout
     assert "\nforged" not in done.stdout
-
-
-MEMORY = {  # pickles that PyTorch's reader of plain values takes, and that fill a memory
-    "bytearray": b"c__builtin__\nbytearray\nq\x00\x8a\x05" + (10**11).to_bytes(5, "little") + b"\x85R",
-    "storage": b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R",
-    "sizes": b"](" + b"ctorch\nSize\nK\x01\x85\x85R" * 2000 + b"e", "call": b"ctorch\nfloat32\n)R",
-    "codecs": b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R",
-    "dict": b"ccollections\nOrderedDict\nq\x00](K\x01K\x01\x86e\x85R",
-    "states": b"](" + b"ccollections\nOrderedDict\n)R}b" * 2000 + b"e",
-    "long calls": b"(" + b"K\x01" * 1000 + b"tq\x00ctorch\nSize\n(" + b"h\x00" * 10**5 + b"tR",
-    "objects": b"ctorch\nSize\nK\x01\x85\x85\x81",
-    "keys": b"}N" + b"q\x00h\x00\x86" * 60 + b"K\x01s", "set": b"c__builtin__\nset\n](K\x01e\x85R",
-    "large keys": b"}(\x8a\x01\x01K\x00\x8a\x08" + (2**61).to_bytes(8, "little") + b"K\x00u",
-    "counter": b"ccollections\nCounter\n}(" + b"".join(b"J" + number.to_bytes(4, "little") + b"K\x00"
-                                                       for number in range(2000)) + b"u\x85R",
-    "storage's key": b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nN" + b"q\x00h\x00\x86" * 60
-                     + b"X\x03\x00\x00\x00cpuK\x01tQ",
-    "text": b"ccollections\nCounter\nX\x02\x00\x00\x00ab\x85R", "memo": b"J\xff\xff\xff\x7fr\xff\xff\xff\x00",
-    "numbers": b"}(" + b"".join(b"J" + key.to_bytes(4, "little") + b"N" for key in range(30_000)) + b"u",
-    "state": b"ctorch\nfloat32\n}b", "counted": b"ccollections\nCounter\n](K\x01e\x85R",
-    "sides": b"ctorch._utils\n_rebuild_tensor\n(K\x00K\x00(" + b"K\x01" * 100 + b"tq\x00h\x00tR",
-    "side list": b"ctorch._utils\n_rebuild_tensor\n(K\x00K\x00](" + b"K\x01" * 100 + b"eq\x00h\x00tR"}
-
-
-@pytest.mark.parametrize("kind", MEMORY)
-def test_a_file_that_asks_for_memory(tmp_path, kind):
-    """As a checkpoint, as weights in both of PyTorch's formats, and in the old one with a zip behind it."""
-    pickled = b"\x80\x02" + MEMORY[kind] + b"."
-    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as file:
-        for name, content in {"a/version": b"3\n", "a/byteorder": b"little", "a/data.pkl": pickled}.items():
-            file.writestr(name, content)
-    old = b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {})) + pickled
-    (tmp_path / "b.pth").write_bytes(old)
-    (tmp_path / "c.pth").write_bytes(old + (tmp_path / "a.ckpt").read_bytes())
-    words = "GLOBAL|with values|more than plain|keys that are neither|values of a tensor|numbers its parts"
-    with pytest.raises(ValueError, match=words):
-        load_checkpoint(tmp_path / "a.ckpt")
-    for name in ("a.ckpt", "b.pth", "c.pth"):
-        assert re.search(words, damage(tmp_path / name)), name
-        with pytest.raises(ValueError, match="cannot be read"):
-            read_weights(tmp_path / name)
 
 
 def test_an_image_starts_no_other_program(tmp_path, monkeypatch):

@@ -4,13 +4,9 @@ import inspect
 import json
 import math
 import os
-import pickle
 import struct
 import sys
-import tarfile
 import tracemalloc
-import zipfile
-from collections import OrderedDict
 
 import h5py
 import numpy as np
@@ -27,44 +23,11 @@ from images.data import ImageData
 from images.reading import read_pixels
 from images.sources import FileImages, Tree
 from models import limits
-from models.checkpoint import load_checkpoint
-from models.plain import damage
 from models.reading import read_weights
 from reports.runs import read_epochs, read_runs
 from reports.study import POINTS, draw_curves
 from runs.folder import RunFolder
 from training.metrics import csv_logger
-
-
-class Large:
-    def __reduce__(self):
-        return bytearray, (10**9,)
-
-
-@pytest.mark.parametrize("name", ["data.pkl", "data.PKL"])
-def test_pickles_by_any_name(tmp_path, name):
-    """PyTorch's reader finds them in capitals too."""
-    with zipfile.ZipFile(tmp_path / "a.pth", "w") as file:
-        file.writestr(f"archive/{name}", pickle.dumps({"a": Large()}, protocol=2))
-        file.writestr("archive/version", "3")
-    assert "bytearray" in damage(tmp_path / "a.pth")
-
-
-class Blinded:
-    """An OrderedDict whose own `values` and `get` are others."""
-
-    def __reduce__(self):
-        items = iter({"a": ["x" * 1000] * 10**4}.items())
-        return OrderedDict, (), {"values": OrderedDict, "get": "x"}, None, items
-
-
-def test_attributes_of_a_dict(tmp_path):
-    torch.save(Blinded(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="an OrderedDict with attributes"):
-        load_checkpoint(tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="cannot be read") as error:
-        read_weights(tmp_path / "a.pth")
-    assert "an OrderedDict with attributes" in str(error.value.__cause__)
 
 
 def test_runs_without_an_epoch_in_common(tmp_path):
@@ -205,85 +168,6 @@ def test_an_alias_bomb_in_a_runs_folder(tmp_path):
     (tmp_path / "result.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match="result.json is damaged"):
         RunFolder(tmp_path).read_result()
-
-
-def test_a_zip_that_readers_read_otherwise(tmp_path):
-    """Python looks for its list of contents before its end, PyTorch where the end says that it is."""
-    file = tmp_path / "a.pth"
-    torch.save({"a": torch.ones(3)}, file)
-    content = file.read_bytes()
-    assert damage(file) is None
-    for changed in (b"PK\x03\x04" + content, content[:-2] + b"\x01\x00x"):
-        file.write_bytes(changed)
-        assert "its list of contents is not where its end says" in damage(file)
-
-
-def test_a_zip_whose_parts_share_their_bytes(tmp_path):
-    """One pickle under many names would be followed as often."""
-    file = tmp_path / "a.ckpt"
-    with zipfile.ZipFile(file, "w") as made:
-        made.writestr("a/data.pkl", b"\x80\x02X\x10\x27\x00\x00" + b"a" * 10_000 + b".")
-        made.filelist *= 300
-    assert damage(file) == "its parts share their bytes"
-    with zipfile.ZipFile(file, "w") as made:
-        for name in ("a/data.pkl", "a/more.pkl"):
-            made.writestr(name, b"\x80\x02N.")
-    assert damage(file) == "it does not hold one pickle, or two parts by one name"
-
-
-def test_the_old_format_has_all_values(tmp_path):
-    """What it lacks would be what the memory had; and as tar, PyTorch would read it first."""
-    file = tmp_path / "a.pth"
-    torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
-    assert damage(file) is None
-    content = file.read_bytes()
-    start = content.rindex(b"\x80\x02]")  # the list of what follows
-    nested = b"])" + b"".join(b"q%ch%c\x86" % (number, number) for number in range(60)) + b"a"
-    for keys in (b"]", nested, b"])" + b"\x85" * 10**5 + b"a"):
-        file.write_bytes(content[:start] + b"\x80\x02" + keys + b".")
-        assert damage(file) == "it does not have the values of all its tensors"
-    header = tarfile.TarInfo("N.N.N.N.N.").tobuf()
-    file.write_bytes(header + bytes(1024))
-    assert damage(file) == "it is an archive of tar"
-
-
-def test_values_under_many_spellings_of_a_name(tmp_path):
-    """PyTorch finds a part of a zip in capitals, too, and reads it as often as it is named."""
-    torch.save([torch.ones(2), torch.ones(3)], tmp_path / "a.pth")
-    with zipfile.ZipFile(tmp_path / "a.pth") as read, zipfile.ZipFile(tmp_path / "b.pth", "w") as made:
-        for name in read.namelist():
-            if not name.endswith("data/1"):
-                made.writestr(name.replace("a/data/0", "a/data/1"), read.read(name))
-    assert damage(tmp_path / "b.pth") == "it does not have the values of all its tensors"
-    with zipfile.ZipFile(tmp_path / "b.pth", "a") as made:
-        for name in ("a/data/0", "A/data/0"):
-            made.writestr(name, b"")
-    assert damage(tmp_path / "b.pth") == "it does not hold one pickle, or two parts by one name"
-
-
-def test_files_that_python_2_wrote(tmp_path):
-    """Its memo begins with 1, its OrderedDicts are calls with a list, and its texts are bytes."""
-    pickled = b"ccollections\nOrderedDict\nq\x01]q\x02]q\x03(U\x01aq\x04K\x05ea\x85q\x05Rq\x06"
-    file = tmp_path / "a.pth"
-    with zipfile.ZipFile(file, "w") as made:
-        made.writestr("a/data.pkl", b"\x80\x02" + pickled + b".")
-        made.writestr("a/version", "3")
-        made.writestr("a/byteorder", "little")
-    assert damage(file) is None
-    assert torch.load(file, weights_only=True) == {"a": 5}
-
-
-def test_one_text_named_often(tmp_path):
-    text = "a" * 10_000
-    torch.save({"dbb": {"settings": {"a": [text] * 1000}}}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="tensors and texts are larger than what the file holds"):
-        load_checkpoint(tmp_path / "a.ckpt")
-
-
-def test_a_pickle_of_many_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "OPERATIONS", 100)
-    torch.save([{}] * 200, tmp_path / "a.pth")
-    assert "takes more than 100 steps to read" in damage(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("text", ["\n" + "," * 3000 + "\n" + "0,1\n" * 300_000, "0,1,2\r" * 10**6,
