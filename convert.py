@@ -84,6 +84,9 @@ def main(cfg: DictConfig) -> None:
         out = Path(command.out or folder.path / ("convert" if of_last else f"convert-{ckpt.name}"))
         folder.refuse_links()
         if command.out is None and run is None:
+            if folder.is_ours():
+                raise ValueError(f"{folder.path} is the folder of a run that did not write {ckpt}: say with "
+                                 "out=DIR where to write")
             refuse_anothers(out, ckpt)
         report = convert(command, out)
         if command.logger.name == "wandb":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from export.files import HUB, read_report, sha256
 from export.formats import FORMATS
+from models.say import say
 
 REPORT, FAILED = "report.json", "report-failed.json"
 REPORTS = ("report.md", "report.png", REPORT)
@@ -80,6 +81,9 @@ def staged(out: Path) -> Iterator[Path]:
         before = written_before(out)
         for name in before - names:  # while the earlier report still says that they are ours
             (out / name).unlink(missing_ok=True)  # a failed one's report among them
+        if gone := sorted(before - names - {FAILED}):
+            say(f"removed from {out}: {', '.join(gone)}, of the conversion before; a folder has the files of "
+                "its last conversion alone, so name all formats in one command, or choose another out=DIR")
         for path in sorted(files, key=lambda path: path.name != REPORT):  # first: it says which are ours
             place = out / path.relative_to(part)
             place.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,11 +19,11 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from models import limits
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, place_of
 from models.say import say
 from runs.reading import identity, read_config, read_own_config, read_result, read_text
 from runs.safety import copy_whole, free_number, newest, previous, set_aside, write_text
-from runs.same import as_begun, differences, is_further
+from runs.same import as_begun, changes, differences, is_further
 from settings.cli import output_folder, printable, typed
 from settings.command import Command
 
@@ -73,7 +74,7 @@ class RunFolder:
             block = command.block.name
             name = command.model.name if block == "none" else f"{command.model.name}_{block}"
             kind = re.sub(r"[^\w.+-]", "_", f"{name}_{command.data.name}")  # a checkpoint may say ../..
-            path = f"outputs/{kind}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+            path = _new_folder(Path("outputs", kind))
         return cls(output_folder(path))
 
     @classmethod
@@ -158,6 +159,12 @@ class RunFolder:
         say(f"{self.last} has these settings, and is further: going on from it")
         return replace(command, ckpt=str(self.last))
 
+    def _say_what_changed(self, ckpt: Path, command: Command) -> None:
+        """Of a run that was stopped after its settings changed, before it saved with them."""
+        checkpoint = load_checkpoint(ckpt)
+        for change in changes(checkpoint["dbb"]["settings"], command, *place_of(checkpoint)):
+            say(f"changed since {ckpt.name}: {change}")
+
     def refuse_links(self) -> None:
         """Refuse a folder by which somebody else's files could be replaced, read without end, or made.
 
@@ -178,7 +185,8 @@ class RunFolder:
         """
         if not self.goes_back(command.ckpt):
             return
-        asked = Path(command.ckpt).resolve()
+        asked, coming = Path(command.ckpt).resolve(), self.checkpoints / ".last-coming.ckpt"
+        copy_whole(asked, coming)  # first, so that a full disk changes nothing
         newest = next(filter(_is_whole, (self.last, previous(self.last))), None)
         left = (path for path in self.checkpoints.glob("last-left*.ckpt") if self._has_rows_of_left(path))
         kept_ones = [asked, *left]
@@ -190,11 +198,13 @@ class RunFolder:
                 write_text(self._rows_of(kept), self.metrics.read_text(errors="replace"))
             newest.rename(kept)
             say(f"going on from {command.ckpt}: {newest} is now {kept.name}")
+        if asked == previous(self.last).resolve():
+            say(f"{asked.name} is replaced as training goes on: copy it first, to start from it again")
         set_aside(self.last)
+        self.result.unlink(missing_ok=True)
+        coming.replace(self.last)
         if self._has_rows_of_left(asked):
             write_text(self.metrics, self._rows_of(asked).read_text(errors="replace"))
-        self.result.unlink(missing_ok=True)
-        copy_whole(asked, self.last)
 
     def goes_back(self, ckpt: str | None) -> bool:
         """Whether a checkpoint is another one of this folder than the last."""
@@ -305,6 +315,8 @@ class RunFolder:
         if stored is not None and not different:
             logger = replace(command.logger, id=stored["logger"].get("id"))
             going_on = newest(self.last)
+            if going_on and asked is None:
+                self._say_what_changed(going_on, command)
             if going_on and asked and not is_further(*map(load_checkpoint, (going_on, asked)), command):
                 raise FolderTakenError(f"{self.path} holds a run of these settings that did not go on from "
                                        f"ckpt={asked}: choose another folder with out=DIR")
@@ -317,6 +329,20 @@ class RunFolder:
                 text += f", or go on with that run by {typed('ckpt', self.last)}"
             raise FolderTakenError(text)
         return command
+
+
+def _new_folder(parent: Path) -> Path:
+    """A folder named by the time; of runs that begin in one second, each has its own."""
+    while True:
+        path = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.1)
+            continue
+        except OSError:
+            pass  # which `output_folder` explains
+        return path
 
 
 def _is_whole(ckpt: Path) -> bool:

@@ -32,8 +32,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 path.replace(previous(path))
             part.replace(path)
         except (OSError, RuntimeError) as error:  # the latter is torch's, for a disk that is full
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
             why = getattr(error, "strerror", None) or "the disk may be full"
             forbidden = getattr(error, "errno", None) in (errno.EPERM, errno.EACCES, errno.EROFS)
             first = "let this user write there" if forbidden else "make room"
@@ -109,7 +107,12 @@ def write_text(path: Path, text: str) -> None:
 def _to_the_disk(path: Path, mode: str) -> Iterator[IO]:
     """Open a file whose content is on the disk itself, not in a cache, when it is closed."""
     path.unlink(missing_ok=True)  # of a killed process; or somebody's link, which may lead anywhere
-    with path.open(mode.replace("w", "x")) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open(mode.replace("w", "x")) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError):  # a full disk, mostly, which the part would keep full
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise

@@ -94,6 +94,10 @@ def test_convert_from_the_command_line(trained, convert, tmp_path):
     written = ["model.safetensors", "report.json", "report.md", "report.png"]
     assert sorted(path.name for path in (trained[0] / "convert-kept.ckpt").iterdir()) == written
     assert not (tmp_path / "outputs").exists()
+    shutil.copytree(trained[0], tmp_path / "outputs" / "elsewhere")
+    shutil.copy(ckpt, tmp_path / "elsewhere.ckpt")
+    done = call("convert.py", "ckpt=elsewhere.ckpt", "export=[]", cwd=tmp_path)
+    assert "outputs/elsewhere is the folder of a run that did not write elsewhere.ckpt" in done.stderr
     with pytest.raises(ValueError, match="the conversion changed the network"):
         convert(ckpt, tmp_path / "strict", "tolerance=1e-12")
     assert [path.name for path in (tmp_path / "strict").iterdir()] == ["report-failed.json"]

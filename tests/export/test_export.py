@@ -295,7 +295,7 @@ def test_a_conversion_does_not_take_the_place_of_something_else(trained, make_se
         assert sorted(out.rglob("*")) == before
 
 
-def test_a_later_conversion_replaces_what_an_earlier_one_wrote(trained, make_settings, tmp_path):
+def test_a_later_conversion_replaces_what_an_earlier_one_wrote(trained, make_settings, tmp_path, capsys):
     """Nothing else; and it clears what one that was killed has left."""
     (tmp_path / "hub").mkdir()
     for name in ("model.pt2", "hub/config.json"):
@@ -319,6 +319,7 @@ def test_a_later_conversion_replaces_what_an_earlier_one_wrote(trained, make_set
         "hub", "hub/config.json", "model.pt2", "model.safetensors", "report.md", "report.json", "report.png",
         "graphs.png"}
     assert (tmp_path / "model.pt2").read_text() == "somebody's"
+    assert f"removed from {tmp_path}: model.onnx, of the conversion before" in capsys.readouterr().out
 
 
 def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_settings, tmp_path):

@@ -1,5 +1,6 @@
 """Going back to another checkpoint of a run's folder: what was the newest state is kept, with its rows."""
 
+import errno
 import json
 import shutil
 
@@ -47,6 +48,37 @@ def test_going_back_to_the_checkpoint_before(make_settings, train_with, whole, t
     left = load_checkpoint(parts / "checkpoints" / "last-left.ckpt")
     assert all(torch.equal(value, left["state_dict"][key]) for key, value in old["state_dict"].items())
     assert not (parts / "checkpoints" / "last-left2.ckpt").exists()
+
+
+def test_going_back_on_a_full_disk(make_settings, whole, tmp_path, monkeypatch, capsys):
+    """Nothing has changed; with room, the command works, and says what it will replace."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = make_settings(f"ckpt={run}/checkpoints/last-previous.ckpt", "optim.lr=0.01",
+                            "trainer.max_epochs=3")
+
+    def half(read, file):
+        file.write(read.read(1000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", half)
+        with pytest.raises(OSError, match="No space left"):
+            train_script.train(command, run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    train_script.train(command, run)
+    assert "last-previous.ckpt is replaced as training goes on" in capsys.readouterr().out
+
+
+def test_settings_that_changed_before_a_kill_are_said(make_settings, train_with, whole, tmp_path, capsys):
+    """By a command that does not name the checkpoint, and so could be one of a new run."""
+    run, more = tmp_path / "run", ("optim.lr=0.01", "trainer.max_epochs=3")
+    shutil.copytree(whole, run)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train_with(make_settings(f"ckpt={run}/checkpoints/last.ckpt", *more), run, At(2, 1, fail))
+    capsys.readouterr()
+    train_script.train(make_settings(*SHORT, *more), run)
+    assert "changed since last.ckpt: optim.lr: 0.1 until epoch 2, then 0.01" in capsys.readouterr().out
 
 
 def test_going_back_over_a_detour(make_settings, train_with, whole, tmp_path, capsys):

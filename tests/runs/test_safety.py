@@ -240,20 +240,29 @@ def test_what_no_run_has_written_stays(make_settings, tmp_path):
     [result] = tmp_path.glob("outputs/*/*/result.json")
 
 
-def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path, monkeypatch):
-    """Two that start in the same second get the same folder, which holds nothing yet but a lock."""
-    monkeypatch.setattr(runs.folder, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2)))
-    folder = tmp_path / "outputs" / "resnet8_digits" / "2026-01-02_00-00-00"
-    folder.mkdir(parents=True)
-    command = ["model=resnet8", *TINY]
+def test_a_refused_run_leaves_the_folder_of_the_other(tmp_path):
+    """One that another process has begun in; a folder of its own is removed."""
+    folder, command = tmp_path / "run", ["model=resnet8", *TINY]
+    folder.mkdir()
     with RunFolder(folder).alone():
-        done = call("train.py", *command, cwd=tmp_path)
+        done = call("train.py", *command, f"out={folder}", cwd=tmp_path)
         assert done.returncode == 1
         assert "another process is training in" in done.stderr
         assert folder.is_dir()
     done = call("train.py", *command, "optim.name=adahessian", cwd=tmp_path)
     assert done.returncode == 1
-    assert not folder.exists()
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_runs_that_begin_in_the_same_second(tmp_path, make_settings, monkeypatch):
+    """Each has a folder of its own."""
+    seconds = iter([0, 0, 1])
+    clock = SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, next(seconds)))
+    monkeypatch.setattr(runs.folder, "datetime", clock)
+    monkeypatch.chdir(tmp_path)
+    folders = [RunFolder.of(make_settings("model=resnet8", *TINY)).path for _ in range(2)]
+    assert [folder.name for folder in folders] == ["2026-01-02_03-04-00", "2026-01-02_03-04-01"]
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_a_job_of_a_sweep_that_never_began_says_why(tmp_path):
