@@ -3,6 +3,8 @@
     python eval.py ckpt=outputs/.../checkpoints/last.ckpt
 """
 
+import math
+
 if __name__ == "__main__":
     from settings.early import check_command_line
     check_command_line("eval")
@@ -28,7 +30,11 @@ def evaluate(command: Command) -> dict[str, float]:
     net, data, _ = load_run(command)
     if data.classes is None:
         raise ValueError("data=none has no labels to evaluate on; choose a data set, or run convert.py")
-    return scores(*predict(net, data, pick_device(command.trainer.accelerator), "test"))
+    result = scores(*predict(net, data, pick_device(command.trainer.accelerator), "test"))
+    if not math.isfinite(result["loss"]):
+        raise ValueError(f"the test loss is {result['loss']}: the weights, or data.mean and data.std, give "
+                         "logits that are no finite numbers")
+    return result
 
 
 @hydra.main(config_path="configs", config_name="eval", version_base="1.3")

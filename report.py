@@ -12,6 +12,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
+if __name__ == "__main__":
+    from settings.cli import plain_errors, refuse_matplotlibrc
+    with plain_errors():
+        refuse_matplotlibrc()  # before it is read, which importing does
+
 from models import limits
 from reports.compare import compare_variants, name_variants
 from reports.runs import read_runs

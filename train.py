@@ -1,5 +1,6 @@
 """Train a network. `python train.py --help` says what to type (its text is in configs/train.yaml)."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
         What a sweeper may select by: `val_top1`.
     """
     if cfg.ckpt and cfg.source is None:
-        cfg.ckpt = str(newest(Path(cfg.ckpt).expanduser()) or cfg.ckpt)
+        cfg.ckpt = str(newest(Path(os.path.expanduser(cfg.ckpt))) or cfg.ckpt)
     command = resolve(cfg, HydraConfig.get().overrides.task)
     made_here = folder is None and command.out is None
     folder = folder or RunFolder.of(command)

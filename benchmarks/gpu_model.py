@@ -83,8 +83,8 @@ class Trace(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-        wide = tensors[0].dtype == torch.float32
-        self.operators.append(Operator(name, flops, sum(t.nbytes for t in tensors), wide))
+        moved = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)  # less, if expanded
+        self.operators.append(Operator(name, flops, moved, tensors[0].dtype == torch.float32))
         return out
 
 

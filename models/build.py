@@ -224,7 +224,7 @@ def build_model(name: str, num_classes: int, block: Any = None, image_size: int 
         with torch.no_grad():
             net.eval()(example)
             features = net.forward_features(example)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # of many kinds, depending on the network
         raise ValueError(f"{name} cannot take images of {image_size} pixels (data.image_size sets it): "
                          f"{error}") from error
     if block is not None:

@@ -58,6 +58,7 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     place, settings = about.get("place", (0, 0)), about["settings"]
     counts, changed = [about.get(name, 0) for name in ("images", "test_images")], about.get("changed", [])
     good = (all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
+            and min(checkpoint["epoch"], checkpoint["global_step"]) >= 0
             and all(isinstance(settings.get(group), dict) for group in GROUPS)
             and isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
             and all(isinstance(name, str) for name in classes)

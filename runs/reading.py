@@ -83,7 +83,7 @@ def _read(path: Path, parse: Callable, largest: int) -> dict[str, Any] | None:
         if len(text) > largest:
             raise ValueError("no run writes as much")
         found = dict(parse(text))
-        json.dumps(found, ensure_ascii=False).encode()  # plain values alone
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # plain values alone
         return found
     except Exception as error:  # of many kinds, depending on the text
         raise _damaged(path) from error

@@ -126,11 +126,29 @@ def output_folder(path: str | Path) -> Path:
     Raises:
         ValueError: if it cannot be made or written into.
     """
-    path = Path(path).expanduser()
     try:
+        path = Path(path).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
-    except OSError as error:
-        raise ValueError(f"out: cannot write into {path} ({error.strerror}): choose another "
-                         "folder") from error
+    except (OSError, RuntimeError) as error:  # the latter of ~somebody whom this machine does not know
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"out: cannot write into {path} ({why}): choose another folder") from error
+
+
+def refuse_matplotlibrc() -> None:
+    """Refuse what matplotlib, which other libraries import, would read without end in the current folder.
+
+    Raises:
+        ValueError: if a matplotlibrc is there that is no short text.
+    """
+    path = Path("matplotlibrc")
+    if not path.exists():
+        return
+    try:
+        if not path.is_file() or path.stat().st_size > 2**16:
+            raise ValueError("it is no small file")
+        path.read_text("utf-8")
+    except ValueError as error:
+        raise ValueError(f"matplotlibrc in this folder, which matplotlib would read, is no short text "
+                         f"({error}): start this in another folder") from error

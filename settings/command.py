@@ -75,7 +75,7 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
             if cfg.get(knob) == "":
                 raise ValueError(f"{knob}= is empty: give a path, or leave it out")
             if cfg.get(knob) is not None:
-                cfg[knob] = os.path.expanduser(cfg[knob])
+                cfg[knob] = str(_expanded(knob, cfg[knob]))
         if cfg.ckpt is not None and cfg.source is None:
             cfg = _on_checkpoint(cfg, words)
         cfg = OmegaConf.merge(OmegaConf.structured(Command), OmegaConf.to_container(cfg, resolve=True))
@@ -83,12 +83,23 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
-    for conf, knob in ((command.data, "root"), (command.model, "weights")):
-        if getattr(conf, knob) is not None:
-            setattr(conf, knob, str(Path(getattr(conf, knob)).expanduser().resolve()))
+    if command.data.root is not None:
+        command.data.root = str(_expanded("data.root", command.data.root).resolve())
+    if command.model.weights is not None:
+        command.model.weights = str(_expanded("model.weights", command.model.weights).resolve())
     if command.model.pretrained and command.ckpt is None:
         _prepare_as_trained(command, words)
     return command
+
+
+def _expanded(knob: str, path: str) -> Path:
+    """A path with the home that its ~ stands for; a ValueError if there is none, or it leads in a circle."""
+    try:
+        found = Path(path).expanduser()
+        found.resolve()
+        return found
+    except RuntimeError as error:
+        raise ValueError(f"{knob}={path} is no path: {error}") from error
 
 
 def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from settings.cli import plain_errors
+from settings.cli import plain_errors, refuse_matplotlibrc
 from settings.command import resolve
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -17,6 +17,8 @@ def check_command_line(config_name: str) -> None:
 
     What a checkpoint has to say comes later. Ends the process with a sentence if a setting is wrong.
     """
+    with plain_errors():
+        refuse_matplotlibrc()
     words = sys.argv[1:]
     if any(word.startswith("-") for word in words) or "pytorch_lightning" in sys.modules:
         return  # Hydra's own flags (sweeps are checked job by job); or nothing is gained any more

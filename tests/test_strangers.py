@@ -116,7 +116,9 @@ def in_itself():
     lambda c: c["optimizer_states"][0].update(more=torch.zeros(1).expand(10**9)), lambda c: c.pop("epoch"),
     lambda c: c["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready="x"),
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": []}}),
-    lambda c: c.update(epoch="x"), lambda c: c.update(loops="x"), lambda c: c.pop("optimizer_states")])
+    lambda c: c.update(epoch="x"), lambda c: c.update(loops="x"), lambda c: c.pop("optimizer_states"),
+    lambda c: (c.update(epoch=-3), c["dbb"].pop("place", None)),
+    lambda c: c["dbb"]["settings"]["data"].update(std=[5e-324] * 3)])
 def test_checkpoints_of_other_forms(run, tmp_path, change):
     done = call("eval.py", f"ckpt={changed(run, tmp_path / 'a.ckpt', change)}", cwd=tmp_path)
     assert done.returncode == 1
@@ -230,6 +232,7 @@ def test_errors_of_a_stranger_forge_nothing(run, tmp_path, monkeypatch):
     ("config.yaml", lambda c: c["trainer"].update(accumulate_grad_batches="x")),
     ("config.yaml", lambda c: c.update({7: 7, "more": {5: 1}})),
     ("config.yaml", lambda c: c.update(seed=10**400)),
+    ("config.yaml", lambda c: c["optim"].update(lr=float("nan"))),
     ("result.json", lambda c: c.pop("converted_top1")), ("result.json", lambda c: c.update(settings=3)),
     ("result.json", lambda c: c.update(predictions_changed=float("inf"))),
     ("result.json", lambda c: c.update(changed=5)), ("result.json", lambda c: c.update(top1="0.095")),

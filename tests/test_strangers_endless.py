@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import subprocess
 import sys
 import tracemalloc
 
@@ -27,6 +28,8 @@ from models.reading import read_weights
 from reports.runs import read_epochs, read_runs
 from reports.study import POINTS, draw_curves
 from runs.folder import RunFolder
+from settings.cli import refuse_matplotlibrc
+from tests.helpers import ROOT
 from training.metrics import csv_logger
 
 
@@ -119,6 +122,22 @@ def test_pipes_and_devices(tmp_path):
         with pytest.raises(ValueError, match="what stands there is of no earlier conversion"):
             require_place(tmp_path, ["model.onnx"])
         (tmp_path / "report.json").unlink()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"),
+                                  lambda path: path.write_bytes(b"font.size: 9\n\xff")])
+def test_a_matplotlibrc_that_is_no_text(tmp_path, monkeypatch, make):
+    """In the current folder, where matplotlib looks first."""
+    monkeypatch.chdir(tmp_path)
+    refuse_matplotlibrc()
+    make(tmp_path / "matplotlibrc")
+    with pytest.raises(ValueError, match="matplotlibrc in this folder"):
+        refuse_matplotlibrc()
+    for script in ("eval.py", "report.py"):  # of their own process: what they do before imports
+        done = subprocess.run([sys.executable, os.path.join(ROOT, script), "x"], cwd=tmp_path, timeout=60,
+                              capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: matplotlibrc in this folder")
 
 
 def test_a_checkpoint_does_not_choose_the_test_images_in_silence(make_settings, capsys):

@@ -113,7 +113,9 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
             mode = wanted(conf)
             logging.raiseExceptions = False  # of W&B's own log, on a disk that is full
             # W&B prints nothing about an offline run, and where to see an online one.
-            options = wandb.Settings(init_timeout=WANDB_WAIT, quiet=True, silent=mode != "online")
+            # To save code it would run git in the run's folder, and with it what a stranger's .git names.
+            options = wandb.Settings(init_timeout=WANDB_WAIT, quiet=True, silent=mode != "online",
+                                     save_code=False)
             # W&B's helper process may be another's, which started it in another folder.
             logger = WandbLogger(name, folder.path.absolute(), id=conf.id, project=conf.project,
                                  entity=conf.entity, group=group, tags=tags, mode=mode, settings=options)

@@ -15,8 +15,11 @@ def refuse_settings_of_folder() -> None:
     """
     for name in ("wandb", ".wandb"):
         path = Path(os.environ.get("WANDB_DIR", "."), name, "settings")
-        if not path.is_file() or "WANDB_BASE_URL" in os.environ:
+        if not path.exists() or path.is_file() and "WANDB_BASE_URL" in os.environ:
             continue
+        if not path.is_file():
+            raise ValueError(f"logger=wandb: {path}, which W&B would read, is no plain file: start this in "
+                             "another folder")
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read_string(path.read_text(errors="replace"))

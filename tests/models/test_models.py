@@ -89,6 +89,8 @@ def test_unknown_name(name, message):
 
 
 def test_image_too_small():
+    with pytest.raises(ValueError, match="mvitv2_tiny cannot take images of 330 pixels"):
+        build_model("mvitv2_tiny", 10, image_size=330)
     with pytest.raises(ValueError, match="vgg16 cannot take images of 16 pixels"):
         build_model("vgg16", 10, image_size=16)
 

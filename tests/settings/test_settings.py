@@ -216,6 +216,17 @@ def test_a_tilde_is_the_home_folder(make_settings, tmp_path, monkeypatch):
     assert RunFolder.of(again).path == tmp_path / "runs"
 
 
+@pytest.mark.parametrize(("word", "said"), [
+    ("out='~nobody_here/x'", "out=~nobody_here/x is no path: Could not determine home"),
+    ("data.root='~nobody_here/x'", "data.root=~nobody_here/x is no path"),
+    ("data.root=circle", "data.root=circle is no path: Symlink loop")])
+def test_paths_that_lead_nowhere(make_settings, tmp_path, monkeypatch, word, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(ValueError, match=said):
+        make_settings(word)
+
+
 def test_a_sweep_goes_home_too(monkeypatch):
     """`out='~/study'` is a folder in the home, as for a single run."""
     monkeypatch.setenv("HOME", "/home/me")

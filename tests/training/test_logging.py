@@ -1,6 +1,7 @@
 """What W&B, TensorBoard and the dashboard show of a run; read from the files that an offline run leaves."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -288,6 +289,10 @@ def test_the_folder_does_not_say_to_whom_wandb_sends(make_settings, tmp_path, mo
         dashboard.main()
     (tmp_path / "wandb" / "settings").write_text("[default]\nproject = mine\nmode = offline\n")
     refuse_settings_of_folder()
+    (tmp_path / "wandb" / "settings").unlink()
+    os.mkfifo(tmp_path / "wandb" / "settings")
+    with pytest.raises(ValueError, match="is no plain file"):
+        refuse_settings_of_folder()
 
 
 def test_a_conversion_sends_what_it_wrote(tmp_path):
