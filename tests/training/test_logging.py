@@ -151,9 +151,12 @@ def test_a_server_that_cannot_be_reached_costs_no_run(no_key, make_settings, tmp
 
 
 def test_online_without_a_key_costs_no_run(no_key, make_settings, tmp_path, monkeypatch, capsys):
+    """And no code is saved: by git, in a folder whose .git may be a stranger's, and name programs."""
     monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_SAVE_CODE", "true")
     logger = wandb_logger(make_settings(*SMALL, "logger.id=abc"), RunFolder(tmp_path))
     assert logger.experiment.settings.mode == "offline"
+    assert logger.experiment.settings.save_code is False
     assert "did not start (No API key configured" in capsys.readouterr().out
 
 
