@@ -214,6 +214,11 @@ def _normed_together(branches: list[Branch], padded: Tensor,
     running = weight.new_zeros(2, len(weight))  # with momentum 1 they become the batch's
     maps = F.batch_norm(maps, *running, weight, bias, True, 1.0, norms[0].eps)
     means, variances = running.view(2, g.groups, len(norms), -1).transpose(1, 2).flatten(2).unbind()
-    # Added in pairs: torch's `sum` takes three times as long on a CPU, and loses the maps' memory format.
-    first, *others = maps.unflatten(1, (g.groups, len(norms), -1)).unbind(2)
-    return sum(others, first).flatten(1, 2), list(means), list(variances)
+    return _summed(maps, g.groups, len(norms)), list(means), list(variances)
+
+
+def _summed(maps: Tensor, groups: int, branches: int) -> Tensor:
+    """The sum over branches of `StackedConv`'s maps: in pairs, as torch's `sum` is slow on a CPU."""
+    at = 1 if maps.is_contiguous() else 3  # so that gradients are stacked in the maps' memory format
+    first, *others = maps.movedim(1, at).unflatten(at, (groups, branches, -1)).unbind(at + 1)
+    return sum(others, first).flatten(at, at + 1).movedim(at, 1)
