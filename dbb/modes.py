@@ -38,24 +38,7 @@ def exact(block, x: Tensor) -> Tensor:
     points = [b for b in live if b.window == "centre" and g.keeps_size and not g.depthwise]
     firsts, terms, variances, means = {}, [], [], []
     if inner or points:
-        with without_autocast(x.device):
-            mean, spread, count = covariance(x, g.groups, process_group(live[0].bn))
-            kernels = [branch.inner() for branch in inner] + [branch.point() for branch in points]
-            rows = joined(kernels, g.groups).to(mean.dtype)
-            norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
-            affine = _affine(norms, g.groups, mean.dtype)
-            scaled, variance = CovarianceSum.apply(rows, *affine, spread)
-            with torch.no_grad():
-                variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
-                means = apart((rows[:, 0] @ mean)[..., 0], kernels)[len(inner):] if points else []
-            scaled = _as_kernels(scaled, kernels)
-        firsts = dict(zip(inner, scaled[:len(inner)], strict=True))
-    if points:
-        kernel, beta = (sum(parts[1:], parts[0]) for parts in
-                        (scaled[len(inner):], [branch.bn.bias.to(mean.dtype) for branch in points]))
-        with without_autocast(x.device):
-            bias = bias_for_mean(beta.view(g.groups, -1, 1), kernel, mean)
-        terms.append(F.conv2d(x, kernel.to(x.dtype), bias.to(x.dtype), groups=g.groups))
+        firsts, terms, variances, means = _by_covariance(g, x, inner, points)
     padded = g.pad(x)
     others = [branch for branch in block.branches.values() if branch not in points]
     alike = [branch for branch in others if _stacks(branch, padded, others[0].bn)]
@@ -68,6 +51,36 @@ def exact(block, x: Tensor) -> Tensor:
     _follow(inner, [*points, *alike], variances, means)  # before norms below count the batch
     terms += [_normed(branch, padded, firsts.get(branch)) for branch in others]
     return sum(terms[1:], terms[0])
+
+
+def _by_covariance(g: Geometry, x: Tensor, inner: list[Branch], points: list[Branch]) -> tuple:
+    """What follows from the covariance of the input, with no map for a norm.
+
+    Returns:
+        By branch, its kernel in front of the inner norm, scaled by that; the map of all 1x1 branches in a
+        list, which is empty where there are none; the variances of both kinds of norms; the means of the 1x1
+        branches.
+    """
+    with without_autocast(x.device):
+        mean, spread, count = covariance(x, g.groups, process_group([*inner, *points][0].bn))
+        kernels = [branch.inner() for branch in inner] + [branch.point() for branch in points]
+        rows = joined(kernels, g.groups).to(mean.dtype)
+        norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
+        affine = _affine(norms, g.groups, mean.dtype)
+        scaled, variance = CovarianceSum.apply(rows, *affine, spread)
+        with torch.no_grad():
+            variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
+            means = apart((rows[:, 0] @ mean)[..., 0], kernels)[len(inner):] if points else []
+        scaled = _as_kernels(scaled, kernels)
+    firsts = dict(zip(inner, scaled[:len(inner)], strict=True))
+    if not points:
+        return firsts, [], variances, means
+    kernel, beta = (sum(parts[1:], parts[0]) for parts in
+                    (scaled[len(inner):], [branch.bn.bias.to(mean.dtype) for branch in points]))
+    with without_autocast(x.device):
+        bias = bias_for_mean(beta.view(g.groups, -1, 1), kernel, mean)
+    y = F.conv2d(x, kernel.to(x.dtype), bias.to(x.dtype), groups=g.groups)
+    return firsts, [y], variances, means
 
 
 def online(block, x: Tensor) -> Tensor:
