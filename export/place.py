@@ -79,9 +79,13 @@ def staged(out: Path) -> Iterator[Path]:
         files = [path for path in Path(part).rglob("*") if path.is_file()]
         names = {str(path.relative_to(part)) for path in files}
         before = written_before(out)
-        for name in before - names:  # while the earlier report still says that they are ours
-            (out / name).unlink(missing_ok=True)  # a failed one's report among them
-        if gone := sorted(before - names - {FAILED}):
+        ours, theirs = (_reported(folder / REPORT) for folder in (Path(part), out))
+        if ours and theirs and ours[1] != theirs[1]:
+            say(f"{out} had the conversion of another checkpoint, or of an earlier state: it is replaced")
+        gone = sorted(name for name in before - names if os.path.lexists(out / name))
+        for name in gone:  # while the earlier report still says that they are ours
+            (out / name).unlink()
+        if gone := [name for name in gone if name != FAILED]:
             say(f"removed from {out}: {', '.join(gone)}, of the conversion before; a folder has the files of "
                 "its last conversion alone, so name all formats in one command, or choose another out=DIR")
         for path in sorted(files, key=lambda path: path.name != REPORT):  # first: it says which are ours

@@ -337,8 +337,8 @@ def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_
 
 
 
-def test_a_conversion_that_is_killed_while_files_take_their_places(tmp_path, monkeypatch):
-    """The next one knows them all for a conversion's own."""
+def test_a_conversion_that_is_killed_while_files_take_their_places(tmp_path, monkeypatch, capsys):
+    """The next one knows them all for a conversion's own; that of another checkpoint says so."""
     report = {"about": {}, "relative_error": 0.0, "hub": []}
 
     def write(names):
@@ -362,3 +362,7 @@ def test_a_conversion_that_is_killed_while_files_take_their_places(tmp_path, mon
     require_place(tmp_path, ["model.safetensors", "model.onnx"])
     write(["model.safetensors", "model.onnx"])
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "model.onnx", "report.json"}
+    assert capsys.readouterr().out == ""
+    report["about"] = {"checkpoint_sha256": "another"}
+    write(["model.safetensors"])
+    assert "had the conversion of another checkpoint" in capsys.readouterr().out
