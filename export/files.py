@@ -81,6 +81,8 @@ def parse_about(text: str | None, path: Path) -> dict:
         ValueError: if it does not say what is needed, or of another type.
     """
     try:
+        if text and len(text) > limits.HEADER:
+            raise ValueError("no conversion writes as much")
         about = {"interpolation": "bilinear"} | json.loads(text or "null")  # older files do not say
         good = (isinstance(about["model"], str) and isinstance(about["classes"], list)
                 and all(isinstance(name, str) for name in about["classes"])

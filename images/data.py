@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from images.random import generator
-from images.sources import load_files, load_noise, load_tensors
+from images.sources import FileImages, load_files, load_noise, load_tensors
 from models.say import say
 from settings.schema import TENSOR_SETS, DataConf
 
@@ -123,6 +123,13 @@ class ImageData(pl.LightningDataModule):
         ours, theirs = next((a, b) for a, b in zip(self.classes, trained, strict=True) if a != b)
         raise ValueError(f"data={self.conf.name} has other classes than the checkpoint was trained for: "
                          f"{ours} where that has {theirs}; name its folders as in the training")
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """Hashes of the names of all training and test images; None of those that are no files of a tree."""
+        sets = {"image_names": self.train_set, "test_names": self.test_set}
+        return {key: found.tree.digest if isinstance(found, FileImages) else None
+                for key, found in sets.items()}
 
     @property
     def image_size(self) -> int:

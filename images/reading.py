@@ -65,6 +65,8 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
     try:
         if not Path(path).is_file():
             raise ValueError("there is no file; a pipe or a device would be waited for")
+        if Path(path).stat().st_size > limits.IMAGE_BYTES:
+            raise ValueError("the file is too large")
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
             tags = image.tag_v2 if kind == "TIFF" else {}
@@ -74,7 +76,7 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
             if tags and [*map(_tags(path).count, TILE)] != [tag in tags for tag in TILE]:
                 raise ValueError("its tiles are described twice, or by numbers of another kind")
     except UNREADABLE as error:
-        raise ValueError(f"unreadable image: {path} ({error})") from error
+        raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error
     most = limits.JPEG2000_PIXELS if kind == "JPEG2000" else limits.IMAGE_PIXELS
     if width * height > most or max(width, height) > limits.IMAGE_SIDES * min(width, height):
         raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
@@ -111,4 +113,4 @@ def read_image(path: str) -> Image.Image:
                 raise ValueError("real numbers of an unknown range")
             return image.convert("RGB")
     except UNREADABLE as error:
-        raise ValueError(f"unreadable image: {path} ({error})") from error
+        raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error

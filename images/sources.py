@@ -1,10 +1,11 @@
 """Where images come from: archives and trees that fit into memory, and trees that are read image by image."""
 
+import hashlib
 import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -265,6 +266,12 @@ class Tree(datasets.ImageFolder):
             return True
         self.skipped[printable(Path(path).suffix.lower()) or "without an ending"] += 1
         return False
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the names of all images, with those of their classes, in their order."""
+        names = "\n".join(path.removeprefix(str(self.folder)) for path, _ in self.samples)
+        return hashlib.sha256(os.fsencode(names)).hexdigest()
 
     def _left_out(self) -> str:
         if not self.skipped:

@@ -1,5 +1,6 @@
 """Read a checkpoint of train.py: an untrusted file of plain values and tensors."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     place, settings = about.get("place", (0, 0)), about["settings"]
     counts, changed = [about.get(name, 0) for name in ("images", "test_images")], about.get("changed", [])
     good = (all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
+            and _is_plain(settings)
             and min(checkpoint["epoch"], checkpoint["global_step"]) >= 0
             and all(isinstance(settings.get(group), dict) for group in GROUPS)
             and isinstance(classes, list) and 0 < len(classes) <= limits.CLASSES
@@ -79,6 +81,15 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
                          "counts or weights are of another form")
 
 
+def _is_plain(settings: dict[str, Any]) -> bool:
+    """Whether settings hold no tensors, whose comparisons are tensors too."""
+    try:
+        json.dumps(settings)
+        return True
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
 def _is_loss(found: Any) -> bool:
     """Whether something is the state of `training.callbacks.EpochLoss`."""
     return (isinstance(found, dict) and isinstance(found.get("total"), float)
@@ -89,7 +100,7 @@ def _are_counts(found: Any) -> bool:
     """Whether something has, in dicts of dicts, only what Lightning counts: steps, and seconds."""
     if isinstance(found, dict):
         return all(map(_are_counts, found.values()))
-    return isinstance(found, int | float) and 0 <= found < 2**53
+    return isinstance(found, int | float) and 0 <= found < 2**40  # seconds, too, of which more overflow
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:

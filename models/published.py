@@ -130,11 +130,13 @@ def _drop_shift(layer: dict[str, Tensor], branch: str, groups: int, eps: float) 
     """
     leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     inner = {leaf: layer.pop(f"{branch}inner.{leaf}") for leaf in leaves}
+    mean = layer[f"{branch}bn.running_mean"]
+    if any(value.ndim > 1 for value in (mean, *inner.values())):  # of which products would be far larger
+        raise ValueError("a norm has values of more than one dimension")
     constant = _shift(**{leaf: value.double() for leaf, value in inner.items()}, eps=eps)
     if f"{branch}second" in layer:  # the average's taps add up to 1
         taps = layer[f"{branch}second"].double().sum((2, 3)).unflatten(0, (groups, -1))  # [G, O/G, M/G]
         constant = torch.einsum("gom,gm->go", taps, constant.unflatten(0, (groups, -1))).flatten()
-    mean = layer[f"{branch}bn.running_mean"]
     layer |= {f"{branch}bn.running_mean": (mean.double() - constant).to(mean.dtype),
               f"{branch}scale.weight": inner["weight"], f"{branch}scale.running_var": inner["running_var"]}
 

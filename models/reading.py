@@ -63,7 +63,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                          ) from error
     prefix = r"(module\.|_orig_mod\.)+"
     if isinstance(weights, dict) and "dbb" in weights:
-        prefix, about = r"net\.", _of_our_checkpoint(weights["dbb"])
+        prefix, about = r"net\.", _of_our_checkpoint(weights["dbb"], path)
     elif isinstance(weights, dict) and isinstance(weights.get("arch"), str):
         about = _of_timms_script(weights)
     weights = _unwrapped(weights, path)
@@ -119,17 +119,22 @@ def _are_weights(found: Any) -> bool:
 
 def _header(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("dbb", "{}"))
+        text = (file.metadata() or {}).get("dbb", "{}")
+    if len(text) > limits.HEADER:
+        raise ValueError("its header is longer than any of ours")
+    return json.loads(text)
 
 
-def _of_our_checkpoint(stored: Any) -> dict[str, Any]:
+def _of_our_checkpoint(stored: Any, path: Path) -> dict[str, Any]:
     try:
+        if not isinstance(stored, dict) or not isinstance(stored["settings"], dict):
+            raise TypeError("it is no dict")
         about = {"model": stored["settings"]["model"]["name"]}
         about |= {key: stored[key] for key in ("classes", "image_size") if key in stored}
         data = stored["settings"].get("data", {})
         return {key: data[key] for key in PREPARED if key in data} | about
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError("its key dbb is that of a checkpoint of train.py, with settings of another "
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # of tensors among them, too
+        raise ValueError(f"{path}: its key dbb is that of a checkpoint of train.py, with settings of another "
                          "form") from error
 
 

@@ -108,7 +108,10 @@ def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:
 
     from models.build import UNTRAINED, timms_name
     from models.say import say
-    trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
+    try:
+        trained = timm.get_pretrained_cfg(timms_name(settings.model.name)[0])
+    except RuntimeError as error:  # of a tag behind the dot
+        raise ValueError(f"model.name={settings.model.name}: {error}") from error
     if trained is None or settings.model.name in UNTRAINED:  # no weights to fetch, which the builder says
         return
     taken = {"mean": list(trained.mean), "std": list(trained.std), "interpolation": trained.interpolation}
@@ -130,6 +133,8 @@ def _on_checkpoint(cfg: DictConfig, words: Sequence[Override]) -> DictConfig:
     from models.checkpoint import load_checkpoint
     stored = load_checkpoint(cfg.ckpt)["dbb"]["settings"]
     own = {key: cfg[key] for key in OF_THE_COMMAND if key in cfg}
+    if "logger.id" not in named(words):  # `logger=wandb` names a logger, not another run of W&B
+        cfg.logger.id = (stored.get("logger") or {}).get("id")
     result = OmegaConf.merge(OmegaConf.structured(Command), stored, own)
     for override in words:
         key, text = override.key_or_group, override.input_line

@@ -141,6 +141,9 @@ class DataConf:
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
             raise ValueError("data.mean and data.std need three numbers each, one a channel, and no "
                              "deviation of zero")
+        for knob in ("mixup", "cutmix"):
+            if 0 < getattr(self, knob) < 0.001:  # of whose logarithm a sample is made
+                raise ValueError(f"data.{knob}={getattr(self, knob)} must be 0, or at least 0.001")
         unused = ["crop_padding", "on_device"]
         if self.name in TENSOR_SETS:
             unused = ["color_jitter", "lighting", "trivial_augment"]

@@ -118,6 +118,8 @@ def in_itself():
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": []}}),
     lambda c: c.update(epoch="x"), lambda c: c.update(loops="x"), lambda c: c.pop("optimizer_states"),
     lambda c: (c.update(epoch=-3), c["dbb"].pop("place", None)),
+    lambda c: c["dbb"]["settings"]["data"].update(image_size=torch.zeros(2)),
+    lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": 2**52}}),
     lambda c: c["dbb"]["settings"]["data"].update(std=[5e-324] * 3)])
 def test_checkpoints_of_other_forms(run, tmp_path, change):
     done = call("eval.py", f"ckpt={changed(run, tmp_path / 'a.ckpt', change)}", cwd=tmp_path)

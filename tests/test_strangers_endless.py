@@ -157,6 +157,26 @@ def test_a_header_that_names_a_giant(tmp_path):
             load_network(tmp_path / "a.safetensors")
 
 
+def test_a_header_of_more_text_than_any(tmp_path, monkeypatch):
+    """Whose JSON takes twenty times its length."""
+    monkeypatch.setattr(limits, "HEADER", 10)
+    path = tmp_path / "a.safetensors"
+    save_file({"weight": torch.ones(1)}, path, {"dbb": json.dumps({"x": [[]] * 10})})
+    for read, message in ((load_network, "no header"), (read_weights, "cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.avif"])
+def test_a_small_image_in_a_large_file(tmp_path, name):
+    """It has holes, which take no room on a disk; some readers take a whole file at once."""
+    Image.new("RGB", (64, 64)).save(tmp_path / name)
+    read_pixels(str(tmp_path / name))
+    os.truncate(tmp_path / name, limits.IMAGE_BYTES + 1)
+    with pytest.raises(ValueError, match="the file is too large"):
+        read_pixels(str(tmp_path / name))
+
+
 def test_images_that_would_fill_the_memory(tmp_path):
     for size, name in (((3000, 3000), "large.jp2"),
                        ((1, 60_000), "long.png"), ((20_000, 10), "wide.jpg"), ((12_000, 12_000), "large.png"),

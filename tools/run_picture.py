@@ -20,6 +20,9 @@ def draw(run_dir: Path, path: Path) -> None:
     names = events.Tags()["scalars"]
     layers = [name.split("/")[1] for name in names if name.startswith("share/") and name.endswith("/kxk")]
     panels = dict(SHOWN)
+    if not layers:
+        raise SystemExit(f"error: {run_dir} has no TensorBoard files of a run with blocks: train it with "
+                         "logger=tensorboard")
     for layer in (layers[0], layers[-1]):
         for kind in ("share", "gamma"):
             panels[f"{kind}/{layer}"] = [name for name in names if name.startswith(f"{kind}/{layer}/")]

@@ -40,6 +40,7 @@ class Classifier(pl.LightningModule):
         self.settings, self.classes, self.image_size = settings, classes, image_size
         self.changed = list(changed)
         self.place = 0, 0  # epochs, and batches of the next one, that are done when training starts
+        self.begins_at = None  # the step of the checkpoint that it goes on from
         self.net = start_network(settings, classes, image_size) if settings.ckpt is None else \
             build_network(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
@@ -115,6 +116,11 @@ class Classifier(pl.LightningModule):
             group.update(fresh | {"initial_lr": fresh["lr"], "lr": fresh["lr"] * factor})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        step, self.begins_at = self.begins_at, None
+        if step not in (None, checkpoint["global_step"]):
+            raise ValueError(f"the checkpoint was replaced while this run started, by one of step "
+                             f"{checkpoint['global_step']} for one of step {step}: start this again, from a "
+                             "copy if its run still trains")
         self.place = place_of(checkpoint)
         if self.settings.optim.ema_decay is None and "current_model_state" in checkpoint:
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # the weights, not their average
@@ -131,7 +137,8 @@ class Classifier(pl.LightningModule):
         checkpoint["dbb"] = {"place": place, "settings": self.settings.stored(), "classes": self.classes,
                              "image_size": self.image_size, "changed": self.changed,
                              "images": len(self.trainer.datamodule.train_indices),
-                             "test_images": len(self.trainer.datamodule.test_indices)}
+                             "test_images": len(self.trainer.datamodule.test_indices),
+                             **self.trainer.datamodule.names}
 
 
 def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:

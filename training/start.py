@@ -83,7 +83,7 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
 
 
 def other_images(data: ImageData, start: Start) -> list[str]:
-    """A sentence each for the training and the test images, if there are more or fewer than before.
+    """A sentence each for the training and the test images, if they are not those from before.
 
     Raises:
         ValueError: if there are other training images within an epoch.
@@ -91,16 +91,21 @@ def other_images(data: ImageData, start: Start) -> list[str]:
     if start.checkpoint is None:
         return []
     about, found = start.checkpoint["dbb"], []
-    for name, key, now in (("training", "images", len(data.train_indices)),
-                           ("test", "test_images", len(data.test_indices))):
-        before = about.get(key, now)  # an older file does not say
+    for name, key, names, now in (("training", "images", "image_names", len(data.train_indices)),
+                                  ("test", "test_images", "test_names", len(data.test_indices))):
+        before, digest = about.get(key, now), about.get(names)  # an older file does not say
         if before != now:
             found.append(f"{name} images: {before:,} until epoch {start.epochs}, then {now:,}")
-            if start.batches and name == "training":
-                raise ValueError(f"{found[0]}: this can change between two epochs only, and the checkpoint "
-                                 f"stands within epoch {start.epochs + 1}, after {start.batches} batches: go "
-                                 "on with the images that were there")
-            say(f"changed: {found[-1]}")
+        elif digest not in (None, data.names[names]):
+            found.append(f"{name} images: files of other names or classes after epoch {start.epochs}")
+        else:
+            continue
+        if start.batches and name == "training":
+            raise ValueError(f"{found[0]}: this can change between two epochs only, and the checkpoint "
+                             f"stands within epoch {start.epochs + 1}, after {start.batches} batches: go "
+                             "on with the images that were there")
+        held = ", and others are held out" if name == "training" and data.conf.val_size else ""
+        say(f"changed: {found[-1]}{held}")
     return found
 
 

@@ -73,6 +73,7 @@ def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
     model = Classifier(command, data.classes, data.image_size, [*start.changed, *other_images(data, start)])
     scaled_layers(command.block, model.net)
     if start.checkpoint is not None:  # what does not fit is said here, before Lightning would
+        model.begins_at = start.step
         restore(model.net, start.checkpoint)
         try_state(command, model, start.checkpoint)
     elif command.model.weights is None and hasattr(model.net, "whiten"):

@@ -17,8 +17,8 @@ def refuse_settings_of_folder() -> None:
         path = Path(os.environ.get("WANDB_DIR", "."), name, "settings")
         if not path.exists() or path.is_file() and "WANDB_BASE_URL" in os.environ:
             continue
-        if not path.is_file():
-            raise ValueError(f"logger=wandb: {path}, which W&B would read, is no plain file: start this in "
+        if not path.is_file() or path.stat().st_size > 2**16:
+            raise ValueError(f"logger=wandb: {path}, which W&B would read, is no small file: start this in "
                              "another folder")
         parser = configparser.ConfigParser(interpolation=None)
         try:

@@ -77,6 +77,15 @@ def test_the_large_kernel_of_orepa_may_be_made_of_plain_ones():
     assert relative_error(plain["conv1.weight"], ours["conv1.weight"]) < 1e-14
 
 
+def test_norms_that_would_make_a_large_tensor():
+    """DBB's inner shift is a product of vectors; of a column and a row it would be a table."""
+    weights, _ = published_model("dbb", "resnet18")
+    key = "stage1.0.conv1.dbb_avg.bn.bn.weight"
+    weights[key] = weights[key][:, None]
+    with pytest.raises(ValueError, match="the tensors of stage1.0.conv1.* do not fit together"):
+        translate(weights, "dbb", "resnet18", build_model("resnet18", CLASSES, image_size=128))
+
+
 @pytest.mark.parametrize(("name", "size"), [("avg_conv", (30000, 1)), ("origin", (1, 1, 3, 3))])
 def test_tensors_that_do_not_fit_together_make_no_large_one(name, size):
     """A vector times a column, say, of a few kilobytes each."""

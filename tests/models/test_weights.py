@@ -239,6 +239,14 @@ def test_whatever_key_holds_the_tensors(tmp_path):
         read_weights(tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("stored", [torch.ones(1), {"settings": torch.ones(2)},
+                                    {"settings": {"model": {"name": "a"}, "data": torch.ones(2)}}])
+def test_a_key_of_ours_that_holds_tensors(tmp_path, stored):
+    torch.save({"dbb": stored, "weight": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth: its key dbb is that of a checkpoint of train.py"):
+        read_weights(tmp_path / "a.pth")
+
+
 def test_quantized_weights_are_refused():
     weights = build_model("resnet8", 10, image_size=8).state_dict()
     weights["fc.bias"] = torch.ones(10, dtype=torch.int8)

@@ -17,6 +17,7 @@ from runs.folder import FolderTakenError, RunFolder
 from runs.same import changes
 from tests.helpers import write_tree
 from tests.runs.stopping import SHORT, At, check_same, fail, interrupt, place, terminate
+from training import steps
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,49 @@ def test_other_images(make_settings, train_with, tmp_path, capsys):
     assert batches.seen == [(epoch, batch) for epoch in (1, 2) for batch in range(5)]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["changed"] == ["training images: 16 until epoch 1, then 20"]
+
+
+def test_other_images_of_the_same_number(make_settings, train_with, tmp_path, capsys):
+    """One that got another class, say: the order of all behind it is another, and which are held out."""
+    files = write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 8, (40, 40))
+    settings = make_settings("model=resnet8", "data=folder", f"data.root={files}", "data.image_size=32",
+                             "data.batch_size=4", "data.num_workers=0", "logger=csv", "trainer.max_epochs=2",
+                             "data.val_size=2", "data.max_images=12")
+    with pytest.raises(SystemExit, match="143"):
+        train_with(settings, tmp_path / "run", At(0, 1, terminate))
+    (files / "train" / "b" / "7.png").rename(files / "train" / "a" / "8.png")
+    with pytest.raises(ValueError, match="images: files of other names .*: this can .* after 2 batches"):
+        train_with(settings, tmp_path / "run")
+    (files / "train" / "a" / "8.png").rename(files / "train" / "b" / "7.png")
+    with pytest.raises(SystemExit, match="143"):
+        train_with(settings, tmp_path / "run", At(0, 2, terminate))
+    assert place(tmp_path / "run") == (1, 0)
+    (files / "train" / "b" / "7.png").rename(files / "train" / "a" / "8.png")
+    (files / "val" / "b" / "7.png").rename(files / "val" / "b" / "8.png")
+    capsys.readouterr()
+    train_with(settings, tmp_path / "run")
+    said = [f"{split} images: files of other names or classes after epoch 1"
+            for split in ("training", "test")]
+    assert f"changed: {said[0]}, and others are held out\nchanged: {said[1]}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["changed"] == said
+
+
+def test_a_checkpoint_that_its_run_replaces_meanwhile(make_settings, train_with, tmp_path, monkeypatch):
+    """While another run starts from it: weights of one step, with a place and a history of another."""
+    settings, last = make_settings(*SHORT), tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for stop in (1, 3):
+        with pytest.raises(SystemExit, match="143"):
+            train_with(settings, tmp_path / "run", At(0, stop, terminate))
+        shutil.copy(last, tmp_path / f"{stop}.ckpt")
+    shutil.copy(tmp_path / "1.ckpt", last)
+    load = steps.load_data
+
+    def saved_meanwhile(*args):
+        shutil.copy(tmp_path / "3.ckpt", last)
+        return load(*args)
+    monkeypatch.setattr(steps, "load_data", saved_meanwhile)
+    with pytest.raises(ValueError, match="was replaced while this run started, by one of step 4 for one of"):
+        train_script.train(make_settings(f"ckpt={last}", "optim.lr=0.01"), tmp_path / "other")
 
 
 def test_places_within_one_epoch_are_told_apart(make_settings, train_with, tmp_path):

@@ -45,6 +45,7 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"),
     ("data.val_size=-1", "data.val_size"), ("data.image_size=-3", "data.image_size"),
     ("data.interpolation=cubic", "did you mean bicubic"), ("data.name=cifar11", "did you mean cifar10"),
+    ("data.mixup=1e-300", "data.mixup"), ("data.cutmix=0.0001", "data.cutmix"),
     ("data.crop_pct=0.9", "data.crop_pct"), ("data.crop_pct=0", "data.crop_pct"),
     ("optim.ema_decay=1", "optim.ema_decay"), ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val"),
     ("optim.label_smoothing=2", "label_smoothing"), ("optim.warmup_epochs=-1", "warmup_epochs"),
@@ -136,6 +137,11 @@ def test_timms_weights_bring_their_normalisation(make_settings, capsys, override
     assert ("data.mean=" in printed) == (expected[0] not in ([0, 0, 0], [0.305] * 3)), "not what was named"
 
 
+def test_a_tag_that_timm_does_not_know(make_settings):
+    with pytest.raises(ValueError, match=r"model.name=resnet18.nope: Invalid pretrained tag \(nope\)"):
+        make_settings("data=digits", "model=timm", "model.name=resnet18.nope", "model.pretrained=true")
+
+
 @pytest.mark.parametrize(("data", "name", "told"), [
     ("imagenet", "dm_nfnet_f0", True), ("digits", "dm_nfnet_f0", False), ("imagenet", "resnet18", False)])
 def test_a_crop_that_is_not_followed_is_told(make_settings, capsys, data, name, told):
@@ -225,6 +231,15 @@ def test_paths_that_lead_nowhere(make_settings, tmp_path, monkeypatch, word, sai
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(ValueError, match=said):
         make_settings(word)
+
+
+def test_the_name_of_a_logger_is_no_other_run_of_it(make_settings, tmp_path, capsys):
+    """`logger=wandb`, typed again with ckpt=, keeps the id; another is taken where it is named."""
+    train(make_settings("model=resnet8", *TINY, "logger.id=abc"), tmp_path)
+    ckpt = f"ckpt={tmp_path}/checkpoints/last.ckpt"
+    assert make_settings(ckpt, "logger=wandb").logger.id == "abc"
+    assert "logger.id" not in capsys.readouterr().out
+    assert make_settings(ckpt, "logger=wandb", "logger.id=other").logger.id == "other"
 
 
 def test_a_sweep_goes_home_too(monkeypatch):

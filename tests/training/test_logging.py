@@ -294,7 +294,7 @@ def test_the_folder_does_not_say_to_whom_wandb_sends(make_settings, tmp_path, mo
     refuse_settings_of_folder()
     (tmp_path / "wandb" / "settings").unlink()
     os.mkfifo(tmp_path / "wandb" / "settings")
-    with pytest.raises(ValueError, match="is no plain file"):
+    with pytest.raises(ValueError, match="is no small file"):
         refuse_settings_of_folder()
 
 
