@@ -81,7 +81,7 @@ def test_norms_that_would_make_a_large_tensor():
     """DBB's inner shift is a product of vectors; of a column and a row it would be a table."""
     weights, _ = published_model("dbb", "resnet18")
     key = "stage1.0.conv1.dbb_avg.bn.bn.weight"
-    weights[key] = weights[key][:, None]
+    weights = weights | {key: weights[key][:, None]}  # others share the dict
     with pytest.raises(ValueError, match="the tensors of stage1.0.conv1.* do not fit together"):
         translate(weights, "dbb", "resnet18", build_model("resnet18", CLASSES, image_size=128))
 
