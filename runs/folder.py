@@ -315,7 +315,7 @@ class RunFolder:
         if stored is not None and not different:
             logger = replace(command.logger, id=stored["logger"].get("id"))
             going_on = newest(self.last)
-            if going_on and asked is None:
+            if going_on and asked is None and not self.result.exists():
                 self._say_what_changed(going_on, command)
             if going_on and asked and not is_further(*map(load_checkpoint, (going_on, asked)), command):
                 raise FolderTakenError(f"{self.path} holds a run of these settings that did not go on from "
@@ -337,12 +337,11 @@ def _new_folder(parent: Path) -> Path:
         path = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
-            time.sleep(0.1)
-            continue
+            return path
         except OSError:
-            pass  # which `output_folder` explains
-        return path
+            if not os.path.lexists(path):
+                return path  # `output_folder` explains why not
+            time.sleep(0.1)
 
 
 def _is_whole(ckpt: Path) -> bool:

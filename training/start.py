@@ -94,9 +94,10 @@ def other_images(data: ImageData, start: Start) -> list[str]:
     for name, key, names, now in (("training", "images", "image_names", len(data.train_indices)),
                                   ("test", "test_images", "test_names", len(data.test_indices))):
         before, digest = about.get(key, now), about.get(names)  # an older file does not say
+        others = digest not in (None, data.names[names])
         if before != now:
             found.append(f"{name} images: {before:,} until epoch {start.epochs}, then {now:,}")
-        elif digest not in (None, data.names[names]):
+        elif others:
             found.append(f"{name} images: files of other names or classes after epoch {start.epochs}")
         else:
             continue
@@ -104,7 +105,7 @@ def other_images(data: ImageData, start: Start) -> list[str]:
             raise ValueError(f"{found[0]}: this can change between two epochs only, and the checkpoint "
                              f"stands within epoch {start.epochs + 1}, after {start.batches} batches: go "
                              "on with the images that were there")
-        held = ", and others are held out" if name == "training" and data.conf.val_size else ""
+        held = ", and others are held out" if others and name == "training" and data.conf.val_size else ""
         say(f"changed: {found[-1]}{held}")
     return found
 

@@ -95,6 +95,12 @@ def test_a_damaged_checkpoint_costs_one_epoch(make_settings, tmp_path, capsys):
     done = call("train.py", f"ckpt={last}", "trainer.max_epochs=4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from the one before, last-previous.ckpt" in done.stdout
+    (run_dir / "result.json").write_text('{"top1": 0.1, "top5": 0.2, "loss": 3.0}')
+    previous(last).rename(tmp_path / "kept.ckpt")
+    last.write_bytes(content)
+    finished = make_settings(*command, "trainer.max_epochs=4")
+    assert train_script.train(finished, run_dir)["top1"] == 0.1, "of a finished run, none is read"
+    (tmp_path / "kept.ckpt").rename(previous(last))
     last.unlink()
     assert newest(last) == previous(last)
     previous(last).write_bytes(content[:1000])
@@ -263,6 +269,12 @@ def test_runs_that_begin_in_the_same_second(tmp_path, make_settings, monkeypatch
     folders = [RunFolder.of(make_settings("model=resnet8", *TINY)).path for _ in range(2)]
     assert [folder.name for folder in folders] == ["2026-01-02_03-04-00", "2026-01-02_03-04-01"]
     assert all(folder.is_dir() for folder in folders)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "outputs").symlink_to(tmp_path / "unmounted")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    seconds = iter([2])
+    with pytest.raises(ValueError, match="cannot write into outputs/resnet8_digits"):
+        RunFolder.of(make_settings("model=resnet8", *TINY))
 
 
 def test_a_job_of_a_sweep_that_never_began_says_why(tmp_path):
