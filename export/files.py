@@ -12,6 +12,7 @@ from torch import nn
 
 from models import build_model, limits, load_weights
 from models.build import refuse_larger
+from models.reading import parse_header
 
 HUB = ("hub/model.safetensors", "hub/config.json")  # what timm loads from a folder
 
@@ -81,9 +82,7 @@ def parse_about(text: str | None, path: Path) -> dict:
         ValueError: if it does not say what is needed, or of another type.
     """
     try:
-        if text and len(text) > limits.HEADER:
-            raise ValueError("no conversion writes as much")
-        about = {"interpolation": "bilinear"} | json.loads(text or "null")  # older files do not say
+        about = {"interpolation": "bilinear"} | parse_header(text or "null")  # older files do not say
         good = (isinstance(about["model"], str) and isinstance(about["classes"], list)
                 and all(isinstance(name, str) for name in about["classes"])
                 and 0 < len(about["classes"]) <= limits.CLASSES

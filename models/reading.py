@@ -119,7 +119,11 @@ def _are_weights(found: Any) -> bool:
 
 def _header(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("dbb", "{}")
+        return parse_header((file.metadata() or {}).get("dbb", "{}"))
+
+
+def parse_header(text: str) -> Any:
+    """The JSON in the header of a file of weights; a ValueError if it is longer than any of ours, or none."""
     if len(text) > limits.HEADER:
         raise ValueError("its header is longer than any of ours")
     return json.loads(text)

@@ -335,8 +335,6 @@ def test_a_conversion_is_for_the_size_and_classes_of_the_training(trained, make_
     assert not (tmp_path / "convert").exists()
 
 
-
-
 def test_a_conversion_that_is_killed_while_files_take_their_places(tmp_path, monkeypatch, capsys):
     """The next one knows them all for a conversion's own; that of another checkpoint says so."""
     report = {"about": {}, "relative_error": 0.0, "hub": []}
