@@ -80,7 +80,9 @@ class Trace(TorchDispatchMode):
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if view or name in self.free or func.namespace == "prim":
             return out
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        reads = not (name.startswith("new_") or name.endswith("_like"))  # else arguments give a shape only
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out) if reads else out)
+                   if isinstance(leaf, torch.Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
         moved = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)  # less, if expanded

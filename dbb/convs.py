@@ -84,7 +84,7 @@ class NormedConv(Function):
 
     @staticmethod
     def forward(ctx, x, kernel, weight, bias, running_mean, running_var, momentum, eps, conv):
-        z = F.conv2d(x, kernel, None, *conv)
+        z = F.conv2d(*_seen(x, kernel, conv))
         running = running_mean, running_var
         out, mean, inverse = torch.native_batch_norm(z, weight, bias, *running, True, momentum, eps)
         ctx.save_for_backward(x, kernel, weight, mean, inverse)
@@ -94,11 +94,27 @@ class NormedConv(Function):
     @staticmethod
     def backward(ctx, d_out):
         x, kernel, weight, mean, inverse = ctx.saved_tensors
-        z = F.conv2d(x, kernel, None, *ctx.conv)
+        seen, _, _, *conv = _seen(x, kernel, ctx.conv)
+        z = F.conv2d(seen, kernel, None, *conv)
         d_z, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             d_out, z, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True])
-        d_x, d_kernel = _gradients(d_z, x, kernel, ctx.conv, ctx.needs_input_grad[:2])
+        d_x, d_kernel = _gradients(d_z, seen, kernel, conv, ctx.needs_input_grad[:2])
+        if seen.shape != x.shape and d_x is not None:
+            (rows, columns), *_ = ctx.conv
+            d_seen, d_x = d_x, torch.zeros_like(x)
+            d_x[:, :, ::rows, ::columns] = d_seen
         return d_x, d_kernel, d_weight, d_bias, *[None] * 5
+
+
+def _seen(x: Tensor, kernel: Tensor, conv: tuple) -> tuple:
+    """The arguments of `F.conv2d`: for a 1x1 kernel with a stride, on a map of the pixels that it sees.
+
+    Torch's gradients with a stride take twice as long on a CPU.
+    """
+    (rows, columns), padding, dilation, groups = conv
+    if kernel.shape[2:] != (1, 1) or rows * columns == 1 or groups > 1 or any(padding):
+        return x, kernel, None, *conv
+    return x[:, :, ::rows, ::columns].clone(), kernel, None, (1, 1), padding, dilation, groups
 
 
 class StackedConv(Function):

@@ -5,7 +5,7 @@ Statistics are taken, and running ones moved, here; branches only say what their
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,14 @@ def exact(block, x: Tensor) -> Tensor:
     others = [branch for branch in block.branches.values() if branch not in points]
     alike = [branch for branch in others if _stacks(branch, padded, others[0].bn)]
     if len(alike) > 1:
-        term, of_means, of_variances = _normed_together(alike, padded, firsts)
-        terms, means, variances = [*terms, term], [*means, *of_means], [*variances, *of_variances]
+        maps, of_means, of_variances = _normed_together(alike, padded, firsts)
+        terms, means, variances = [*terms, *maps], [*means, *of_means], [*variances, *of_variances]
         others = [branch for branch in others if branch not in alike]
     else:
         alike = []
     _follow(inner, [*points, *alike], variances, means)  # before norms below count the batch
     terms += [_normed(branch, padded, firsts.get(branch)) for branch in others]
-    return sum(terms[1:], terms[0])
+    return _summed(terms)
 
 
 def _by_covariance(g: Geometry, x: Tensor, inner: list[Branch], points: list[Branch]) -> tuple:
@@ -216,8 +216,8 @@ def _stacks(branch: Branch, padded: Tensor, like: nn.Module) -> bool:
 
 
 def _normed_together(branches: list[Branch], padded: Tensor,
-                     firsts: dict[Branch, Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The sum of several branches, one convolution and one norm; their means and variances, `[O]` each."""
+                     firsts: dict[Branch, Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Of several branches, by one convolution and one norm: maps to add, and means and variances, `[O]`."""
     g, norms = branches[0].geometry, [branch.bn for branch in branches]
     x, padding = g.aligned(padded, g.kernel_size)
     x, *kernels = as_autocast(x, *[branch.kernel(firsts.get(branch)) for branch in branches])
@@ -227,11 +227,21 @@ def _normed_together(branches: list[Branch], padded: Tensor,
     running = weight.new_zeros(2, len(weight))  # with momentum 1 they become the batch's
     maps = F.batch_norm(maps, *running, weight, bias, True, 1.0, norms[0].eps)
     means, variances = running.view(2, g.groups, len(norms), -1).transpose(1, 2).flatten(2).unbind()
-    return _summed(maps, g.groups, len(norms)), list(means), list(variances)
+    return _by_branch(maps, g.groups, len(norms)), list(means), list(variances)
 
 
-def _summed(maps: Tensor, groups: int, branches: int) -> Tensor:
-    """The sum over branches of `StackedConv`'s maps: in pairs, as torch's `sum` is slow on a CPU."""
+def _by_branch(maps: Tensor, groups: int, branches: int) -> list[Tensor]:
+    """`StackedConv`'s maps, one a branch; with groups, which come first, their sum alone."""
+    if groups == 1:
+        return list(maps.chunk(branches, 1))
     at = 1 if maps.is_contiguous() else 3  # so that gradients are stacked in the maps' memory format
-    first, *others = maps.movedim(1, at).unflatten(at, (groups, branches, -1)).unbind(at + 1)
-    return sum(others, first).flatten(at, at + 1).movedim(at, 1)
+    parts = maps.movedim(1, at).unflatten(at, (groups, branches, -1)).unbind(at + 1)
+    return [_summed(parts).flatten(at, at + 1).movedim(at, 1)]
+
+
+def _summed(maps: Sequence[Tensor]) -> Tensor:
+    """The sum of maps: in pairs, as torch's `sum` is slow on a CPU, and in place of the first two's."""
+    total = sum(maps[1:2], maps[0])
+    for part in maps[2:]:
+        total = total.add_(part) if total.dtype == part.dtype else total + part
+    return total

@@ -181,9 +181,9 @@ class Turned(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         maps = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.ndim == 4
-                and len(t) == self.images and t.shape[2:] in {(9, 8), (5, 4)}]
-        view = func.overloadpacket is torch.ops.aten.slice
-        if not view and not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
+                and len(t) == self.images and t.shape[2:] in {(9, 8), (5, 4)}
+                and t.nbytes == t.untyped_storage().nbytes()]  # and no part of a larger one
+        if not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
             self.names.append(func.overloadpacket.__name__)
         return out
 
