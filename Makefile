@@ -10,7 +10,6 @@ RUN = .venv/bin/python
 
 .PHONY: demo test quick lint fuzz torture gpu bench families
 demo: .venv/ready  ## train on real handwritten digits, convert, print the table
-	rm -rf outputs/demo
 	$(RUN) train.py experiment=demo out=outputs/demo
 	$(RUN) convert.py ckpt=outputs/demo/checkpoints/last.ckpt
 

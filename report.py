@@ -26,19 +26,23 @@ from settings.cli import output_folder, plain_errors, printable
 WRITTEN = ("report.md", "curves.png", "variants.csv", "runs.csv", "epochs.csv")
 
 
-def refuse_others(out: Path) -> None:
+def refuse_others(out: Path) -> str | None:
     """Refuse to replace a file that no earlier report wrote.
+
+    Returns:
+        The heading of the report that stands there, if one does.
 
     Raises:
         ValueError: if there is one.
     """
     page = out / WRITTEN[0]
     known = page.is_file() and page.stat().st_size <= limits.REPORT
-    ours = known and MARK in page.read_text(errors="replace")
+    text = page.read_text(errors="replace") if known else ""
     there = [name for name in WRITTEN if (out / name).exists()]
-    if there and not ours:
+    if there and MARK not in text:
         raise ValueError(f"{out / there[0]} is to be written, but what stands there is of no earlier report: "
                          "choose another folder with --out DIR")
+    return text.partition("\n")[0] if there else None
 
 
 def main() -> None:
@@ -55,7 +59,7 @@ def main() -> None:
         variants = compare_variants(runs, options.baseline)
         epochs = epochs.merge(runs[["folder", "variant", "seed", "state"]], on="folder")
         out = output_folder(options.out or options.folders[0])
-        refuse_others(out)
+        earlier = refuse_others(out)
         text = markdown(runs, variants, options.folders, options.baseline)
         with tempfile.TemporaryDirectory(dir=out) as folder:  # what takes a link's place does not follow it
             part = Path(folder)
@@ -67,6 +71,8 @@ def main() -> None:
             for name in WRITTEN:
                 (part / name).replace(out / name)
         print(text, printable(f"written to {out}: {', '.join(WRITTEN)}"), sep="\n")
+        if earlier not in (None, text.partition("\n")[0]):
+            print(printable(f'it had the report "{earlier.removeprefix("# ")[:200]}", which is replaced'))
 
 
 if __name__ == "__main__":

@@ -378,4 +378,15 @@ def test_a_report_replaces_no_file_of_somebody_elses(tmp_path):
     with pytest.raises(ValueError, match="report.md is to be written"):
         report_script.refuse_others(tmp_path)
     (tmp_path / "report.md").write_text(f"# Runs\n\n{MARK}: ...")
-    report_script.refuse_others(tmp_path)
+    assert report_script.refuse_others(tmp_path) == "# Runs"
+
+
+def test_a_report_of_other_runs_is_not_replaced_without_a_word(tmp_path, capsys, monkeypatch):
+    study(tmp_path / "one")
+    study(tmp_path / "two")
+    out, said = ["--out", str(tmp_path / "report")], []
+    for name in ("one", "one", "two"):
+        monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / name), *out])
+        report_script.main()
+        said.append('it had the report "one", which is replaced' in capsys.readouterr().out)
+    assert said == [False, False, True]
