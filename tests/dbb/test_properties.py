@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -26,7 +26,13 @@ def test_every_branch_is_drawn():
     assert set(NAMES) == set(BRANCHES) - {"row"}  # the README's worked example
 
 
+# More padding than the kernel has taps, which is rarely drawn with a stride and without groups.
+WIDE = dict(in_channels=4, out_channels=6, kernel_size=3, stride=2, padding=2,
+            branches=["kxk", "1x1", "1x1_avg"])
+
+
 @examples(250)
+@example((WIDE, (9, 8)), 0.1)
 @given(cases(), st.sampled_from([0.1, None]))
 def test_block_is_the_reference(case, momentum):
     block, x = build(case)
