@@ -67,7 +67,7 @@ def main() -> None:
             draw_curves(epochs[epochs["state"] == "finished"], variants, part / "curves.png")
             runs = runs.drop(columns="settings")
             for name, rows in {"variants.csv": variants, "runs.csv": runs, "epochs.csv": epochs}.items():
-                rows.to_csv(part / name, index=False, float_format="%.6g")
+                rows.to_csv(part / name, index=False, float_format="%.6g", errors="backslashreplace")
             for name in WRITTEN:
                 (part / name).replace(out / name)
         print(text, printable(f"written to {out}: {', '.join(WRITTEN)}"), sep="\n")

@@ -12,13 +12,13 @@ from torchvision.transforms.v2 import functional as TF
 
 from models import limits
 
-IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dds", ".dib", ".gif", ".j2c", ".j2k", ".jfif",
-                 ".jp2", ".jpc", ".jpe", ".jpf", ".jpx", ".mpo", ".pbm", ".pcx", ".pnm", ".qoi", ".sgi",
-                 ".tga")
-# Those of these endings, whatever a file is called: PostScript, say, would be run by another program.
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dib", ".gif", ".jfif", ".jpe", ".mpo", ".pbm", ".pcx",
+                 ".pnm", ".sgi", ".tga")
+# Those of these endings, whatever a file is called: PostScript, say, would be run by another program; a
+# JPEG 2000 of a kilobyte may take eight gigabytes, and Pillow reads DDS and QOI pixel by pixel.
 Image.init()
-FORMATS = [kind for kind in ("AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX",
-                             "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP") if kind in Image.OPEN]
+FORMATS = [kind for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA",
+                             "TIFF", "WEBP") if kind in Image.OPEN]
 TILE = 322, 323  # a TIFF's tags of the width and height of a tile, which may be larger than the image
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
               TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
@@ -77,7 +77,7 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
                 raise ValueError("its tiles are described twice, or by numbers of another kind")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error
-    most = limits.JPEG2000_PIXELS if kind == "JPEG2000" else limits.IMAGE_PIXELS
+    most = limits.PPM_PIXELS if kind == "PPM" else limits.IMAGE_PIXELS
     if width * height > most or max(width, height) > limits.IMAGE_SIDES * min(width, height):
         raise ValueError(f"unreadable image: {path} ({width} x {height} pixels: it is too large or too long)")
     return kind, (width, height)

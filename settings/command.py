@@ -84,9 +84,9 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
         key = getattr(error, "full_key", None) or ""
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
     if command.data.root is not None:
-        command.data.root = str(_expanded("data.root", command.data.root).resolve())
+        command.data.root = _resolved("data.root", command.data.root)
     if command.model.weights is not None:
-        command.model.weights = str(_expanded("model.weights", command.model.weights).resolve())
+        command.model.weights = _resolved("model.weights", command.model.weights)
     if command.model.pretrained and command.ckpt is None:
         _prepare_as_trained(command, words)
     return command
@@ -100,6 +100,16 @@ def _expanded(knob: str, path: str) -> Path:
         return found
     except RuntimeError as error:
         raise ValueError(f"{knob}={path} is no path: {error}") from error
+
+
+def _resolved(knob: str, path: str) -> str:
+    """A path from the root, as config.yaml keeps it; a ValueError if that could not be read again."""
+    found = str(_expanded(knob, path).resolve())
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{knob}={printable(found)} is not UTF-8: rename the file or the folder") from error
+    return found
 
 
 def _prepare_as_trained(settings: Settings, words: Sequence[Override]) -> None:

@@ -61,6 +61,11 @@ def test_every_ending_of_the_list_is_read(tmp_path):
         assert is_image(path)
         assert (read_pixels(str(path)).float().mean((1, 2)) - colour).abs().max() < 2, ending
         assert (prepare(str(path), about).mean((1, 2)) * 255 - colour).abs().max() < 2, ending
+    for ending in (".jp2", ".dds", ".qoi"):  # a kilobyte of the first may take eight gigabytes
+        Image.new("RGB", (64, 64)).save(tmp_path / f"image{ending}")
+        (tmp_path / f"image{ending}").replace(tmp_path / "other.png")
+        with pytest.raises(ValueError, match=r"unreadable image: .*other\.png"):
+            read_pixels(str(tmp_path / "other.png"))
     with pytest.raises(ValueError, match=r"image\.heic does not end as an image does: \.apng \.avif"):
         prepare(str(tmp_path / "image.heic"), about)
 

@@ -86,6 +86,13 @@ def test_norms_that_would_make_a_large_tensor():
         translate(weights, "dbb", "resnet18", build_model("resnet18", CLASSES, image_size=128))
 
 
+def test_tensors_that_are_of_no_real_numbers():
+    unit = {f"stage0.conv1.{key}": value for key, value in OrepaStem(3, 64, 2).state_dict().items()}
+    unit["stage0.conv1.weight0.vector"] = unit["stage0.conv1.weight0.vector"].to(torch.int8)
+    with pytest.raises(ValueError, match="stage0.conv1.weight0.vector is of torch.int8"):
+        translate(unit, "orepa", "resnet18", build_model("resnet18", CLASSES, image_size=128))
+
+
 @pytest.mark.parametrize(("name", "size"), [("avg_conv", (30000, 1)), ("origin", (1, 1, 3, 3))])
 def test_tensors_that_do_not_fit_together_make_no_large_one(name, size):
     """A vector times a column, say, of a few kilobytes each."""

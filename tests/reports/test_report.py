@@ -381,6 +381,14 @@ def test_a_report_replaces_no_file_of_somebody_elses(tmp_path):
     assert report_script.refuse_others(tmp_path) == "# Runs"
 
 
+def test_a_folder_in_an_old_alphabet_costs_the_report_no_run(tmp_path, monkeypatch):
+    study(tmp_path)
+    (tmp_path / "dbb0").rename(tmp_path / "caf\udce9")  # é in Latin-1
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    report_script.main()
+    assert "caf\\udce9" in (tmp_path / "runs.csv").read_text()
+
+
 def test_a_report_of_other_runs_is_not_replaced_without_a_word(tmp_path, capsys, monkeypatch):
     study(tmp_path / "one")
     study(tmp_path / "two")

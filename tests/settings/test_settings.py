@@ -225,6 +225,7 @@ def test_a_tilde_is_the_home_folder(make_settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("word", "said"), [
     ("out='~nobody_here/x'", "out=~nobody_here/x is no path: Could not determine home"),
     ("data.root='~nobody_here/x'", "data.root=~nobody_here/x is no path"),
+    ("data.root='/caf\udce9'", r"data.root=/caf\\udce9 is not UTF-8: rename"),  # é in Latin-1
     ("data.root=circle", "data.root=circle is no path: Symlink loop")])
 def test_paths_that_lead_nowhere(make_settings, tmp_path, monkeypatch, word, said):
     monkeypatch.chdir(tmp_path)
