@@ -86,7 +86,8 @@ def load_network(checkpoint: dict[str, Any], settings) -> nn.Module:
     Raises:
         ValueError: if the weights are those of another network.
     """
-    refuse_larger(settings.model.name, len(checkpoint["dbb"]["classes"]), checkpoint["state_dict"])
+    refuse_larger(settings.model.name, len(checkpoint["dbb"]["classes"]), checkpoint["state_dict"],
+                  blocks_of(settings.block) is not None)
     net = build_network(settings, len(checkpoint["dbb"]["classes"]), checkpoint["dbb"]["image_size"])
     restore(net, checkpoint)
     return net.eval()

@@ -126,9 +126,9 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def names(self) -> dict[str, str | None]:
-        """Hashes of the names of all training and test images; None of those that are no files of a tree."""
+        """Hashes of all training and test images: of their names, or of their pixels if held in memory."""
         sets = {"image_names": self.train_set, "test_names": self.test_set}
-        return {key: found.tree.digest if isinstance(found, FileImages) else None
+        return {key: found.tree.digest if isinstance(found, FileImages) else found.digest
                 for key, found in sets.items()}
 
     @property

@@ -34,6 +34,7 @@ class TensorImages(Dataset):
     def __init__(self, images: Tensor, targets: Tensor, conf: DataConf, seed: int, augment: bool):
         self.images, self.targets, self.conf, self.seed, self.augment = images, targets, conf, seed, augment
         self.image_size = images.shape[-1]
+        self.digest = None
         self._moves = (-1, images)  # the epoch last drawn for, and its moves
 
     def __len__(self) -> int:
@@ -72,6 +73,8 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
         The images, and the names of the classes.
     """
     images, targets, classes = READERS[conf.name](conf, train)
+    digest = hashlib.sha256(images.numpy())  # before they are resized, to which machines may round otherwise
+    digest.update(targets.numpy())
     if conf.image_size is not None and conf.image_size != images.shape[-1]:
         taken = 3 * len(images) * conf.image_size**2
         if taken > limits.IMAGES_BYTES:
@@ -84,7 +87,9 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
         for part, place in zip(images.split(at_once), resized.split(at_once), strict=True):
             place.copy_(TF.resize(part, size, mode, antialias=True))
         images = resized
-    return TensorImages(images, targets, conf, seed, augment=train), classes
+    split = TensorImages(images, targets, conf, seed, augment=train)
+    split.digest = digest.hexdigest()
+    return split, classes
 
 
 def load_noise(conf: DataConf, seed: int) -> TensorImages:

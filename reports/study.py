@@ -19,7 +19,8 @@ def markdown(runs: pd.DataFrame, variants: pd.DataFrame, folders: list[Path],
     plain, more = baseline or "plain", len(folders) - 1
     intervals = ["95% interval", "of all comparisons together"]
     others = {0: "", 1: " and 1 more folder"}.get(more, f" and {more} more folders")
-    parts = [f"# {cell(folders[0].name)}{others}",
+    place = folders[0].resolve()
+    parts = [f"# {cell(place.parent.name if place.name == 'runs' else place.name)}{others}",
              f"{MARK}: all n runs that differ only in their seed. Its name is what tells it "
              "from the others (`none` is the plain network), and differences are to "
              f"{baseline or 'the plain network of otherwise the same settings'}.",

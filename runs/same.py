@@ -8,12 +8,12 @@ from models.checkpoint import place_of
 from settings.command import OF_THE_COMMAND, Command
 from settings.schema import (
     NOT_OF_THE_RUN,
-    TENSOR_SETS,
     BlockConf,
     DataConf,
     ModelConf,
     OptimConf,
     TrainerConf,
+    same_everywhere,
 )
 from settings.values import differ, flat
 
@@ -54,7 +54,7 @@ def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
     """
     known = flat(settings)
     ignored = set(SAME_RUN)
-    if known.get("data.name") in TENSOR_SETS:  # the same images in every place
+    if same_everywhere(known.get("data.name"), known.get("data.root")):
         ignored.add("data.root")
     return {key: value for key, value in known.items() if not {key, key.split(".")[0]} & ignored}
 

@@ -3,20 +3,25 @@
 import hashlib
 import os
 import re
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from settings.cli import plain_errors
 from settings.overrides import parsed, wants_no_block
-from settings.schema import NOT_OF_THE_RUN, TENSOR_SETS
+from settings.schema import NOT_OF_THE_RUN, same_everywhere
 
 
-def job_name(data: str, overrides: list[str]) -> str:
-    """The folder of a sweep's job: its settings in one order, so that a job keeps it when the sweep grows."""
+def job_name(data: str, overrides: list[str], sweep: str = ".") -> str:
+    """The folder of a sweep's job: its settings in one order, so that a job keeps it when the sweep grows.
+
+    The default seed may have been typed or not: of both names, that of a folder which is there is taken.
+    """
     ignored = {"out", *NOT_OF_THE_RUN}
-    if data in TENSOR_SETS:  # the same images in every place
-        ignored.add("data.root")
     words = parsed(overrides)
+    roots = [word.value() for word in words if word.key_or_group == "data.root"]
+    if same_everywhere(data, roots[-1] if roots else None):
+        ignored.add("data.root")
     plain = wants_no_block(words)
     if plain:  # see settings.command.resolve
         ignored.add("block")
@@ -25,7 +30,13 @@ def job_name(data: str, overrides: list[str]) -> str:
         key = override.key_or_group
         if not {key, key.split(".")[0]} & ignored:
             kept.append(override.input_line)
-    wanted = "+".join(sorted(kept)).replace("=", "-") or "defaults"
+    twin = [word for word in kept if word != "seed=0"] if "seed=0" in kept else [*kept, "seed=0"]
+    names = [_as_folder(kept), _as_folder(twin)]
+    return next((name for name in names if Path(sweep, name).is_dir()), names[0])
+
+
+def _as_folder(words: list[str]) -> str:
+    wanted = "+".join(sorted(words)).replace("=", "-") or "defaults"
     # Only what Hydra takes unquoted in ckpt=PATH, and a file system as one name.
     name = re.sub(r"[^\w.+-]", "_", wanted, flags=re.ASCII)[:150]
     return name if name == wanted else f"{name[:140]}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"

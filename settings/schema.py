@@ -5,6 +5,7 @@ stands beside it.
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,12 @@ FILE_SETS = ("imagenet", "folder")  # data sets that are read image by image
 # All others of configs/data/ are held in memory, and augmented as whole batches.
 TENSOR_SETS = tuple(sorted({path.stem for path in Path(__file__).parents[1].glob("configs/data/*.yaml")}
                            - {*FILE_SETS, "none"}))
+
+
+def same_everywhere(data: str | None, root: str | None) -> bool:
+    """Whether a data set has the same images in every place, as the official archive has; a tree may not."""
+    tree = isinstance(root, str) and os.path.isdir(os.path.join(os.path.expanduser(root), "train"))
+    return data in TENSOR_SETS and not tree
 
 
 @dataclass

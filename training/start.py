@@ -98,7 +98,7 @@ def other_images(data: ImageData, start: Start) -> list[str]:
         if before != now:
             found.append(f"{name} images: {before:,} until epoch {start.epochs}, then {now:,}")
         elif others:
-            found.append(f"{name} images: files of other names or classes after epoch {start.epochs}")
+            found.append(f"{name} images: others, or of other classes, after epoch {start.epochs}")
         else:
             continue
         if start.batches and name == "training":

@@ -91,7 +91,7 @@ def test_other_images_of_the_same_number(make_settings, train_with, tmp_path, ca
     with pytest.raises(SystemExit, match="143"):
         train_with(settings, tmp_path / "run", At(0, 1, terminate))
     (files / "train" / "b" / "7.png").rename(files / "train" / "a" / "8.png")
-    with pytest.raises(ValueError, match="images: files of other names .*: this can .* after 2 batches"):
+    with pytest.raises(ValueError, match="images: others, or of other classes.*: this can .* after 2 batches"):
         train_with(settings, tmp_path / "run")
     (files / "train" / "a" / "8.png").rename(files / "train" / "b" / "7.png")
     with pytest.raises(SystemExit, match="143"):
@@ -101,7 +101,7 @@ def test_other_images_of_the_same_number(make_settings, train_with, tmp_path, ca
     (files / "val" / "b" / "7.png").rename(files / "val" / "b" / "8.png")
     capsys.readouterr()
     train_with(settings, tmp_path / "run")
-    said = [f"{split} images: files of other names or classes after epoch 1"
+    said = [f"{split} images: others, or of other classes, after epoch 1"
             for split in ("training", "test")]
     assert f"changed: {said[0]}, and others are held out\nchanged: {said[1]}\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "result.json").read_text())["changed"] == said

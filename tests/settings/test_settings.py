@@ -171,6 +171,19 @@ def test_slurm_is_asked_for_in_its_jobs_only(monkeypatch):
     assert folders.slurm_job() == "42"
 
 
+def test_a_sweep_takes_seeds_later_and_other_trees_for_others(tmp_path):
+    """The folders of its first jobs, without a seed, are those of the default seed."""
+    for first, then in (([], ["seed=0"]), (["seed=0"], [])):
+        block = "block=acb" if first else "block=dbb"
+        made = folders.job_name("digits", [block, *first], tmp_path)
+        (tmp_path / made).mkdir()
+        assert folders.job_name("digits", [block, *then], tmp_path) == made
+        assert folders.job_name("digits", [block, "seed=1"], tmp_path) == f"{block.replace('=', '-')}+seed-1"
+    (tmp_path / "A" / "train").mkdir(parents=True)
+    names = {folders.job_name("cifar10", [f"data.root={tmp_path}/{root}"]) for root in "ABC"}
+    assert len(names) == 2, "A is a tree; B and C are places for the official archive"
+
+
 def test_a_job_of_a_sweep_has_its_settings_as_its_folder():
     name = partial(folders.job_name, "cifar10")
     plain, dbb = ["block=none", "seed=0"], ["block=dbb", "seed=0"]
