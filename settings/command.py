@@ -98,8 +98,8 @@ def _expanded(knob: str, path: str) -> Path:
         found = Path(path).expanduser()
         found.resolve()
         return found
-    except RuntimeError as error:
-        raise ValueError(f"{knob}={path} is no path: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{knob}={printable(path)} is no path: {error}") from error
 
 
 def _resolved(knob: str, path: str) -> str:

@@ -219,7 +219,8 @@ class TrainerConf:
     enable_progress_bar: bool | None = None
 
     def check(self) -> None:
-        """Check the profiler's name, and that something is trained on, for some time."""
+        """Check names, and that something is trained on, for some time."""
+        check_name("trainer.accelerator", self.accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "tpu"])
         for knob in ("limit_train_batches", "limit_val_batches"):
             value = getattr(self, knob)
             if isinstance(value, float) and value > 1:

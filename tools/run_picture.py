@@ -16,8 +16,8 @@ SHOWN = {"loss": ["train/loss_epoch", "test/loss"], "accuracy on the test images
 
 def draw(run_dir: Path, path: Path) -> None:
     """The curves of SHOWN, and for the first and the last layer each branch's share and size of gammas."""
-    events = EventAccumulator(str(run_dir)).Reload()
-    names = events.Tags()["scalars"]
+    events = EventAccumulator(str(run_dir))
+    names = events.Reload().Tags()["scalars"] if run_dir.is_dir() else []
     layers = [name.split("/")[1] for name in names if name.startswith("share/") and name.endswith("/kxk")]
     panels = dict(SHOWN)
     if not layers:

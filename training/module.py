@@ -122,7 +122,8 @@ class Classifier(pl.LightningModule):
                              f"{checkpoint['global_step']} for one of step {step}: start this again, from a "
                              "copy if its run still trains")
         self.place = place_of(checkpoint)
-        if self.settings.optim.ema_decay is None and "current_model_state" in checkpoint:
+        averaged = checkpoint["dbb"]["settings"]["optim"].get("ema_decay") is not None
+        if averaged and self.settings.optim.ema_decay is None and "current_model_state" in checkpoint:
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # the weights, not their average
         checkpoint["lr_schedulers"] = []  # a schedule takes any attribute; `on_train_start` places it
 

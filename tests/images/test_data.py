@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from images.data import ImageData, KeySampler, crop_and_flip
 from images.sources import lighting
+from tests.helpers import write_tree
 from training.module import Classifier
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,23 @@ def test_digits_are_split_once_and_for_all(load):
     assert min(torch.bincount(first.test_set.targets)) >= 34, "stratified"
     train = {bytes(image.numpy().tobytes()) for image in first.train_set.images}
     assert not any(image.numpy().tobytes() in train for image in first.test_set.images)
+
+
+def test_other_images_in_memory_have_another_hash(make_settings, tmp_path):
+    """Also if a tree has as many, of the same names: with a label mended, or a picture."""
+    write_tree(tmp_path, ("train", "test"), "0123456789", 2, (8, 8))
+    words, seen = ["model=resnet8", "data=cifar10", f"data.root={tmp_path}", "data.batch_size=4"], []
+    conf = make_settings(*words).data
+    picture = tmp_path / "train" / "3" / "1.png"
+    for change in (lambda: None, lambda: None, lambda: Image.new("RGB", (8, 8)).save(picture),
+                   lambda: picture.rename(tmp_path / "train" / "4" / "9.png")):
+        change()
+        data = ImageData(conf, 0)
+        data.load(train=True)
+        seen.append(data.names)
+    assert seen[0] == seen[1]
+    assert len({names["image_names"] for names in seen}) == 3
+    assert len({names["test_names"] for names in seen}) == 1
 
 
 @pytest.mark.parametrize("source", ["digits", "cifar10", "imagenet"])

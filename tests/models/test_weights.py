@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LinearLR, MultiStepLR, SequentialLR
 import convert as convert_script
 import eval as eval_script
 import train as train_script
-from evaluation.networks import load_published, start_network
+from evaluation.networks import build_network, load_published, start_network
+from evaluation.networks import load_network as load_of_run
 from export.files import load_network, save_network
 from images.data import ImageData
 from models import build_model
@@ -245,6 +246,18 @@ def test_a_key_of_ours_that_holds_tensors(tmp_path, stored):
     torch.save({"dbb": stored, "weight": torch.ones(1)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="a.pth: its key dbb is that of a checkpoint of train.py"):
         read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(("model", "branches"), [("resnet8", "1x1_avg"), ("vgg16", "1x1,1x1_avg,identity")])
+def test_blocks_may_hold_less_than_their_convolutions(make_settings, model, branches):
+    """1x1 kernels alone are a ninth: the run's own checkpoint is not that of another network."""
+    settings = make_settings(f"model={model}", f"block.branches=[{branches}]")
+    state = {f"net.{key}": value for key, value in build_network(settings, 10, 32).state_dict().items()}
+    checkpoint = {"dbb": {"classes": TEN, "image_size": 32}, "state_dict": state}
+    load_of_run(checkpoint, settings)
+    settings.model.name = "vit_giant_patch14_224"
+    with pytest.raises(ValueError, match="vit_giant_patch14_224 has 1,.* parameters, the file"):
+        load_of_run(checkpoint, settings)
 
 
 def test_quantized_weights_are_refused():

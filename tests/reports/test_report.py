@@ -390,11 +390,11 @@ def test_a_folder_in_an_old_alphabet_costs_the_report_no_run(tmp_path, monkeypat
 
 
 def test_a_report_of_other_runs_is_not_replaced_without_a_word(tmp_path, capsys, monkeypatch):
-    study(tmp_path / "one")
-    study(tmp_path / "two")
+    for name in ("one", "two"):
+        study(tmp_path / name / "runs")
     out, said = ["--out", str(tmp_path / "report")], []
     for name in ("one", "one", "two"):
-        monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / name), *out])
+        monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / name / "runs"), *out])
         report_script.main()
         said.append('it had the report "one", which is replaced' in capsys.readouterr().out)
     assert said == [False, False, True]

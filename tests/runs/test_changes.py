@@ -91,7 +91,7 @@ def test_other_images_of_the_same_number(make_settings, train_with, tmp_path, ca
     with pytest.raises(SystemExit, match="143"):
         train_with(settings, tmp_path / "run", At(0, 1, terminate))
     (files / "train" / "b" / "7.png").rename(files / "train" / "a" / "8.png")
-    with pytest.raises(ValueError, match="images: others, or of other classes.*: this can .* after 2 batches"):
+    with pytest.raises(ValueError, match="others, or of other classes.*: this can .* after 2 batches"):
         train_with(settings, tmp_path / "run")
     (files / "train" / "a" / "8.png").rename(files / "train" / "b" / "7.png")
     with pytest.raises(SystemExit, match="143"):
@@ -227,6 +227,16 @@ def test_rows_of_another_training_do_not_stay(make_settings, train_with, whole, 
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) > 2
     train_script.train(make_settings(f"ckpt={whole}/checkpoints/last.ckpt", "trainer.max_epochs=3"), tmp_path)
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].min() == 9  # the row of the epoch before
+
+
+def test_weights_beside_their_average_are_checked_too(make_settings, whole, tmp_path):
+    """A checkpoint of somebody else's may hold others there than those which eval.py measures."""
+    checkpoint = load_checkpoint(whole / "checkpoints" / "last.ckpt")
+    checkpoint["current_model_state"] = {key: value.long() for key, value in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    settings = make_settings(f"ckpt={tmp_path}/a.ckpt", "trainer.max_epochs=3")
+    with pytest.raises(ValueError, match="of torch.int64 in the file"):
+        train_script.train(settings, tmp_path / "run")
 
 
 def test_without_the_average_from_now_on(make_settings, train_with, tmp_path):

@@ -30,7 +30,7 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("trainer.max_time=abc", "trainer.max_time"), ("trainer.max_time=00:00:00:00", "trainer.max_time"),
     ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch"),
     ("trainer.log_every_n_steps=-1", "trainer.log_every_n_steps"),
-    ("trainer.profiler=xla", "trainer.profiler"),
+    ("trainer.profiler=xla", "trainer.profiler"), ("trainer.accelerator=CPU", "trainer.accelerator"),
     ("+nonsense=1", "nonsense"), ("seed=-1", "seed"), ("source=dbbb", "source"),
     ("model=resnet19", "resnet19"), ("model=timm", "model.name"), ("block=dbbb", "dbbb"),
     ("block.name=dbb", "block.branches is empty"), ("block.layers=[{module:a*}]", "module"),
