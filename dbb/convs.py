@@ -84,7 +84,8 @@ class NormedConv(Function):
 
     @staticmethod
     def forward(ctx, x, kernel, weight, bias, running_mean, running_var, momentum, eps, conv):
-        z = F.conv2d(*_seen(x, kernel, conv))
+        seen, seen_conv = _seen(x, kernel, conv)
+        z = F.conv2d(seen, kernel, None, *seen_conv)
         running = running_mean, running_var
         out, mean, inverse = torch.native_batch_norm(z, weight, bias, *running, True, momentum, eps)
         ctx.save_for_backward(x, kernel, weight, mean, inverse)
@@ -94,7 +95,7 @@ class NormedConv(Function):
     @staticmethod
     def backward(ctx, d_out):
         x, kernel, weight, mean, inverse = ctx.saved_tensors
-        seen, _, _, *conv = _seen(x, kernel, ctx.conv)
+        seen, conv = _seen(x, kernel, ctx.conv)
         z = F.conv2d(seen, kernel, None, *conv)
         d_z, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             d_out, z, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True])
@@ -106,15 +107,15 @@ class NormedConv(Function):
         return d_x, d_kernel, d_weight, d_bias, *[None] * 5
 
 
-def _seen(x: Tensor, kernel: Tensor, conv: tuple) -> tuple:
-    """The arguments of `F.conv2d`: for a 1x1 kernel with a stride, on a map of the pixels that it sees.
+def _seen(x: Tensor, kernel: Tensor, conv: tuple) -> tuple[Tensor, tuple]:
+    """Of a 1x1 kernel with a stride, a map of the pixels that it sees, and `conv` on that; else as they are.
 
     Torch's gradients with a stride take twice as long on a CPU.
     """
     (rows, columns), padding, dilation, groups = conv
     if kernel.shape[2:] != (1, 1) or rows * columns == 1 or groups > 1 or any(padding):
-        return x, kernel, None, *conv
-    return x[:, :, ::rows, ::columns].clone(), kernel, None, (1, 1), padding, dilation, groups
+        return x, conv
+    return x[:, :, ::rows, ::columns].clone(), ((1, 1), padding, dilation, groups)
 
 
 class StackedConv(Function):

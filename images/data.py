@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from images.random import generator
-from images.sources import FileImages, load_files, load_noise, load_tensors
+from images.sources import load_files, load_noise, load_tensors
 from models.say import say
 from settings.schema import TENSOR_SETS, DataConf
 
@@ -128,8 +128,7 @@ class ImageData(pl.LightningDataModule):
     def names(self) -> dict[str, str | None]:
         """Hashes of all training and test images: of their names, or of their pixels if held in memory."""
         sets = {"image_names": self.train_set, "test_names": self.test_set}
-        return {key: found.tree.digest if isinstance(found, FileImages) else found.digest
-                for key, found in sets.items()}
+        return {key: found.digest for key, found in sets.items()}
 
     @property
     def image_size(self) -> int:

@@ -21,7 +21,7 @@ from images.reading import is_image, read_header, read_pixels, refuse_long
 from models import limits
 from models.say import say
 from settings.cli import printable
-from settings.schema import DataConf
+from settings.schema import DataConf, is_tree
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 SORT_IMAGENET = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
@@ -31,10 +31,11 @@ Key = tuple[int, int, bool]  # see images.data
 class TensorImages(Dataset):
     """uint8 images `[N, 3, H, W]` in memory; with `augment`, a batch carries a random move for each image."""
 
-    def __init__(self, images: Tensor, targets: Tensor, conf: DataConf, seed: int, augment: bool):
+    def __init__(self, images: Tensor, targets: Tensor, conf: DataConf, seed: int, augment: bool,
+                 digest: str | None = None):
         self.images, self.targets, self.conf, self.seed, self.augment = images, targets, conf, seed, augment
         self.image_size = images.shape[-1]
-        self.digest = None
+        self.digest = digest  # of the images as they were read
         self._moves = (-1, images)  # the epoch last drawn for, and its moves
 
     def __len__(self) -> int:
@@ -87,9 +88,7 @@ def load_tensors(conf: DataConf, seed: int, train: bool) -> tuple[TensorImages, 
         for part, place in zip(images.split(at_once), resized.split(at_once), strict=True):
             place.copy_(TF.resize(part, size, mode, antialias=True))
         images = resized
-    split = TensorImages(images, targets, conf, seed, augment=train)
-    split.digest = digest.hexdigest()
-    return split, classes
+    return TensorImages(images, targets, conf, seed, train, digest.hexdigest()), classes
 
 
 def load_noise(conf: DataConf, seed: int) -> TensorImages:
@@ -113,7 +112,7 @@ def _digits(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
 
 def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     root = _root(conf)
-    if (root / "train").is_dir() and (root / "test").is_dir():
+    if is_tree(root):
         images, targets, classes = _tree(conf, root, "train" if train else "test")
     else:
         data = _archive(conf, root, train)
@@ -202,6 +201,11 @@ class FileImages(Dataset):
                     image = lighting(image)
                 batch.append((image, target if real else -1))
         return batch
+
+    @property
+    def digest(self) -> str:
+        """That of the tree."""
+        return self.tree.digest
 
     def without_augmentation(self) -> "FileImages":
         return FileImages(self.tree, self.conf, self.seed, augment=False)

@@ -137,10 +137,10 @@ def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn
                          "model.weights=FILE starts from a file") from error
 
 
-def parameter_count(name: str, num_classes: int, kernels: bool = True) -> int:
+def parameter_count(name: str, num_classes: int, blocks: bool = False) -> int:
     """Parameters of a plain network, counted without taking memory; 0 if there is none of that name.
 
-    Without its KxK kernels, if asked: blocks hold more, or less (1x1 kernels alone, say).
+    With blocks, without its KxK kernels: blocks hold more, or less (1x1 kernels alone, say).
     """
     if name not in UNTRAINED and not timm.is_model(timms_name(name)[0]):
         return 0
@@ -150,20 +150,18 @@ def parameter_count(name: str, num_classes: int, kernels: bool = True) -> int:
             net = make(*arguments, num_classes)
         else:
             net = _timms(timms_name(name)[0], num_classes=num_classes)
-    return sum(p.numel() for p in net.parameters() if kernels or p.ndim != 4 or p.shape[2:] == (1, 1))
+    return sum(p.numel() for p in net.parameters() if not blocks or p.ndim != 4 or p.shape[2:] == (1, 1))
 
 
 def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor], blocks: bool = False) -> None:
     """Check, before it takes memory, that the network that a file names is about as large as what it holds.
-
-    With blocks, whose kernels may be smaller than the network's, kernels of the network do not count.
 
     Raises:
         ValueError: if it has far more parameters.
     """
     real = [value for value in weights.values() if value.is_floating_point() and value.itemsize > 1]
     sizes = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in real}
-    needed, held = parameter_count(name, num_classes, not blocks), sum(value.numel() for value in real)
+    needed, held = parameter_count(name, num_classes, blocks), sum(value.numel() for value in real)
     held = min(held, sum(sizes.values()) // 2)  # one tensor may have many names
     if needed > limits.PARAMETERS * held:
         raise ValueError(f"these weights are those of another network: {name} has {needed:,} parameters, the "

@@ -54,7 +54,7 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
 
 def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Refuse what train.py never writes."""
-    about, weights = checkpoint["dbb"], checkpoint.get("state_dict")
+    about = checkpoint["dbb"]
     classes, size = about.get("classes"), about.get("image_size")
     place, settings = about.get("place", (0, 0)), about["settings"]
     counts, changed = [about.get(name, 0) for name in ("images", "test_images")], about.get("changed", [])
@@ -66,19 +66,25 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and all(isinstance(name, str) for name in classes)
             and isinstance(size, int) and 0 < size <= limits.IMAGE_SIZE
             and settings["data"].get("image_size") in (None, size)
-            and isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
+            and _are_weights(checkpoint.get("state_dict"))
+            and _are_weights(checkpoint.get("current_model_state", {}))  # beside their average
             and {*map(type, counts)} == {int} and isinstance(changed, list)
             and all(isinstance(change, str) for change in changed)
             and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
             and _are_counts(checkpoint["loops"]) and _are_counts(checkpoint["callbacks"].get("Timer", {}))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
             and min(place) >= 0 and max(place) < 2**31
-            and all(isinstance(value, torch.Tensor) for value in weights.values())
             and len(str(settings)) <= 2 * limits.SETTINGS  # with quotes and brackets
             and "${" not in str(settings))  # which would be resolved, with what is secret here
     if not good:
         raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size, "
                          "counts or weights are of another form")
+
+
+def _are_weights(found: Any) -> bool:
+    """Whether something is a state dict: tensors by name."""
+    return isinstance(found, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                           for key, value in found.items())
 
 
 def _is_plain(settings: dict[str, Any]) -> bool:

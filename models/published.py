@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbb.transforms import embed_kernel, merge_1x1_kxk
-from models.weights import REAL
+from models.weights import refuse_kinds
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 NETWORKS = {"dbb": (*RESNETS, "mobilenet_v1"), "acnet": ("resnet18", "resnet34", "vgg16"), "orepa": RESNETS}
@@ -54,10 +54,7 @@ def translate(weights: dict[str, Tensor], source: str, name: str,
     if name not in NETWORKS.get(source, ()):
         raise ValueError(f"source={source} has no layout for model.name={name}; there are "
                          + "; ".join(f"{other}: {', '.join(names)}" for other, names in NETWORKS.items()))
-    for key, value in weights.items():
-        if value.ndim and value.dtype not in REAL:
-            raise ValueError(f"{key} is of {value.dtype} in the file, perhaps quantized: save the weights "
-                             "before quantizing")
+    refuse_kinds(weights, {key: torch.empty(0) for key, value in weights.items() if value.ndim})
     modules, rest, result = dict(net.named_modules()), dict(weights), {}
     convs, norms, heads = ([key for key, module in modules.items() if isinstance(module, kind)]
                            for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear))

@@ -29,11 +29,11 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
                          f"{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
         raise ValueError(f"these weights are those of another network: {shown(text)}")
-    _refuse_kinds(weights, own)
+    refuse_kinds(weights, own)
     net.load_state_dict(weights)
 
 
-def _refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raise a ValueError for whole or complex numbers where the network has real ones, and for codes."""
     for key in own.keys() & weights.keys():
         theirs, ours = weights[key].dtype, own[key].dtype
@@ -61,7 +61,7 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     linear = nn.Linear | nn.Conv2d  # some end in a convolution
     modules = reversed(list(net.named_modules()))
     head = next(f"{name}." for name, module in modules if isinstance(module, linear))
-    _refuse_kinds(weights, own)
+    refuse_kinds(weights, own)
     for key in own.keys() & weights.keys():
         if not weights[key].to(own[key].dtype).isfinite().all():
             raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")

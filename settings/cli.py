@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not emp
 # Our sampler starts where the run was saved.
 warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
+SMALL = 2**16  # bytes of a file of settings of other libraries
 MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
     r"No space left|PytorchStreamWriter|inline_container":
         "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
@@ -146,7 +147,7 @@ def refuse_matplotlibrc() -> None:
     if not path.exists():
         return
     try:
-        if not path.is_file() or path.stat().st_size > 2**16:
+        if not path.is_file() or path.stat().st_size > SMALL:
             raise ValueError("it is no small file")
         path.read_text("utf-8")
     except ValueError as error:

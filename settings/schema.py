@@ -26,8 +26,12 @@ TENSOR_SETS = tuple(sorted({path.stem for path in Path(__file__).parents[1].glob
 
 def same_everywhere(data: str | None, root: str | None) -> bool:
     """Whether a data set has the same images in every place, as the official archive has; a tree may not."""
-    tree = isinstance(root, str) and os.path.isdir(os.path.join(os.path.expanduser(root), "train"))
-    return data in TENSOR_SETS and not tree
+    return data in TENSOR_SETS and not (isinstance(root, str) and is_tree(root))
+
+
+def is_tree(root: str | Path) -> bool:
+    """Whether a CIFAR lies there as images in folders, not as the official archive."""
+    return all(os.path.isdir(os.path.join(os.path.expanduser(root), split)) for split in ("train", "test"))
 
 
 @dataclass

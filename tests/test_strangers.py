@@ -117,6 +117,7 @@ def in_itself():
     lambda c: c["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready="x"),
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": []}}),
     lambda c: c.update(epoch="x"), lambda c: c.update(loops="x"), lambda c: c.pop("optimizer_states"),
+    lambda c: c.update(current_model_state=3),
     lambda c: (c.update(epoch=-3), c["dbb"].pop("place", None)),
     lambda c: c["dbb"]["settings"]["data"].update(image_size=torch.zeros(2)),
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": 2**52}}),

@@ -74,9 +74,9 @@ def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
     scaled_layers(command.block, model.net)
     if start.checkpoint is not None:  # what does not fit is said here, before Lightning would
         model.begins_at = start.step
-        live = start.checkpoint.get("current_model_state", start.checkpoint["state_dict"])
-        for weights in (live, start.checkpoint["state_dict"]):  # the first beside their average
-            restore(model.net, {"state_dict": weights})
+        if "current_model_state" in start.checkpoint:  # the weights, beside their average
+            restore(model.net, {"state_dict": start.checkpoint["current_model_state"]})
+        restore(model.net, start.checkpoint)
         try_state(command, model, start.checkpoint)
     elif command.model.weights is None and hasattr(model.net, "whiten"):
         model.net.whiten(next(data.calibration_images()))

@@ -4,6 +4,8 @@ import configparser
 import os
 from pathlib import Path
 
+from settings.cli import SMALL
+
 HARMLESS = {"project", "mode", "disabled", "git_remote"}  # what such a file may say
 
 
@@ -17,7 +19,7 @@ def refuse_settings_of_folder() -> None:
         path = Path(os.environ.get("WANDB_DIR", "."), name, "settings")
         if not path.exists() or path.is_file() and "WANDB_BASE_URL" in os.environ:
             continue
-        if not path.is_file() or path.stat().st_size > 2**16:
+        if not path.is_file() or path.stat().st_size > SMALL:
             raise ValueError(f"logger=wandb: {path}, which W&B would read, is no small file: start this in "
                              "another folder")
         parser = configparser.ConfigParser(interpolation=None)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from runs.folder import RunFolder
 from tests.helpers import TINY, call
-from tests.reports.test_report import DBB, write_run
+from tests.reports.studies import DBB, write_run
 from tools.keep_runs import keep, main
 
 pytestmark = pytest.mark.slow

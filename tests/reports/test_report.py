@@ -1,64 +1,19 @@
 """report.py against numbers worked out here, and what it does with runs that failed or stopped."""
 
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
 import report as report_script
-from reports.compare import compare_variants, name_variants
-from reports.runs import RESULT, read_runs
-from reports.study import MARK, draw_curves, markdown
-from tests.helpers import ROOT, call
+from reports.runs import RESULT
+from reports.study import draw_curves, markdown
+from tests.helpers import ROOT
+from tests.reports.studies import DBB, PLAIN, compare, study, write_run
 
 pytestmark = pytest.mark.slow
-
-PLAIN = {"name": "none", "branches": [], "mode": "exact", "init": None}
-DBB = {"name": "dbb", "branches": ["kxk", "1x1"], "mode": "exact", "init": None}
-
-
-def write_run(folder, block, seed, top1=None, epochs=2, done=None, seconds=0.1, lr=0.1, loss=1.0,
-              accumulate=1, workers=0):
-    """A run's folder as train.py leaves it; without `top1`, one that stopped after `done` epochs."""
-    folder.mkdir(parents=True)
-    settings = {"model": {"name": "resnet8"}, "block": block, "optim": {"lr": lr}, "seed": seed,
-                "data": {"num_workers": workers},
-                "trainer": {"max_epochs": epochs, "accumulate_grad_batches": accumulate},
-                "ckpt": None, "out": None, "logger": {"id": f"{seed}", "name": "csv"}}
-    OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", "step", "train/loss_step", "train/loss_epoch", "test/top1",
-                                       "test/loss", "train/seconds_per_step"])
-        writer.writeheader()
-        for epoch in range(epochs if done is None else done):
-            step = 10 * epoch + 9
-            writer.writerow({"epoch": epoch, "step": step - 5, "train/loss_step": 3.0})
-            writer.writerow({"epoch": epoch, "step": step, "test/top1": 0.1 * epoch, "test/loss": 2.0})
-            writer.writerow({"epoch": epoch, "step": step, "train/loss_epoch": loss + 5 - epoch,
-                             "train/seconds_per_step": seconds})
-    if top1 is not None:
-        result = {"top1": top1, "top5": 1.0, "loss": 1.0, "converted_top1": top1 - 0.01,
-                  "predictions_changed": 2, "activations_mib": 2.0 if block is PLAIN else 5.0}
-        (folder / "result.json").write_text(json.dumps(result))
-
-
-def study(folder, **kwargs):
-    for seed, (plain, dbb) in enumerate([(0.70, 0.73), (0.72, 0.73), (0.71, 0.76)]):
-        write_run(folder / f"plain{seed}", PLAIN, seed, plain)
-        seconds, loss = [0.3, 0.2, 0.9][seed], [1.0, 1.3, 1.3][seed]
-        write_run(folder / f"dbb{seed}", DBB, seed, dbb, seconds=seconds, loss=loss, **kwargs)
-
-
-def compare(folder, baseline=None):
-    runs, epochs = read_runs([folder])
-    runs["variant"] = name_variants(runs)
-    variants = compare_variants(runs, baseline)
-    text = markdown(runs, variants, [folder], baseline)
-    return runs, epochs, variants.set_index("variant"), text
 
 
 def test_paired_difference_and_its_interval(tmp_path):
@@ -361,40 +316,3 @@ def test_an_odd_run_costs_the_report_no_other(tmp_path, name, text, why):
     runs, _, variants, page = compare(tmp_path)
     assert variants.loc["dbb", "n"] == 3
     assert why is None or why in page
-
-
-def test_a_matplotlibrc_in_the_current_folder_starts_nothing(tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    study(tmp_path)
-    done = call("report.py", ".", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_report_replaces_no_file_of_somebody_elses(tmp_path):
-    (tmp_path / "runs.csv").write_text("mine")
-    with pytest.raises(ValueError, match="runs.csv is to be written, but what stands there is of no earlier"):
-        report_script.refuse_others(tmp_path)
-    (tmp_path / "report.md").write_text("# My notes")
-    with pytest.raises(ValueError, match="report.md is to be written"):
-        report_script.refuse_others(tmp_path)
-    (tmp_path / "report.md").write_text(f"# Runs\n\n{MARK}: ...")
-    assert report_script.refuse_others(tmp_path) == "# Runs"
-
-
-def test_a_folder_in_an_old_alphabet_costs_the_report_no_run(tmp_path, monkeypatch):
-    study(tmp_path)
-    (tmp_path / "dbb0").rename(tmp_path / "caf\udce9")  # é in Latin-1
-    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
-    report_script.main()
-    assert "caf\\udce9" in (tmp_path / "runs.csv").read_text()
-
-
-def test_a_report_of_other_runs_is_not_replaced_without_a_word(tmp_path, capsys, monkeypatch):
-    for name in ("one", "two"):
-        study(tmp_path / name / "runs")
-    out, said = ["--out", str(tmp_path / "report")], []
-    for name in ("one", "one", "two"):
-        monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / name / "runs"), *out])
-        report_script.main()
-        said.append('it had the report "one", which is replaced' in capsys.readouterr().out)
-    assert said == [False, False, True]

@@ -179,7 +179,8 @@ def test_a_sweep_takes_seeds_later_and_other_trees_for_others(tmp_path):
         (tmp_path / made).mkdir()
         assert folders.job_name("digits", [block, *then], tmp_path) == made
         assert folders.job_name("digits", [block, "seed=1"], tmp_path) == f"{block.replace('=', '-')}+seed-1"
-    (tmp_path / "A" / "train").mkdir(parents=True)
+    for split in ("train", "test"):
+        (tmp_path / "A" / split).mkdir(parents=True)
     names = {folders.job_name("cifar10", [f"data.root={tmp_path}/{root}"]) for root in "ABC"}
     assert len(names) == 2, "A is a tree; B and C are places for the official archive"
 
