@@ -218,7 +218,7 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
     changed = trainer.lightning_module.changed
-    folder.finish(result | ({"changed": changed} if changed else {}))
+    folder.finish(result | data.names | ({"changed": changed} if changed else {}))
     log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, folder.last),
           f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "

@@ -189,6 +189,24 @@ def test_a_comparison_does_not_mix_what_else_differs(tmp_path):
     assert differences["dbb, optim.lr=0.1"] == pytest.approx(3)
 
 
+def test_seeds_on_other_images_are_another_variant(tmp_path):
+    """Of a folder, say, to which images were added between two calls of a sweep."""
+    study(tmp_path)
+
+    def say_images(place, **names):
+        path = place / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | names))
+    for seed in range(3):
+        for kind in ("plain", "dbb"):
+            say_images(tmp_path / f"{kind}{seed}", image_names="a", test_names="b")
+    assert set(compare(tmp_path)[2].index) == {"none", "dbb"}
+    say_images(tmp_path / "dbb2", image_names="c")
+    say_images(tmp_path / "plain2", test_names="d")
+    variants = compare(tmp_path)[2]
+    assert sorted(variants["n"]) == [1, 1, 2, 2]
+    assert variants["pairs"].dropna().tolist() == [2], "the others have no plain network on their images"
+
+
 def test_what_a_run_may_lack(tmp_path):
     """Epochs of one step have no time, evaluation may be rare, a metrics.csv gone, a loss diverged."""
     study(tmp_path, workers=2)  # how images are fetched does not tell variants apart

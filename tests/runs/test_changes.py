@@ -80,6 +80,8 @@ def test_other_images(make_settings, train_with, tmp_path, capsys):
     assert batches.seen == [(epoch, batch) for epoch in (1, 2) for batch in range(5)]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["changed"] == ["training images: 16 until epoch 1, then 20"]
+    about = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["dbb"]
+    assert {name: result[name] for name in ("image_names", "test_names")}.items() <= about.items()
 
 
 def test_other_images_of_the_same_number(make_settings, train_with, tmp_path, capsys):
