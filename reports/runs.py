@@ -63,9 +63,9 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _tell_images_apart(runs: list[dict[str, Any]]) -> None:
-    """Add `data.images` to the settings of runs that have the settings of their data in common, but not the images.
+    """Add `data.images` to the settings of runs with the same settings of their data, but other images.
 
-    Images were added to a folder, perhaps, between two of them. Older runs do not say which they had.
+    Some were added to a folder, perhaps, between two of them. Older runs do not say which they had.
     """
     alike = defaultdict(list)
     for run in runs:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from settings.cli import plain_errors
+from settings.cli import output_folder, plain_errors
 from settings.overrides import parsed, wants_no_block
 from settings.schema import NOT_OF_THE_RUN, same_everywhere
 
@@ -50,6 +50,12 @@ def slurm_job() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-OmegaConf.register_new_resolver("first", lambda *values: os.path.expanduser(next(filter(None, values))))
+def sweep_folder(out: str | None, default: str) -> str:
+    """The folder of a sweep, made before Hydra does, whose error would be a traceback."""
+    with plain_errors():
+        return str(output_folder(out or default))
+
+
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder)
 OmegaConf.register_new_resolver("job_name", job_name)
 OmegaConf.register_new_resolver("slurm_job", slurm_job)

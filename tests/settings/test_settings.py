@@ -257,7 +257,12 @@ def test_the_name_of_a_logger_is_no_other_run_of_it(make_settings, tmp_path, cap
     assert make_settings(ckpt, "logger=wandb", "logger.id=other").logger.id == "other"
 
 
-def test_a_sweep_goes_home_too(monkeypatch):
-    """`out='~/study'` is a folder in the home, as for a single run."""
-    monkeypatch.setenv("HOME", "/home/me")
-    assert OmegaConf.create({"out": "~/study", "dir": "${first:${out},x}"}).dir == "/home/me/study"
+def test_the_folder_of_a_sweep(monkeypatch, tmp_path):
+    """`out='~/study'` is a folder in the home, as for a single run; a file is a sentence, as there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sweep = OmegaConf.create({"out": "~/study", "dir": "${sweep_folder:${out},x}"})
+    assert sweep.dir == str(tmp_path / "study")
+    Path(tmp_path, "file").touch()
+    sweep.out = "~/file"
+    with pytest.raises(SystemExit, match="cannot write into .*file .File exists.: choose another folder"):
+        _ = sweep.dir
