@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from evaluation.evaluate import sentence
 from runs.folder import RunFolder
+from runs.going_back import go_back
 from runs.safety import newest
 from settings.cli import as_sentence, plain_errors, printable
 from settings.command import Command, resolve
@@ -55,7 +56,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     data = steps.load_data(command, start)
     model = steps.make_model(command, data, start)
     if trainer.is_global_zero:
-        folder.go_back(command)
+        go_back(folder, command.ckpt)
     trainer.loggers = make_loggers(command, folder, start.epochs, start.step)
     cost = steps.begin(command, model, trainer, folder) if trainer.is_global_zero else {}
     if trainer.is_global_zero:

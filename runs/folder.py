@@ -1,6 +1,5 @@
 """A run's folder: every path in it, what it says of the run, and who works in it."""
 
-import filecmp
 import json
 import os
 import platform
@@ -21,8 +20,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from models import limits
 from models.checkpoint import load_checkpoint, place_of
 from models.say import say
-from runs.reading import identity, read_config, read_own_config, read_result, read_text
-from runs.safety import copy_whole, free_number, newest, previous, set_aside, write_text
+from runs.reading import read_config, read_own_config, read_result, read_text
+from runs.safety import is_whole, newest, previous, write_text
 from runs.same import as_begun, changes, differences, is_further
 from settings.cli import output_folder, printable, typed
 from settings.command import Command
@@ -91,7 +90,7 @@ class RunFolder:
                 return True
         except ValueError:  # a damaged one, which cannot be told from somebody else's
             pass
-        return _is_whole(self.last)
+        return is_whole(self.last)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -132,15 +131,6 @@ class RunFolder:
         """Whether there is a checkpoint to go on from; of a kill or of damage, the one before may be all."""
         return self.last.exists() or previous(self.last).exists()
 
-    def has_rows_of(self, ckpt: str | None) -> bool:
-        """Whether metrics.csv is of the run that wrote a checkpoint, wherever that lies."""
-        known, newest_ones = identity(self.read_config() or {}), (self.last, previous(self.last))
-        if ckpt is None or known is None or Path(ckpt).resolve() in map(Path.resolve, newest_ones):
-            return self.has_state
-        if self.goes_back(ckpt) and self._has_rows_of_left(Path(ckpt)):
-            return True
-        return known == identity(load_checkpoint(ckpt)["dbb"]["settings"])
-
     def remove_if_unused(self) -> None:
         """Remove the folder, if a run of ours was to begin in it and did not."""
         if not rank_zero_only.rank and {path.name for path in self.path.iterdir()} <= {self.lock.name}:
@@ -177,49 +167,10 @@ class RunFolder:
                                        "folders of its own alone: remove it, or choose another folder with "
                                        "out=DIR (a whole folder may be moved, and linked to)")
 
-    def go_back(self, command: Command) -> None:
-        """Have last.ckpt be what the run goes on from, if that is another checkpoint of its folder.
-
-        What was the newest state is kept as last-left.ckpt, its rows as metrics-left.csv, and these come back
-        with it.
-        """
-        if not self.goes_back(command.ckpt):
-            return
-        asked, coming = Path(command.ckpt).resolve(), self.checkpoints / ".last-coming.ckpt"
-        copy_whole(asked, coming)  # first, so that a full disk changes nothing
-        newest = next(filter(_is_whole, (self.last, previous(self.last))), None)
-        left = (path for path in self.checkpoints.glob("last-left*.ckpt") if self._has_rows_of_left(path))
-        kept_ones = [asked, *left]
-        if newest == self.last and any(filecmp.cmp(newest, path, shallow=False) for path in kept_ones):
-            newest.unlink()  # the copy of one of them: an earlier attempt saved nothing
-        elif newest is not None and not newest.samefile(asked):
-            kept = self._left(free_number(self._left, lambda number: self._rows_of(self._left(number))))
-            if self.metrics.is_file():
-                write_text(self._rows_of(kept), self.metrics.read_text(errors="replace"))
-            newest.rename(kept)
-            say(f"going on from {command.ckpt}: {newest} is now {kept.name}")
-        if asked == previous(self.last).resolve():
-            say(f"{asked.name} is replaced as training goes on: copy it first, to start from it again")
-        set_aside(self.last)
-        self.result.unlink(missing_ok=True)
-        coming.replace(self.last)
-        if self._has_rows_of_left(asked):
-            write_text(self.metrics, self._rows_of(asked).read_text(errors="replace"))
-
     def goes_back(self, ckpt: str | None) -> bool:
         """Whether a checkpoint is another one of this folder than the last."""
         asked = None if ckpt is None else Path(ckpt).resolve()
         return asked not in (None, self.last.resolve()) and asked.parent == self.checkpoints.resolve()
-
-    def _left(self, number: str) -> Path:
-        return self.checkpoints / f"last-left{number}.ckpt"
-
-    def _rows_of(self, left: Path) -> Path:
-        """The rows of a checkpoint that was left, `metrics-left.csv` of `last-left.ckpt`."""
-        return self.path / f"{left.stem.replace('last', 'metrics', 1)}.csv"
-
-    def _has_rows_of_left(self, ckpt: Path) -> bool:
-        return ckpt.name.startswith("last-left") and self._rows_of(ckpt).is_file()
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings in config.yaml, as plain values; None where there is none.
@@ -342,11 +293,3 @@ def _new_folder(parent: Path) -> Path:
             if not os.path.lexists(path):
                 return path  # `output_folder` explains why not
             time.sleep(0.1)
-
-
-def _is_whole(ckpt: Path) -> bool:
-    try:
-        load_checkpoint(ckpt)
-    except ValueError:
-        return False
-    return True

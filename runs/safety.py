@@ -50,6 +50,15 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}-previous{path.suffix}")
 
 
+def is_whole(ckpt: Path) -> bool:
+    """Whether a checkpoint is there, and can be read."""
+    try:
+        load_checkpoint(ckpt)
+    except ValueError:
+        return False
+    return True
+
+
 def newest(last: Path) -> Path | None:
     """The checkpoint to go on from, None if there is none.
 

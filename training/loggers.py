@@ -21,6 +21,7 @@ from images.data import ImageData
 from models.say import say
 from reports.conversion import rows
 from runs.folder import RunFolder
+from runs.going_back import has_rows_of
 from runs.safety import write_text
 from settings.command import Command
 from settings.schema import LoggerConf, Settings
@@ -36,7 +37,7 @@ def make_loggers(settings: Command, folder: RunFolder, epochs: int = 0, step: in
 
     `epochs` and `step` as in `csv_logger`. Rows of another training go.
     """
-    if not folder.has_rows_of(settings.ckpt):
+    if not has_rows_of(folder, settings.ckpt):
         epochs = step = 0
     more = {"csv": [], "wandb": [wandb_logger], "tensorboard": [tensorboard_logger]}
     made = [make(settings, folder) for make in more[settings.logger.name]]

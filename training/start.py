@@ -14,6 +14,7 @@ from models.checkpoint import load_checkpoint, place_of
 from models.say import say
 from reports.runs import read_epochs
 from runs.folder import RunFolder
+from runs.going_back import has_rows_of
 from runs.same import changes
 from settings.command import Command
 from settings.values import differ
@@ -48,7 +49,7 @@ def refuse_published(command: Command) -> None:
 
 def with_identity(command: Command, folder: RunFolder, fresh: bool) -> Command:
     """The command with an id for W&B; `fresh` where `ckpt` is another folder's, to which its id belongs."""
-    if command.logger.id is not None and (folder.has_rows_of(command.ckpt) or not fresh):
+    if command.logger.id is not None and (has_rows_of(folder, command.ckpt) or not fresh):
         return command
     return replace(command, logger=replace(command.logger, id=secrets.token_hex(4)))
 
