@@ -79,7 +79,7 @@ def main(cfg: DictConfig) -> None:
         command = resolve(cfg, HydraConfig.get().overrides.task)
         ckpt = Path(command.ckpt or "")
         run = RunFolder.of_checkpoint(ckpt)
-        folder = run or RunFolder(Path("outputs", ckpt.stem))
+        folder = run or RunFolder(Path("outputs", ckpt.stem.lstrip(".")))
         of_last = run is None or ckpt.name == run.last.name
         out = Path(command.out or folder.path / ("convert" if of_last else f"convert-{ckpt.name}"))
         folder.refuse_links()

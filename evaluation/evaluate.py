@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ from models.checkpoint import load_checkpoint
 from settings.cli import printable
 from settings.command import Command
 from settings.schema import FILE_SETS, DataConf
+from settings.values import check_numbers
 
 
 def load_run(settings: Command, train: bool = False) -> tuple[nn.Module, ImageData, dict[str, Any]]:
@@ -57,16 +59,28 @@ def load_run(settings: Command, train: bool = False) -> tuple[nn.Module, ImageDa
         classes = data.classes if known else [str(label) for label in range(count)]
     data.check_classes(classes)
     # Noise images say nothing of the normalisation: it is that of the training.
-    shown = asdict(data_conf)
-    if checkpoint and data.classes is None:
-        shown = asdict(DataConf()) | checkpoint["dbb"]["settings"]["data"]  # an old file says less
-    resize = resized_side(image_size, shown["crop_pct"]) if shown["name"] in FILE_SETS else image_size
+    shown = data_of(checkpoint) if checkpoint and data.classes is None else data_conf
+    resize = resized_side(image_size, shown.crop_pct) if shown.name in FILE_SETS else image_size
     about = {"model": settings.model.name, "block": settings.block.name, "classes": classes,
-             "image_size": image_size, "resize": resize, "mean": list(map(float, shown["mean"])),
-             "std": list(map(float, shown["std"])), "interpolation": shown["interpolation"],
+             "image_size": image_size, "resize": resize, "mean": list(map(float, shown.mean)),
+             "std": list(map(float, shown.std)), "interpolation": shown.interpolation,
              "data": data_conf.name, "checkpoint_sha256": digest or sha256(settings.ckpt),
              "versions": {package: version(package) for package in ("torch", "torchvision", "timm")}}
     return net, data, about
+
+
+def data_of(checkpoint: dict[str, Any]) -> DataConf:
+    """The settings of the data in a checkpoint, of which an old one says less.
+
+    Raises:
+        ValueError: if they could not have been given to train.py.
+    """
+    about = checkpoint["dbb"]
+    stored = OmegaConf.merge(OmegaConf.structured(DataConf), about["settings"]["data"])
+    conf = replace(OmegaConf.to_object(stored), image_size=about["image_size"])
+    check_numbers(conf, "data.")
+    conf.check()
+    return conf
 
 
 def pick_device(accelerator: str) -> torch.device:

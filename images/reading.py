@@ -20,6 +20,7 @@ Image.init()
 FORMATS = [kind for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA",
                              "TIFF", "WEBP") if kind in Image.OPEN]
 TILE = 322, 323  # a TIFF's tags of the width and height of a tile, which may be larger than the image
+TEXT, OF_TEXT = 2, 512  # a TIFF's kind of values that are letters; tags from there on are mostly texts too
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
               TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
               struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
@@ -67,13 +68,15 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
             raise ValueError("there is no file; a pipe or a device would be waited for")
         if Path(path).stat().st_size > limits.IMAGE_BYTES:
             raise ValueError("the file is too large")
+        _refuse_many_parts(path)
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
             tags = image.tag_v2 if kind == "TIFF" else {}
             if any(int(tags.get(tag, 1)) > max(limits.TILE, 2 * side)
                    for tag, side in zip(TILE, image.size, strict=True)):
                 raise ValueError("its tiles are too large")
-            if tags and [*map(_tags(path).count, TILE)] != [tag in tags for tag in TILE]:
+            known = [tag for tag, *_ in _tags(path)] if tags else []
+            if tags and [*map(known.count, TILE)] != [tag in tags for tag in TILE]:
                 raise ValueError("its tiles are described twice, or by numbers of another kind")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error
@@ -83,8 +86,22 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
     return kind, (width, height)
 
 
-def _tags(path: str) -> list[int]:
-    """All tags of a TIFF's first image, as libtiff sees them: of types that Pillow leaves out, too."""
+def _refuse_many_parts(path: str) -> None:
+    """Raise a ValueError for a file of so many parts that Pillow needs minutes before it knows the size."""
+    with Path(path).open("rb") as file:
+        start = file.read(4)
+        if start.startswith(b"\xff\xd8") and (start + file.read()).count(b"Exif\0\0") > limits.EXIF_PARTS:
+            raise ValueError("its Exif data has too many parts")
+    if start[:2] in (b"II", b"MM") and any(count > limits.TIFF_VALUES for tag, kind, count in _tags(path)
+                                           if tag < OF_TEXT and kind != TEXT):
+        raise ValueError("a tag has too many values")
+
+
+def _tags(path: str) -> list[tuple[int, int, int]]:
+    """Tag, kind and number of values, of all in a TIFF's first image, as libtiff sees them.
+
+    Those of kinds that Pillow leaves out are there, too.
+    """
     with Path(path).open("rb") as file:
         head = file.read(16)
         order = "<" if head.startswith(b"II") else ">"
@@ -93,7 +110,8 @@ def _tags(path: str) -> list[int]:
         count, = struct.unpack(f"{order}Q" if big else f"{order}H", file.read(8 if big else 2))
         length = 20 if big else 12
         entries = file.read(length * min(count, 2**16))
-    return [struct.unpack_from(f"{order}H", entries, start)[0] for start in range(0, len(entries), length)]
+    form = f"{order}HHQ" if big else f"{order}HHL"
+    return [struct.unpack_from(form, entries, start) for start in range(0, len(entries), length)]
 
 
 def read_image(path: str) -> Image.Image:

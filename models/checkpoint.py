@@ -70,6 +70,8 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and _are_weights(checkpoint.get("current_model_state", {}))  # beside their average
             and {*map(type, counts)} == {int} and isinstance(changed, list)
             and all(isinstance(change, str) for change in changed)
+            and len(str(changed)) <= limits.CHANGES
+            and isinstance(settings.get("logger") or {}, dict)  # an old file has none
             and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
             and _are_counts(checkpoint["loops"]) and _are_counts(checkpoint["callbacks"].get("Timer", {}))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]

@@ -63,7 +63,7 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _tell_images_apart(runs: list[dict[str, Any]]) -> None:
-    """Add `data.images` to the settings of runs with the same settings of their data, but other images.
+    """Add `images` to the settings of runs with the same settings of their data, but other images.
 
     Some were added to a folder, perhaps, between two of them. Older runs do not say which they had.
     """
@@ -73,7 +73,7 @@ def _tell_images_apart(runs: list[dict[str, Any]]) -> None:
     for same in alike.values():
         if len({run["images"] for run in same if run.get("images")}) > 1:
             for run in same:
-                run["settings"]["data.images"] = run.get("images")
+                run["settings"]["images"] = run.get("images")
     for run in runs:
         run.pop("images", None)
 

@@ -12,8 +12,6 @@ from models import limits
 from runs.same import GROUPS
 from settings.cli import typed
 
-RESULT = 2**16  # bytes of result.json
-
 
 class PlainLoader(yaml.SafeLoader):
     """Without aliases, which train.py does not write, and by which a small file could fill a memory."""
@@ -58,7 +56,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
                    for name in ("top1", "top5", "loss")):
             raise ValueError("an accuracy is no number")
         return result
-    return _read(path, parse, RESULT)
+    return _read(path, parse, limits.RESULT)
 
 
 def identity(settings: dict[str, Any]) -> str | None:

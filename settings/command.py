@@ -80,8 +80,8 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
             cfg = _on_checkpoint(cfg, words)
         cfg = OmegaConf.merge(OmegaConf.structured(Command), OmegaConf.to_container(cfg, resolve=True))
         command = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
+    except (OmegaConfBaseException, OverflowError) as error:
+        key = getattr(error, "full_key", None) or "a setting"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
     if command.data.root is not None:
         command.data.root = _resolved("data.root", command.data.root)

@@ -25,6 +25,8 @@ def check_command_line(config_name: str) -> None:
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose(config_name, words)
+    except OverflowError as error:
+        sys.exit("error: " + "; ".join(map(str.strip, str(error).splitlines()[:2])))  # what, and which knob
     except HydraException as error:
         reasons = [str(error), str(error.__cause__ or "")]
         sys.exit("error: " + "; ".join(line for text in reasons for line in text.splitlines()[:1] if line))

@@ -4,7 +4,6 @@ Every knob is a typed field, so that a misspelt name and a value of the wrong ty
 stands beside it.
 """
 
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from settings.values import at_least, check_name, numbers, seconds
+from settings.values import at_least, check_name, check_numbers, seconds
 
 # What a run may change and be the same.
 NOT_OF_THE_RUN = ("logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time")
@@ -289,13 +288,7 @@ class Settings:
         Raises:
             ValueError: with the knob, its value, and what to do.
         """
-        for knob, value, limits in numbers(self):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{knob}={value} must be a finite number")
-            if limits and value is not None and value < limits["least"]:
-                raise ValueError(f"{knob}={value} must be at least {limits['least']}")
-            if limits and value is not None and value > limits["most"]:
-                raise ValueError(f"{knob}={value} must be at most {limits['most']}")
+        check_numbers(self)
         for part in (self.model, self.data, self.optim, self.trainer, self.checkpoint, self.logger,
                      self.block):  # the last imports PyTorch
             part.check()

@@ -16,14 +16,36 @@ def at_least(least: float, default: Any = MISSING, most: float = math.inf) -> An
 
 
 def numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, float]]]:
-    """Name, value and limits (`least` and `most`, or none) of every plain value; of a list, of each in it."""
+    """Name, value and limits (`least` and `most`, or none) of every plain value; of a list, of each in it.
+
+    Raises:
+        ValueError: for a list within a list.
+    """
     for part in fields(settings):
         value = getattr(settings, part.name)
         if is_dataclass(value):
             yield from numbers(value, f"{prefix}{part.name}.")
         else:
             for one in value if isinstance(value, list) else [value]:
+                if one is not value and isinstance(one, list | dict):
+                    raise ValueError(f"{prefix}{part.name}={value} has a list or a mapping within: "
+                                     "give plain values")
                 yield prefix + part.name, one, part.metadata
+
+
+def check_numbers(settings: Any, prefix: str = "") -> None:
+    """Refuse numbers that are not finite, or beyond their limits.
+
+    Raises:
+        ValueError: with the knob, whose name `prefix` begins.
+    """
+    for knob, value, limits in numbers(settings, prefix):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{knob}={value} must be a finite number")
+        if limits and value is not None and value < limits["least"]:
+            raise ValueError(f"{knob}={value} must be at least {limits['least']}")
+        if limits and value is not None and value > limits["most"]:
+            raise ValueError(f"{knob}={value} must be at most {limits['most']}")
 
 
 def check_name(knob: str, value: str, known: list[str]) -> None:

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 import predict as predict_script
+from evaluation.evaluate import data_of
 from export.files import load_network
 from export.graph import OnnxNetwork
 from images.reading import read_pixels
@@ -121,12 +122,25 @@ def in_itself():
     lambda c: (c.update(epoch=-3), c["dbb"].pop("place", None)),
     lambda c: c["dbb"]["settings"]["data"].update(image_size=torch.zeros(2)),
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": 2**52}}),
+    lambda c: c["dbb"]["settings"].update(logger="x"), lambda c: c["dbb"].update(changed=["x" * 10**6]),
+    lambda c: c["dbb"]["settings"]["trainer"].update(gradient_clip_val=10**400),
     lambda c: c["dbb"]["settings"]["data"].update(std=[5e-324] * 3)])
 def test_checkpoints_of_other_forms(run, tmp_path, change):
     done = call("eval.py", f"ckpt={changed(run, tmp_path / 'a.ckpt', change)}", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"name": "folder", "crop_padding": 0, "crop_pct": 0.0}, "data.crop_pct=0.0 must be at least"),
+    ({"std": [0.0, 1.0, 1.0]}, "data.mean and data.std need three numbers"),
+    ({"mean": [[1], 2, 3]}, "data.mean")])
+def test_data_that_are_shown_but_not_loaded(run, tmp_path, change, message):
+    """With `data=none` a conversion still says how the network's images are prepared."""
+    file = changed(run, tmp_path / "a.ckpt", lambda c: c["dbb"]["settings"]["data"].update(change))
+    with pytest.raises(ValueError, match=message):
+        data_of(load_checkpoint(file))
 
 
 OF_TRAINING = "the state of its training is of another form"

@@ -246,6 +246,31 @@ def test_tiles_that_only_one_reader_sees(tmp_path):
         read_pixels(str(tmp_path / "a.tif"))
 
 
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_of_millions_of_strips(tmp_path, big):
+    """Pillow makes a number of Python's of each, before it knows how large the image is."""
+    count, entry, head = 3 * 10**5, "<HHII", struct.pack("<2sHIH", b"II", 42, 8, 9)
+    if big:
+        entry, head = "<HHQQ", struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, 9)
+    tags = [(256, 3, 1, 64), (257, 3, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
+            (273, 1, count, 300), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, 1, 64)]
+    content = head + b"".join(struct.pack(entry, *tag) for tag in tags)
+    (tmp_path / "a.tif").write_bytes(content.ljust(300, b"\0") + b"\x08" * count)
+    with pytest.raises(ValueError, match="a.tif .a tag has too many values"):
+        read_pixels(str(tmp_path / "a.tif"))
+
+
+def test_a_jpeg_of_many_exif_parts(tmp_path):
+    """Pillow joins them one by one; a few are what cameras write."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    content, part = (tmp_path / "a.jpg").read_bytes(), b"\xff\xe1" + struct.pack(">H", 8) + b"Exif\0\0"
+    (tmp_path / "a.jpg").write_bytes(content[:2] + 3 * part + content[2:])
+    assert read_pixels(str(tmp_path / "a.jpg")).shape == (3, 8, 8)
+    (tmp_path / "a.jpg").write_bytes(content[:2] + 300 * part + content[2:])
+    with pytest.raises(ValueError, match="a.jpg .its Exif data has too many parts"):
+        read_pixels(str(tmp_path / "a.jpg"))
+
+
 def test_folders_in_folders(tmp_path):
     """More of them than Python's functions may call themselves."""
     (tmp_path / "val" / "a" / "/".join("a" * 200)).mkdir(parents=True)

@@ -10,6 +10,7 @@ from tests.helpers import ROOT
 
 COMMANDS = [  # words, what is said of them, what had to be imported; in one process, so that imports add up
     (["optim.lr=abc"], "error: Error merging override optim.lr=abc; Value 'abc' of type 'str'", []),
+    (["optim.lr=1" + "0" * 320], "error: int too large to convert to float; full_key: optim.lr", []),
     (["optm.lr=1"], "error: Could not override 'optm.lr'.; Key 'optm' not in", []),
     (["model=resnet20_dbb", "optim.ema_decay=2"], "error: optim.ema_decay=2.0 must be", []),
     (["ckpt=nowhere.ckpt", "optim.ema_decay=2"], "", []),  # the checkpoint's other settings are not known yet

@@ -28,7 +28,7 @@ VALUES = {
     float: ["abc", "-1", "nan", "inf", "1e300", "[1]", "{a: 1}", "''"],
     bool: ["perhaps", "[1]", "nan", "{a: 1}"],
     str: ["nonsense", "[1]", "{a: 1}"],
-    list: ["abc", "[1]", "[nan]", "[inf, 1, 1]", "{a: 1}", "3"],
+    list: ["abc", "[1]", "[nan]", "[inf, 1, 1]", "[[1], 1, 1]", "[{a: 1}]", "{a: 1}", "3"],
 }
 # A name or a path of the user's, which is looked at later, or by Lightning; more than there is, that is all.
 HARMLESS = {
