@@ -125,9 +125,9 @@ class ImageData(pl.LightningDataModule):
                          f"{ours} where that has {theirs}; name its folders as in the training")
 
     @property
-    def names(self) -> dict[str, str | None]:
+    def digests(self) -> dict[str, str | None]:
         """Hashes of all training and test images: of their names, or of their pixels if held in memory."""
-        sets = {"image_names": self.train_set, "test_names": self.test_set}
+        sets = {"image_digest": self.train_set, "test_digest": self.test_set}
         return {key: found.digest for key, found in sets.items()}
 
     @property

@@ -278,8 +278,9 @@ class Tree(datasets.ImageFolder):
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the names of all images, with those of their classes, in their order."""
-        names = "\n".join(path.removeprefix(str(self.folder)) for path, _ in self.samples)
+        """A hash of the names of all images, with those of their classes and the split, in their order."""
+        above = f"{self.folder.parent}/"
+        names = "\n".join(path.removeprefix(above) for path, _ in self.samples)
         return hashlib.sha256(os.fsencode(names)).hexdigest()
 
     def _left_out(self) -> str:

@@ -71,6 +71,7 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and {*map(type, counts)} == {int} and isinstance(changed, list)
             and all(isinstance(change, str) for change in changed)
             and len(str(changed)) <= limits.CHANGES
+            and isinstance(about.get("weights_digest"), str | None)
             and isinstance(settings.get("logger") or {}, dict)  # an old file has none
             and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
             and _are_counts(checkpoint["loops"]) and _are_counts(checkpoint["callbacks"].get("Timer", {}))

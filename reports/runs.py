@@ -20,7 +20,8 @@ from settings.schema import Settings
 from settings.values import flat
 
 RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
-IMAGES = ("image_names", "test_names")  # hashes of the training and the test images
+# By what a report calls them: which settings name such files, and their hashes in result.json.
+FILES = {"images": ("data.", ("image_digest", "test_digest")), "weights": ("model.", ("weights_digest",))}
 NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")
 LARGEST = 1e18  # value of a file, which a column of whole numbers can hold
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
@@ -55,27 +56,28 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             runs.append(run | about)
         if rows is not None:
             epochs.append(rows)
-    _tell_images_apart(runs)
+    _tell_files_apart(runs)
     if not any(run["state"] == "finished" for run in runs):
         raise ValueError(f"no finished run below {', '.join(map(str, folders))}"
                          + "".join(f"\n  {printable(run['folder'])}: {run['state']}" for run in runs))
     return pd.DataFrame(runs), pd.concat([rows for rows in epochs if len(rows)] or epochs, ignore_index=True)
 
 
-def _tell_images_apart(runs: list[dict[str, Any]]) -> None:
-    """Add `images` to the settings of runs with the same settings of their data, but other images.
+def _tell_files_apart(runs: list[dict[str, Any]]) -> None:
+    """Add `images` or `weights` to the settings of runs that name the same files and had others.
 
-    Some were added to a folder, perhaps, between two of them. Older runs do not say which they had.
+    Images were added between two of them, say, or another file took the place of `model.weights`. Older runs
+    do not say which they had.
     """
-    alike = defaultdict(list)
-    for run in runs:
-        alike[str([item for item in run["settings"].items() if item[0].startswith("data.")])].append(run)
-    for same in alike.values():
-        if len({run["images"] for run in same if run.get("images")}) > 1:
-            for run in same:
-                run["settings"]["images"] = run.get("images")
-    for run in runs:
-        run.pop("images", None)
+    for name, (group, _) in FILES.items():
+        alike = defaultdict(list)
+        for run in runs:
+            named = [item for item in run["settings"].items() if item[0].startswith(group)]
+            alike[str(named)].append((run, run.pop(name, None)))
+        for same in alike.values():
+            if len({digest for _, digest in same if digest}) > 1:
+                for run, digest in same:
+                    run["settings"][name] = digest
 
 
 def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | None]:
@@ -102,8 +104,10 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
     for name, value in numbers.items():
         if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > LARGEST:
             raise ValueError(f"{folder.result} has {name}={value!r}, which is no number")
-    if all(isinstance(result.get(name), str) for name in IMAGES):
-        run["images"] = hashlib.sha256("".join(result[name] for name in IMAGES).encode()).hexdigest()[:8]
+    for name, (_, digests) in FILES.items():
+        if all(isinstance(result.get(digest), str) for digest in digests):
+            text = "".join(result[digest] for digest in digests)
+            run[name] = hashlib.sha256(text.encode()).hexdigest()[:8]
     return run | {"state": "finished"} | unknown | numbers | _cost(rows, settings), rows
 
 

@@ -1,5 +1,6 @@
 """Whether two settings are those of one run, and what has changed between them."""
 
+import os
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from settings.schema import (
 )
 from settings.values import differ, flat
 
+PATHS = ("data.root", "model.weights")
 # With whatever values of these.
 SAME_RUN = (*OF_THE_COMMAND, *NOT_OF_THE_RUN)
 GROUPS = {"model": ModelConf, "block": BlockConf, "data": DataConf, "optim": OptimConf,
@@ -44,7 +46,14 @@ def as_begun(command: Command, stored: dict[str, Any] | None) -> Command:
 def differences(stored: dict[str, Any] | None, command: Command) -> list[str]:
     """The knobs in which a command's training is not that of stored settings."""
     old, new = of_the_training(stored or {}), of_the_training(command.stored())
-    return [key for key, value in new.items() if differ(old.get(key, LATER_KNOBS.get(key)), value)]
+    return [key for key, value in new.items() if _differ(key, old.get(key, LATER_KNOBS.get(key)), value)]
+
+
+def _differ(knob: str, old: Any, new: Any) -> bool:
+    """As `differ`; of a path that is a link by now, to where it was moved, it is the same place."""
+    if knob in PATHS and isinstance(old, str) and isinstance(new, str):
+        return os.path.realpath(old) != os.path.realpath(new)
+    return differ(old, new)
 
 
 def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +66,13 @@ def of_the_training(settings: dict[str, Any]) -> dict[str, Any]:
     if same_everywhere(known.get("data.name"), known.get("data.root")):
         ignored.add("data.root")
     return {key: value for key, value in known.items() if not {key, key.split(".")[0]} & ignored}
+
+
+def not_taken(config: dict[str, Any], stored: dict[str, Any], command: Command) -> list[str]:
+    """What a run's config.yaml says, and neither its checkpoint nor a command: perhaps it was edited."""
+    said, old, new = map(of_the_training, (config, stored, command.stored()))
+    return [f"{key}={value}" for key, value in said.items() if key in new and _differ(key, value, new[key])
+            and _differ(key, value, old.get(key, value))]
 
 
 def is_further(last: dict[str, Any], asked: dict[str, Any], command: Command) -> bool:
@@ -77,4 +93,4 @@ def changes(stored: dict[str, Any], command: Command, done: int, batches: int = 
     place = f"epoch {done}" + (f" and {batches} batches" if batches else "")
     old, new = LATER_KNOBS | of_the_training(stored), of_the_training(command.stored())
     return [f"{key}: {old[key]} until {place}, then {value}" for key, value in new.items()
-            if key in old and differ(old[key], value)]
+            if key in old and _differ(key, old[key], value)]

@@ -84,9 +84,9 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Command:
         key = getattr(error, "full_key", None) or "a setting"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
     if command.data.root is not None:
-        command.data.root = _resolved("data.root", command.data.root)
+        command.data.root = _absolute("data.root", command.data.root)
     if command.model.weights is not None:
-        command.model.weights = _resolved("model.weights", command.model.weights)
+        command.model.weights = _absolute("model.weights", command.model.weights)
     if command.model.pretrained and command.ckpt is None:
         _prepare_as_trained(command, words)
     return command
@@ -102,9 +102,12 @@ def _expanded(knob: str, path: str) -> Path:
         raise ValueError(f"{knob}={printable(path)} is no path: {error}") from error
 
 
-def _resolved(knob: str, path: str) -> str:
-    """A path from the root, as config.yaml keeps it; a ValueError if that could not be read again."""
-    found = str(_expanded(knob, path).resolve())
+def _absolute(knob: str, path: str) -> str:
+    """A path from the root, as config.yaml keeps it; a ValueError if that could not be read again.
+
+    Links are left in it: they may lead to another disk tomorrow.
+    """
+    found = os.path.abspath(_expanded(knob, path))
     try:
         found.encode()
     except UnicodeEncodeError as error:

@@ -1,8 +1,8 @@
 """Make finished runs of a study fit to be committed: `python tools/keep_runs.py results/rivals/runs`.
 
-Of each folder with a result.json, config.yaml loses where its data lie, and metrics.csv keeps a row an epoch.
-Checkpoints stay on this disk (.gitignore). The sweep's command goes on from a clone of these files, and
-repeats no run that is there.
+Of each folder with a result.json, config.yaml loses where data lie that are the same everywhere, and
+metrics.csv keeps a row an epoch. Checkpoints stay on this disk (.gitignore). The sweep's command goes on from
+a clone of these files, and repeats no run that is there.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from runs.folder import RunFolder
 from runs.reading import read_own_config
 from runs.safety import write_text
 from settings.cli import as_sentence
-from settings.schema import TENSOR_SETS
+from settings.schema import same_everywhere
 
 
 def keep(folder: RunFolder) -> None:
@@ -38,7 +38,7 @@ def keep(folder: RunFolder) -> None:
             rows = rows.astype({"epoch": int, "step": int})
     except ValueError as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error
-    if config["data"].get("name") in TENSOR_SETS:  # of these, no part of what a run is
+    if same_everywhere(config["data"].get("name"), config["data"].get("root")):
         config["data"]["root"] = None
     write_text(folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     text = rows.dropna(axis=1, how="all").to_csv(index=False, float_format="%.6g")

@@ -41,6 +41,7 @@ class Classifier(pl.LightningModule):
         self.changed = list(changed)
         self.place = 0, 0  # epochs, and batches of the next one, that are done when training starts
         self.begins_at = None  # the step of the checkpoint that it goes on from
+        self.weights_digest = None  # of the file `model.weights` as it was when training began
         self.net = start_network(settings, classes, image_size) if settings.ckpt is None else \
             build_network(settings, len(classes), image_size)
         if settings.trainer.sync_batchnorm:
@@ -139,7 +140,7 @@ class Classifier(pl.LightningModule):
                              "image_size": self.image_size, "changed": self.changed,
                              "images": len(self.trainer.datamodule.train_indices),
                              "test_images": len(self.trainer.datamodule.test_indices),
-                             **self.trainer.datamodule.names}
+                             "weights_digest": self.weights_digest, **self.trainer.datamodule.digests}
 
 
 def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:

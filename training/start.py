@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -15,7 +16,7 @@ from models.say import say
 from reports.runs import read_epochs
 from runs.folder import RunFolder
 from runs.going_back import has_rows_of
-from runs.same import changes
+from runs.same import changes, not_taken
 from settings.command import Command
 from settings.values import differ
 from training.module import Classifier, make_optimizer
@@ -79,6 +80,10 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
             raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
                              f"within epoch {done + 1}, after {batches} batches: go on without it until the "
                              "epoch's end")
+    if Path(command.ckpt).resolve().parent == folder.checkpoints.resolve():
+        for setting in not_taken(folder.read_config() or {}, stored, command):
+            say(f"{folder.config} says {setting}, which is not taken: settings are the checkpoint's, and "
+                "those of the command line")
     all_changes = [*checkpoint["dbb"].get("changed", []), *now]
     return Start(checkpoint, done, batches, checkpoint["global_step"], all_changes)
 
@@ -92,10 +97,10 @@ def other_images(data: ImageData, start: Start) -> list[str]:
     if start.checkpoint is None:
         return []
     about, found = start.checkpoint["dbb"], []
-    for name, key, names, now in (("training", "images", "image_names", len(data.train_indices)),
-                                  ("test", "test_images", "test_names", len(data.test_indices))):
-        before, digest = about.get(key, now), about.get(names)  # an older file does not say
-        others = digest not in (None, data.names[names])
+    for name, key, kind, now in (("training", "images", "image_digest", len(data.train_indices)),
+                                 ("test", "test_images", "test_digest", len(data.test_indices))):
+        before, digest = about.get(key, now), about.get(kind)  # an older file does not say
+        others = digest not in (None, data.digests[kind])
         if before != now:
             found.append(f"{name} images: {before:,} until epoch {start.epochs}, then {now:,}")
         elif others:

@@ -12,6 +12,7 @@ from dbb import branchwise, compare_logits, reparameterize
 from evaluation.cost import activations_of_a_batch
 from evaluation.evaluate import pick_device, predict, scores, sentence
 from evaluation.networks import load_network, restore
+from export.files import sha256
 from images.data import ImageData
 from models.build import parameter_count
 from models.checkpoint import load_checkpoint, place_of
@@ -78,7 +79,10 @@ def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
             restore(model.net, {"state_dict": start.checkpoint["current_model_state"]})
         restore(model.net, start.checkpoint)
         try_state(command, model, start.checkpoint)
-    elif command.model.weights is None and hasattr(model.net, "whiten"):
+        model.weights_digest = start.checkpoint["dbb"].get("weights_digest")
+    elif command.model.weights is not None:
+        model.weights_digest = sha256(command.model.weights)
+    elif hasattr(model.net, "whiten"):
         model.net.whiten(next(data.calibration_images()))
     return model
 
@@ -217,8 +221,9 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
-    changed = trainer.lightning_module.changed
-    folder.finish(result | data.names | ({"changed": changed} if changed else {}))
+    model = trainer.lightning_module
+    more = {"weights_digest": model.weights_digest, "changed": model.changed}
+    folder.finish(result | data.digests | {key: value for key, value in more.items() if value})
     log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, folder.last),
           f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "

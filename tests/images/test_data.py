@@ -43,10 +43,25 @@ def test_other_images_in_memory_have_another_hash(make_settings, tmp_path):
         change()
         data = ImageData(conf, 0)
         data.load(train=True)
-        seen.append(data.names)
+        seen.append(data.digests)
     assert seen[0] == seen[1]
-    assert len({names["image_names"] for names in seen}) == 3
-    assert len({names["test_names"] for names in seen}) == 1
+    assert len({names["image_digest"] for names in seen}) == 3
+    assert len({names["test_digest"] for names in seen}) == 1
+
+
+def test_images_of_another_split_have_another_hash(make_settings, tmp_path):
+    """Of `test/`, until there is a `val/`, perhaps with the same names; wherever the tree lies."""
+    seen = []
+    for root, splits in (("a", ("train", "test")), ("b", ("train", "test")), ("a", ("val",))):
+        write_tree(tmp_path / root, splits, "xy", 2, (8, 8))
+        conf = make_settings("model=resnet8", "data=folder", f"data.root={tmp_path / root}",
+                             "data.image_size=8", "data.batch_size=2").data
+        data = ImageData(conf, 0)
+        data.load(train=True)
+        seen.append(data.digests)
+    assert seen[0] == seen[1]
+    assert seen[0]["image_digest"] == seen[2]["image_digest"]
+    assert seen[0]["test_digest"] != seen[2]["test_digest"]
 
 
 @pytest.mark.parametrize("source", ["digits", "cifar10", "imagenet"])

@@ -39,6 +39,21 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path):
     assert after.set_index("variant").loc[["dbb", "sgs"], "pairs"].tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("is_tree", [True, False])
+def test_where_a_cifar_lies_is_kept_of_a_tree(tmp_path, is_tree):
+    """The archive is the same everywhere, a tree is part of the run."""
+    write_run(tmp_path / "a", DBB, 3, 0.75)
+    root = tmp_path / "images"
+    for split in ("train", "test") if is_tree else ():
+        (root / split).mkdir(parents=True)
+    config = OmegaConf.load(tmp_path / "a" / "config.yaml")
+    config.data.update(name="cifar10", root=str(root))
+    OmegaConf.save(config, tmp_path / "a" / "config.yaml")
+    keep(RunFolder(tmp_path / "a"))
+    kept = OmegaConf.load(tmp_path / "a" / "config.yaml").data.root
+    assert kept == (str(root) if is_tree else None)
+
+
 def test_a_damaged_run_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     damaged, whole, blocked = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     for folder in (damaged, whole, blocked):

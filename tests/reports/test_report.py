@@ -189,19 +189,22 @@ def test_a_comparison_does_not_mix_what_else_differs(tmp_path):
     assert differences["dbb, optim.lr=0.1"] == pytest.approx(3)
 
 
-def test_seeds_on_other_images_are_another_variant(tmp_path):
-    """Of a folder, say, to which images were added between two calls of a sweep."""
+@pytest.mark.parametrize(("both", "of_dbb", "of_plain"), [
+    ({"image_digest": "a", "test_digest": "b"}, {"image_digest": "c"}, {"test_digest": "d"}),
+    ({"weights_digest": "a"}, {"weights_digest": "b"}, {"weights_digest": "c"})])
+def test_seeds_on_other_files_are_another_variant(tmp_path, both, of_dbb, of_plain):
+    """Images that were added to a folder, say, or weights that were trained on, between two calls."""
     study(tmp_path)
 
-    def say_images(place, **names):
+    def say_digests(place, digests):
         path = place / "result.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | names))
+        path.write_text(json.dumps(json.loads(path.read_text()) | digests))
     for seed in range(3):
         for kind in ("plain", "dbb"):
-            say_images(tmp_path / f"{kind}{seed}", image_names="a", test_names="b")
+            say_digests(tmp_path / f"{kind}{seed}", both)
     assert set(compare(tmp_path)[2].index) == {"none", "dbb"}
-    say_images(tmp_path / "dbb2", image_names="c")
-    say_images(tmp_path / "plain2", test_names="d")
+    say_digests(tmp_path / "dbb2", of_dbb)
+    say_digests(tmp_path / "plain2", of_plain)
     variants = compare(tmp_path)[2]
     assert sorted(variants["n"]) == [1, 1, 2, 2]
     assert variants["pairs"].dropna().tolist() == [2], "the others have no plain network on their images"

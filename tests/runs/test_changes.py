@@ -1,6 +1,7 @@
 """A run that goes on with other settings, or other images."""
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ import torch
 
 import train as train_script
 from evaluation import evaluate
+from models import build_model
 from models.checkpoint import load_checkpoint
 from runs.folder import FolderTakenError, RunFolder
 from runs.same import changes
-from tests.helpers import write_tree
+from tests.helpers import TINY, write_tree
 from tests.runs.stopping import SHORT, At, check_same, fail, interrupt, place, terminate
 from training import steps
 
@@ -81,7 +83,42 @@ def test_other_images(make_settings, train_with, tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["changed"] == ["training images: 16 until epoch 1, then 20"]
     about = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["dbb"]
-    assert {name: result[name] for name in ("image_names", "test_names")}.items() <= about.items()
+    assert {name: result[name] for name in ("image_digest", "test_digest")}.items() <= about.items()
+
+
+def test_a_data_set_that_moved(make_settings, train_with, tmp_path, capsys):
+    """With a link in its old place, which is typed as before, nothing has changed."""
+    write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 4, (40, 40))
+    words = ("model=resnet8", "data=folder", f"data.root={tmp_path}/files", "data.image_size=32",
+             "data.batch_size=4", "data.num_workers=0", "logger=csv", "trainer.max_epochs=2")
+    with pytest.raises(SystemExit, match="143"):
+        train_with(make_settings(*words), tmp_path / "run", At(0, 1, terminate))
+    (tmp_path / "files").rename(tmp_path / "moved")
+    (tmp_path / "files").symlink_to("moved")
+    config = tmp_path / "run" / "config.yaml"
+    assert f"root: {tmp_path}/files\n" in config.read_text()
+    config.write_text(config.read_text().replace("max_epochs: 2", "max_epochs: 7"))  # edited, too
+    capsys.readouterr()
+    train_with(make_settings(f"ckpt={tmp_path}/run/checkpoints/last.ckpt"), tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert f"{config} says trainer.max_epochs=7, which is not taken" in printed
+    assert "data.root=" not in printed
+    result = train_with(make_settings(*words), tmp_path / "run")
+    assert "is finished" in capsys.readouterr().out
+    assert "changed" not in result
+
+
+def test_weights_of_the_start_are_told_apart(make_settings, train_with, tmp_path):
+    """By what their file was when training began, also after going on."""
+    weights = tmp_path / "plain.pt"
+    torch.save(build_model("resnet8", 10, image_size=8).state_dict(), weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    settings = make_settings("model=resnet8", *TINY, f"model.weights={weights}", "trainer.max_epochs=2")
+    with pytest.raises(SystemExit, match="143"):
+        train_with(settings, tmp_path / "run", At(0, 1, terminate))
+    weights.write_bytes(b"another")
+    train_with(settings, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["weights_digest"] == digest
 
 
 def test_other_images_of_the_same_number(make_settings, train_with, tmp_path, capsys):
