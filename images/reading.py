@@ -12,13 +12,14 @@ from torchvision.transforms.v2 import functional as TF
 
 from models import limits
 
-IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".avif", ".dib", ".gif", ".jfif", ".jpe", ".mpo", ".pbm", ".pcx",
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".dib", ".gif", ".jfif", ".jpe", ".mpo", ".pbm", ".pcx",
                  ".pnm", ".sgi", ".tga")
 # Those of these endings, whatever a file is called: PostScript, say, would be run by another program; a
-# JPEG 2000 of a kilobyte may take eight gigabytes, and Pillow reads DDS and QOI pixel by pixel.
+# JPEG 2000 of a kilobyte may take eight gigabytes, an AVIF of ten minutes, and Pillow reads DDS and QOI pixel
+# by pixel.
 Image.init()
-FORMATS = [kind for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA",
-                             "TIFF", "WEBP") if kind in Image.OPEN]
+FORMATS = [kind for kind in ("BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF",
+                             "WEBP") if kind in Image.OPEN]
 TILE = 322, 323  # a TIFF's tags of the width and height of a tile, which may be larger than the image
 TEXT, OF_TEXT = 2, 512  # a TIFF's kind of values that are letters; tags from there on are mostly texts too
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
@@ -122,13 +123,13 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.mode == "F" or image.mode == "I" and image.format == "TIFF":  # of 32 bits
+                raise ValueError("numbers of an unknown range")
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
                 darkest, brightest = image.getextrema()
                 if not 0 <= darkest <= brightest < 2**16:
                     raise ValueError("more than 16 bits a pixel")
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("real numbers of an unknown range")
             return image.convert("RGB")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error

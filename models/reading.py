@@ -91,6 +91,8 @@ def _of_hdf5(path: Path) -> dict[str, Tensor]:
         if any(value.dtype.hasobject or value.id.get_create_plist().get_nfilters()
                for value in sets.values()):
             raise ValueError("it is compressed, or holds more than numbers")  # perhaps to fill a memory
+        if any(value.id.get_storage_size() < value.nbytes for value in sets.values()):
+            raise ValueError("it lacks values")
         if size > limits.UNPACKED * path.stat().st_size:
             raise ValueError("it is larger unpacked than weights are")
         return {key: torch.as_tensor(value[()]) for key, value in sets.items()}

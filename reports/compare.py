@@ -78,7 +78,7 @@ def _equal_time(done: pd.DataFrame, row: dict[str, Any], epochs: dict[str, int])
         return {}
     nearest = min(times, key=lambda a: abs(np.log(times[a])))
     found = {"equal_time": nearest, "time_ratio": times[nearest],
-             "wanted_epochs": round(times[nearest] * epochs[nearest])}
+             "wanted_epochs": max(1, round(times[nearest] * epochs[nearest]))}
     if SAME_TIME[0] <= times[nearest] <= SAME_TIME[1]:
         pairs = paired(done, row["variant"], nearest)
         found |= {f"{key}_equal_time": value for key, value in pairs.items()}
@@ -96,9 +96,10 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     done = runs[runs["state"] == "finished"]
     twice = done[done.duplicated(["variant", "seed"])]
     if len(twice):
-        again = twice.iloc[0]
-        raise ValueError(f"seed {again['seed']:.0f} of {again['variant']} is there twice, in "
-                         f"{again['folder']} and elsewhere: name the folder of one study")
+        variant, seed = twice.iloc[0][["variant", "seed"]]
+        both = done[(done["variant"] == variant) & (done["seed"] == seed)]["folder"]
+        raise ValueError(f"seed {seed:.0f} of {variant} is there twice, with other results, in "
+                         f"{' and '.join(both)}: move one away, or name the folder of one study")
     if baseline is not None and baseline not in set(done["variant"]):
         names = "; ".join(sorted(set(done["variant"])))
         raise ValueError(f"--baseline {baseline}: there is no such variant; the variants are {names}")

@@ -57,6 +57,7 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         if rows is not None:
             epochs.append(rows)
     _tell_files_apart(runs)
+    _leave_out_repeated(runs)
     if not any(run["state"] == "finished" for run in runs):
         raise ValueError(f"no finished run below {', '.join(map(str, folders))}"
                          + "".join(f"\n  {printable(run['folder'])}: {run['state']}" for run in runs))
@@ -78,6 +79,17 @@ def _tell_files_apart(runs: list[dict[str, Any]]) -> None:
             if len({digest for _, digest in same if digest}) > 1:
                 for run, digest in same:
                     run["settings"][name] = digest
+
+
+def _leave_out_repeated(runs: list[dict[str, Any]]) -> None:
+    """Say of a run that ended exactly as another one of its settings and seed that it is no further one."""
+    first = {}
+    for run in runs:
+        if run["state"] == "finished":
+            ended = [run[name] for name in ("seed", "top1", "loss", "train_loss")]
+            earlier = first.setdefault(str([*ended, sorted(run["settings"].items())]), run["folder"])
+            if earlier != run["folder"]:
+                run["state"] = printable(f"ended exactly as {earlier}, of the same settings and seed")
 
 
 def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | None]:
@@ -130,6 +142,9 @@ def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
     settings = {key: value for key, value in of_the_training(whole).items() if key in asked or key in NEEDED}
     if not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"{folder.config} is damaged: its seed is {settings['seed']}")
+    if settings["block.name"] == "none":  # to plain convolutions, a block's knobs mean nothing
+        settings = {key: value for key, value in settings.items()
+                    if key == "block.name" or not key.startswith("block.")}
     return {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 

@@ -9,6 +9,7 @@ from models.checkpoint import place_of
 from settings.command import OF_THE_COMMAND, Command
 from settings.schema import (
     NOT_OF_THE_RUN,
+    PATHS,
     BlockConf,
     DataConf,
     ModelConf,
@@ -18,7 +19,6 @@ from settings.schema import (
 )
 from settings.values import differ, flat
 
-PATHS = ("data.root", "model.weights")
 # With whatever values of these.
 SAME_RUN = (*OF_THE_COMMAND, *NOT_OF_THE_RUN)
 GROUPS = {"model": ModelConf, "block": BlockConf, "data": DataConf, "optim": OptimConf,

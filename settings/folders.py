@@ -3,19 +3,22 @@
 import hashlib
 import os
 import re
+from itertools import product
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from settings.cli import output_folder, plain_errors
 from settings.overrides import parsed, wants_no_block
-from settings.schema import NOT_OF_THE_RUN, same_everywhere
+from settings.schema import NOT_OF_THE_RUN, PATHS, same_everywhere
 
 
 def job_name(data: str, overrides: list[str], sweep: str = ".") -> str:
     """The folder of a sweep's job: its settings in one order, so that a job keeps it when the sweep grows.
 
-    The default seed may have been typed or not: of both names, that of a folder which is there is taken.
+    A word may be typed in several ways, the default seed also not at all: of these names, that of a folder
+    which is there is taken.
     """
     ignored = {"out", *NOT_OF_THE_RUN}
     words = parsed(overrides)
@@ -25,14 +28,29 @@ def job_name(data: str, overrides: list[str], sweep: str = ".") -> str:
     plain = wants_no_block(words)
     if plain:  # see settings.command.resolve
         ignored.add("block")
-    kept = ["block=none"] if plain else []
+    spellings = [["block=none"]] if plain else []
     for override in words:
         key = override.key_or_group
         if not {key, key.split(".")[0]} & ignored:
-            kept.append(override.input_line)
-    twin = [word for word in kept if word != "seed=0"] if "seed=0" in kept else [*kept, "seed=0"]
-    names = [_as_folder(kept), _as_folder(twin)]
+            spellings.append(_spellings(override))
+    if "seed" not in {override.key_or_group for override in words}:
+        spellings.append(["", "seed=0"])
+    names = [_as_folder([*filter(None, choice)]) for choice in product(*spellings)]
     return next((name for name in names if Path(sweep, name).is_dir()), names[0])
+
+
+def _spellings(override: Override) -> list[str]:
+    """A word of the command line in all the ways that it may have been typed; "" is not at all."""
+    line, key, value = override.input_line, override.key_or_group, override.value()
+    found = [line]
+    if key in PATHS and isinstance(value, str):
+        path = os.path.normpath(os.path.expanduser(value))
+        found = [f"{key}={path}", f"{key}={os.path.abspath(path)}", f"{key}={os.path.relpath(path)}", line]
+    elif isinstance(value, float):
+        found = [f"{key}={value}", line]
+    elif line == "seed=0":
+        found = [line, ""]
+    return list(dict.fromkeys(found))
 
 
 def _as_folder(words: list[str]) -> str:

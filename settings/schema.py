@@ -16,6 +16,7 @@ from settings.values import at_least, check_name, check_numbers, seconds
 
 # What a run may change and be the same.
 NOT_OF_THE_RUN = ("logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time")
+PATHS = ("data.root", "model.weights")
 MOST_BRANCHES = 64  # in a block
 FILE_SETS = ("imagenet", "folder")  # data sets that are read image by image
 # All others of configs/data/ are held in memory, and augmented as whole batches.
@@ -151,6 +152,9 @@ class DataConf:
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
             raise ValueError("data.mean and data.std need three numbers each, one a channel, and no "
                              "deviation of zero")
+        if min(self.mean) < 0 or max(self.mean + self.std) > 1:
+            raise ValueError(f"data.mean={self.mean} and data.std={self.std} must be at least 0 and at most "
+                             "1: pixels are between them (divide numbers of 0 to 255 by 255)")
         for knob in ("mixup", "cutmix"):
             if 0 < getattr(self, knob) < 0.001:  # of whose logarithm a sample is made
                 raise ValueError(f"data.{knob}={getattr(self, knob)} must be 0, or at least 0.001")

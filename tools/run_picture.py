@@ -29,7 +29,7 @@ def draw(run_dir: Path, path: Path) -> None:
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     for axis, (title, shown) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
         for name in shown:
-            points = events.Scalars(name)
+            points = events.Scalars(name) if name in names else []
             label = name.removeprefix(f"{title}/")
             axis.plot([point.step for point in points], [point.value for point in points], label=label)
         axis.set_title(title)

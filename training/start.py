@@ -110,7 +110,8 @@ def other_images(data: ImageData, start: Start) -> list[str]:
         if start.batches and name == "training":
             raise ValueError(f"{found[0]}: this can change between two epochs only, and the checkpoint "
                              f"stands within epoch {start.epochs + 1}, after {start.batches} batches: go "
-                             "on with the images that were there")
+                             "on with the images that were there (in place of a damaged one, another under "
+                             "its name)")
         held = ", and others are held out" if others and name == "training" and data.conf.val_size else ""
         say(f"changed: {found[-1]}{held}")
     return found

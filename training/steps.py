@@ -222,8 +222,9 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
     model = trainer.lightning_module
-    more = {"weights_digest": model.weights_digest, "changed": model.changed}
-    folder.finish(result | data.digests | {key: value for key, value in more.items() if value})
+    more = data.digests | {"weights_digest": model.weights_digest, "changed": model.changed}
+    result |= {key: value for key, value in more.items() if value}
+    folder.finish(result)
     log_predictions(trainer.loggers[-1], data, logits, targets)
     print(sentence(result, folder.last),
           f"converted: top1 {result['converted_top1']:.4f}, {result['predictions_changed']} of "

@@ -104,10 +104,10 @@ def test_moves_cover_all_shifts(load):
 
 
 def test_normalisation(load):
-    data = load("data=digits", "data.mean=[0.5,0.25,0]", "data.std=[0.5,1,2]", train=False)
+    data = load("data=digits", "data.mean=[0.5,0.25,0]", "data.std=[0.5,1,0.2]", train=False)
     white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     images, targets = data.on_after_batch_transfer((white, torch.tensor([3])))
-    assert images[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.75, 0.5])
+    assert images[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.75, 5])
     assert targets.tolist() == [3]
 
 

@@ -300,8 +300,20 @@ def test_what_cannot_be_compared(tmp_path):
         compare(tmp_path)
     study(tmp_path)
     write_run(tmp_path / "again", DBB, 1, 0.9)
-    with pytest.raises(ValueError, match="seed 1 of dbb is there twice"):
+    both = f"{tmp_path}/again and {tmp_path}/dbb1"
+    with pytest.raises(ValueError, match=f"seed 1 of dbb is there twice, with other results, in {both}"):
         compare(tmp_path)
+
+
+def test_a_run_that_was_repeated_counts_once(tmp_path):
+    """In another folder, by another spelling, and with knobs of blocks, which a plain network has none of."""
+    study(tmp_path)
+    write_run(tmp_path / "repeated", DBB, 0, 0.73, seconds=0.3)
+    write_run(tmp_path / "plain_ones", PLAIN | {"init": "ones"}, 0, 0.70)
+    _, _, variants, text = compare(tmp_path)
+    assert variants["n"].to_dict() == {"none": 3, "dbb": 3}
+    assert "Not in the tables: 2 of 8 runs" in text
+    assert f"`{tmp_path}/repeated`: ended exactly as {tmp_path}/dbb0, of the same settings and seed" in text
 
 
 @pytest.mark.parametrize(("name", "more", "baseline"), [

@@ -101,8 +101,8 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     assert variants.loc["dbb", "top1"] == pytest.approx(50 * (one + two), rel=1e-4)  # written with six digits
     assert variants.loc["dbb", "predictions_changed"] == 0
     done = call("report.py", "sweep", "--out", "report", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "is there twice" in done.stderr, "with block=none said and unsaid"
+    assert done.returncode == 0, done.stderr
+    assert "ended exactly as" in done.stdout, "with block=none said and unsaid"
 
 
 def test_a_sweep_can_be_sent_to_other_processes():
@@ -303,7 +303,8 @@ def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_pat
     """
     (tmp_path / "frozen.py").write_text(FROZEN)
     options = ["model=resnet8_dbb", "data=digits", "optim.lr=0.002",
-               "trainer.max_epochs=1", "trainer.limit_train_batches=6", "trainer.accelerator=cpu"]
+               "trainer.max_epochs=1", "trainer.limit_train_batches=6", "trainer.accelerator=cpu",
+               "trainer.precision=64-true"]  # in float32, sums that nearly cancel differ by 1e-4
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=ROOT, patch="frozen"))
     two = (script, *options, "trainer.devices=2", "trainer.strategy=ddp", "out=two")
@@ -318,7 +319,7 @@ def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_pat
     one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"]
                 for name in ("one", "two"))
     for key in one:
-        assert relative_error(two[key], one[key]) < 1e-5, key
+        assert relative_error(two[key], one[key]) < 1e-10, key
 
     metrics = pd.read_csv(tmp_path / "two" / "metrics.csv")
     in_training, at_the_end = (metrics[name].dropna().tolist() for name in ("test/top1", "final/top1"))

@@ -43,6 +43,7 @@ MODELS = [path.stem for path in Path(ROOT, "configs", "model").glob("*.yaml")]
     ("block.include=[a]", "block.branches is empty"),
     ("data.flip=perhaps", "data.flip"), ("data.color_jitter=true", "data.color_jitter"),
     ("data.batch_size=0", "data.batch_size"), ("data.std=[0,1,1]", "data.std"),
+    ("data.mean=[125,123,114]", "data.mean"), ("data.std=[63,62,66]", "data.std"),
     ("data.val_size=-1", "data.val_size"), ("data.image_size=-3", "data.image_size"),
     ("data.interpolation=cubic", "did you mean bicubic"), ("data.name=cifar11", "did you mean cifar10"),
     ("data.mixup=1e-300", "data.mixup"), ("data.cutmix=0.0001", "data.cutmix"),
@@ -171,7 +172,7 @@ def test_slurm_is_asked_for_in_its_jobs_only(monkeypatch):
     assert folders.slurm_job() == "42"
 
 
-def test_a_sweep_takes_seeds_later_and_other_trees_for_others(tmp_path):
+def test_a_sweep_takes_seeds_later_and_other_trees_for_others(tmp_path, monkeypatch):
     """The folders of its first jobs, without a seed, are those of the default seed."""
     for first, then in (([], ["seed=0"]), (["seed=0"], [])):
         block = "block=acb" if first else "block=dbb"
@@ -179,6 +180,12 @@ def test_a_sweep_takes_seeds_later_and_other_trees_for_others(tmp_path):
         (tmp_path / made).mkdir()
         assert folders.job_name("digits", [block, *then], tmp_path) == made
         assert folders.job_name("digits", [block, "seed=1"], tmp_path) == f"{block.replace('=', '-')}+seed-1"
+    monkeypatch.chdir(tmp_path)
+    for first, then in (("data.root=a/", "data.root=a"), ("data.root=b", f"data.root={tmp_path}/b/"),
+                        (f"data.root={tmp_path}/c", "data.root=./c"), ("optim.lr=1e-1", "optim.lr=.10")):
+        made = folders.job_name("folder", [first], tmp_path)
+        (tmp_path / made).mkdir()
+        assert folders.job_name("folder", [then, "seed=0"], tmp_path) == made
     for split in ("train", "test"):
         (tmp_path / "A" / split).mkdir(parents=True)
     names = {folders.job_name("cifar10", [f"data.root={tmp_path}/{root}"]) for root in "ABC"}
