@@ -14,15 +14,15 @@ from omegaconf import OmegaConf
 from models import limits
 from runs.folder import RunFolder
 from runs.rows import read_rows
-from runs.same import of_the_training
+from runs.same import LATER_KNOBS, of_the_training
 from settings.cli import printable
 from settings.schema import Settings
 from settings.values import flat
 
 RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
 # By what a report calls them: which settings name such files, and their hashes in result.json.
-FILES = {"images": ("data.", ("image_digest", "test_digest")), "weights": ("model.", ("weights_digest",))}
-NEEDED = ("seed", "block.name", "trainer.max_epochs", "trainer.accumulate_grad_batches")
+FILES = {"images": (("data.name", "data.root"), ("image_digest", "test_digest")),
+         "weights": (("model.weights",), ("weights_digest",))}
 LARGEST = 1e18  # value of a file, which a column of whole numbers can hold
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
@@ -70,11 +70,11 @@ def _tell_files_apart(runs: list[dict[str, Any]]) -> None:
     Images were added between two of them, say, or another file took the place of `model.weights`. Older runs
     do not say which they had.
     """
-    for name, (group, _) in FILES.items():
+    for name, (knobs, _) in FILES.items():
         alike = defaultdict(list)
         for run in runs:
-            named = [item for item in run["settings"].items() if item[0].startswith(group)]
-            alike[str(named)].append((run, run.pop(name, None)))
+            place = str([run["settings"].get(knob) for knob in knobs])
+            alike[place].append((run, run.pop(name, None)))
         for same in alike.values():
             if len({digest for _, digest in same if digest}) > 1:
                 for run, digest in same:
@@ -130,7 +130,7 @@ def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
         ValueError: if one has another, or is unknown.
     """
     try:
-        # An older file says less of a run, and what its command was asked besides.
+        # An older file has what its command was asked, too, and fewer knobs: see `LATER_KNOBS`.
         known = {part.name: config[part.name] for part in fields(Settings) if part.name in config}
         if "${" in str(known):
             raise ValueError("it has ${...}, which would be resolved")
@@ -139,7 +139,8 @@ def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
         asked = flat(config)
     except Exception as error:  # of OmegaConf's many kinds
         raise ValueError(f"{folder.config} is damaged: {str(error).splitlines()[0]}") from error
-    settings = {key: value for key, value in of_the_training(whole).items() if key in asked or key in NEEDED}
+    settings = {key: value if key in asked else LATER_KNOBS.get(key, value)
+                for key, value in of_the_training(whole).items()}
     if not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"{folder.config} is damaged: its seed is {settings['seed']}")
     if settings["block.name"] == "none":  # to plain convolutions, a block's knobs mean nothing

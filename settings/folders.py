@@ -45,7 +45,7 @@ def _spellings(override: Override) -> list[str]:
     found = [line]
     if key in PATHS and isinstance(value, str):
         path = os.path.normpath(os.path.expanduser(value))
-        found = [f"{key}={path}", f"{key}={os.path.abspath(path)}", f"{key}={os.path.relpath(path)}", line]
+        found = [f"{key}={path}", f"{key}={os.path.abspath(path)}", line]
     elif isinstance(value, float):
         found = [f"{key}={value}", line]
     elif line == "seed=0":

@@ -208,6 +208,11 @@ def test_seeds_on_other_files_are_another_variant(tmp_path, both, of_dbb, of_pla
     variants = compare(tmp_path)[2]
     assert sorted(variants["n"]) == [1, 1, 2, 2]
     assert variants["pairs"].dropna().tolist() == [2], "the others have no plain network on their images"
+    path = tmp_path / "dbb2" / "config.yaml"
+    path.write_text(path.read_text().replace("  num_workers: 0\n", "  num_workers: 0\n  mixup: 0.2\n"))
+    names = compare(tmp_path)[2].index
+    assert all("images=" in name or "weights=" in name for name in names), names
+    assert "mixup=0.2" in " ".join(names)
 
 
 def test_what_a_run_may_lack(tmp_path):
@@ -303,6 +308,16 @@ def test_what_cannot_be_compared(tmp_path):
     both = f"{tmp_path}/again and {tmp_path}/dbb1"
     with pytest.raises(ValueError, match=f"seed 1 of dbb is there twice, with other results, in {both}"):
         compare(tmp_path)
+
+
+def test_a_knob_that_is_newer_than_a_study(tmp_path):
+    """Runs from before it had its default."""
+    study(tmp_path)
+    write_run(tmp_path / "newer", DBB | {"sgs_batches": 2, "without_norm": False}, 3, 0.75)
+    assert compare(tmp_path)[2]["n"].to_dict() == {"dbb": 4, "none": 3}
+    write_run(tmp_path / "another", DBB | {"without_norm": True}, 3, 0.75)
+    names = {"dbb, block.without_norm=False", "dbb, block.without_norm=True", "none"}
+    assert set(compare(tmp_path)[2].index) == names
 
 
 def test_a_run_that_was_repeated_counts_once(tmp_path):

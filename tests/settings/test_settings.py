@@ -181,8 +181,8 @@ def test_a_sweep_takes_seeds_later_and_other_trees_for_others(tmp_path, monkeypa
         assert folders.job_name("digits", [block, *then], tmp_path) == made
         assert folders.job_name("digits", [block, "seed=1"], tmp_path) == f"{block.replace('=', '-')}+seed-1"
     monkeypatch.chdir(tmp_path)
-    for first, then in (("data.root=a/", "data.root=a"), ("data.root=b", f"data.root={tmp_path}/b/"),
-                        (f"data.root={tmp_path}/c", "data.root=./c"), ("optim.lr=1e-1", "optim.lr=.10")):
+    for first, then in (("data.root=a/", "data.root=a"), ("data.root=b", "data.root=./b/"),
+                        (f"data.root={tmp_path}/c", "data.root=c"), ("optim.lr=1e-1", "optim.lr=.10")):
         made = folders.job_name("folder", [first], tmp_path)
         (tmp_path / made).mkdir()
         assert folders.job_name("folder", [then, "seed=0"], tmp_path) == made
