@@ -5,6 +5,8 @@ processes; the sampler therefore yields keys `(epoch, index, real)`, where `real
 image that fills up the share of a process and must not be counted (its target becomes -1).
 """
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 
@@ -209,6 +211,19 @@ def leave_signals_to_the_run(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@atexit.register
+def end_loaders() -> None:
+    """End the processes that load images where an error ends this one.
+
+    Python sends them one SIGTERM, which they take for a whole job's, and would wait for them without end.
+    """
+    loaders = [process for process in multiprocessing.active_children() if process.daemon]
+    if loaders:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each that ends
+    for process in loaders:
+        process.kill()
 
 
 def crop_and_flip(images: Tensor, moves: Tensor, padding: int) -> Tensor:

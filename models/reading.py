@@ -68,7 +68,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         about = _of_timms_script(weights)
     weights = _unwrapped(weights, path)
     weights.pop("n_averaged", None)
-    return {re.sub(f"^{prefix}", "", key): value for key, value in weights.items()}, _known(about)
+    named = {re.sub(f"^{prefix}", "", key): value for key, value in weights.items()}
+    if len(named) < len(weights):
+        raise ValueError(f"{path} holds tensors of one name twice, with and without a prefix: save those of "
+                         "one network alone")
+    return named, _known(about)
 
 
 def _known(about: Any) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def _of_hdf5(path: Path) -> dict[str, Tensor]:
 def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:
     while not _are_weights(weights):
         inner = weights if isinstance(weights, dict) else {}
-        named = [key for key in WRAPPERS if isinstance(inner.get(key), dict)]
+        named = [key for key in WRAPPERS if isinstance(inner.get(key), dict) and inner[key]]
         others = [key for key, value in inner.items()
                   if isinstance(value, dict) and value and _are_weights(value)]
         key = named[0] if named else others[0] if len(others) == 1 else None

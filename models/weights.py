@@ -42,6 +42,15 @@ def refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
                              "the weights before quantizing")
 
 
+def refuse_impossible(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for negative variances, and numbers that are not finite in the network's type."""
+    for key in own.keys() & weights.keys():
+        if not weights[key].to(own[key].dtype).isfinite().all():
+            raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")
+        if key.endswith("running_var") and (weights[key] < 0).any():
+            raise ValueError(f"these weights have a negative variance: {key}")
+
+
 def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load a plain checkpoint of timm or torchvision.
 
@@ -62,9 +71,7 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     modules = reversed(list(net.named_modules()))
     head = next(f"{name}." for name, module in modules if isinstance(module, linear))
     refuse_kinds(weights, own)
-    for key in own.keys() & weights.keys():
-        if not weights[key].to(own[key].dtype).isfinite().all():
-            raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")
+    refuse_impossible(weights, own)
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
     if theirs is not None and theirs.ndim == ours.ndim and len(theirs) != len(ours) \
             and theirs.shape[1:] == ours.shape[1:]:

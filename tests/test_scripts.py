@@ -180,6 +180,20 @@ def test_a_mistyped_checkpoint_takes_nothing_away(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_damaged_test_image_ends_the_process(tmp_path):
+    """Though the processes that load images take a first SIGTERM for a whole job's, and go on."""
+    files = write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 4, (20, 20))
+    image = files / "val" / "a" / "3.png"
+    image.write_bytes(image.read_bytes()[:100])
+    done = run("train.py", "model=resnet8", "data=folder", f"data.root={files}",
+               "data.image_size=16", "data.batch_size=4", "data.num_workers=2", "trainer.max_epochs=1",
+               "logger=csv", "out=run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: unreadable image: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_list_of_branches_from_the_command_line(make_settings, convert, tmp_path, capsys):
     branches = ["block.branches=[kxk,1x1,1xk,kx1]", "block.layers=[{modules:blocks.0.*,branches:[]}]"]
     done = call("train.py", "model=resnet8", *TINY, "trainer.limit_train_batches=2", *branches, cwd=tmp_path)

@@ -282,3 +282,17 @@ def test_a_value_that_the_network_cannot_hold(tmp_path):
     weights["fc.bias"] = torch.full((10,), 1e300, dtype=torch.float64)
     with pytest.raises(ValueError, match="not all finite numbers of torch.float32: fc.bias"):
         build_model("resnet8", 10, image_size=8, weights=weights)
+    weights = build_model("resnet8", 10, image_size=8).state_dict()
+    weights["bn1.running_var"][3] = -1
+    with pytest.raises(ValueError, match="a negative variance: bn1.running_var"):
+        build_model("resnet8", 10, image_size=8, weights=weights)
+
+
+def test_a_tensor_that_a_file_has_twice(tmp_path):
+    """With a prefix and without; and an average that is empty, beside weights."""
+    weights = build_model("resnet8", 10, image_size=8).state_dict()
+    torch.save(weights | {"module.fc.bias": torch.zeros(10)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth holds tensors of one name twice"):
+        read_weights(tmp_path / "a.pth")
+    torch.save({"state_dict": weights, "state_dict_ema": {}}, tmp_path / "b.pth")
+    assert read_weights(tmp_path / "b.pth")[0].keys() == weights.keys()
