@@ -15,7 +15,19 @@ from dbb import branch
 from models import build_model
 from models.checkpoint import load_checkpoint
 from reports.conversion import print_tables
-from tests.helpers import TINY, call, run, write_tree
+from tests.helpers import ROOT, TINY, call, run, write_tree
+
+LOADING = """
+import sys
+sys.path.insert(0, {root!r})
+from images.data import ImageData
+from settings.cli import plain_errors
+from settings.schema import DataConf
+data = ImageData(DataConf("folder", root={files!r}, image_size=16, batch_size=4, num_workers=2), 0)
+data.load(train=False)
+with plain_errors():
+    list(data.test_dataloader())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +197,10 @@ def test_a_damaged_test_image_ends_the_process(tmp_path):
     files = write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 4, (20, 20))
     image = files / "val" / "a" / "3.png"
     image.write_bytes(image.read_bytes()[:100])
-    done = run("train.py", "model=resnet8", "data=folder", f"data.root={files}",
-               "data.image_size=16", "data.batch_size=4", "data.num_workers=2", "trainer.max_epochs=1",
-               "logger=csv", "out=run", cwd=tmp_path)
+    (tmp_path / "script.py").write_text(LOADING.format(root=ROOT, files=str(files)))
+    done = run(tmp_path / "script.py", cwd=tmp_path)
     assert done.returncode == 1
-    assert "error: unreadable image: " in done.stderr
+    assert done.stderr.startswith("error: unreadable image: ")
     assert "Traceback" not in done.stderr
 
 
