@@ -69,15 +69,15 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
             raise ValueError("there is no file; a pipe or a device would be waited for")
         if Path(path).stat().st_size > limits.IMAGE_BYTES:
             raise ValueError("the file is too large")
-        _refuse_many_parts(path)
+        seen = _tags(path)
+        _refuse_many_parts(path, seen)
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
             tags = image.tag_v2 if kind == "TIFF" else {}
             if any(int(tags.get(tag, 1)) > max(limits.TILE, 2 * side)
                    for tag, side in zip(TILE, image.size, strict=True)):
                 raise ValueError("its tiles are too large")
-            known = [tag for tag, *_ in _tags(path)] if tags else []
-            if tags and [*map(known.count, TILE)] != [tag in tags for tag in TILE]:
+            if tags and [*map([tag for tag, *_ in seen].count, TILE)] != [tag in tags for tag in TILE]:
                 raise ValueError("its tiles are described twice, or by numbers of another kind")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error
@@ -87,24 +87,28 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
     return kind, (width, height)
 
 
-def _refuse_many_parts(path: str) -> None:
-    """Raise a ValueError for a file of so many parts that Pillow needs minutes before it knows the size."""
+def _refuse_many_parts(path: str, tags: list[tuple[int, int, int]]) -> None:
+    """Raise a ValueError for a file of so many parts that Pillow needs minutes before it knows the size.
+
+    `tags` are what `_tags` returns.
+    """
     with Path(path).open("rb") as file:
-        start = file.read(4)
-        if start.startswith(b"\xff\xd8") and (start + file.read()).count(b"Exif\0\0") > limits.EXIF_PARTS:
+        start = file.read(2)
+        if start == b"\xff\xd8" and file.read().count(b"Exif\0\0") > limits.EXIF_PARTS:
             raise ValueError("its Exif data has too many parts")
-    if start[:2] in (b"II", b"MM") and any(count > limits.TIFF_VALUES for tag, kind, count in _tags(path)
-                                           if tag < OF_TEXT and kind != TEXT):
+    if any(count > limits.TIFF_VALUES for tag, kind, count in tags if tag < OF_TEXT and kind != TEXT):
         raise ValueError("a tag has too many values")
 
 
 def _tags(path: str) -> list[tuple[int, int, int]]:
     """Tag, kind and number of values, of all in a TIFF's first image, as libtiff sees them.
 
-    Those of kinds that Pillow leaves out are there, too.
+    Those of kinds that Pillow leaves out are there, too. Another file has none.
     """
     with Path(path).open("rb") as file:
         head = file.read(16)
+        if not head.startswith((b"II", b"MM")):
+            return []
         order = "<" if head.startswith(b"II") else ">"
         big = struct.unpack_from(f"{order}H", head, 2) == (43,)  # BigTIFF
         file.seek(*struct.unpack_from(f"{order}Q" if big else f"{order}L", head, 8 if big else 4))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models import limits
-from models.plain import damage, strange
+from models.plain import are_weights, damage, strange
 
 OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list,
                 "lr_schedulers": list}  # that train.py goes on with
@@ -66,8 +66,8 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and all(isinstance(name, str) for name in classes)
             and isinstance(size, int) and 0 < size <= limits.IMAGE_SIZE
             and settings["data"].get("image_size") in (None, size)
-            and _are_weights(checkpoint.get("state_dict"))
-            and _are_weights(checkpoint.get("current_model_state", {}))  # beside their average
+            and are_weights(checkpoint.get("state_dict"))
+            and are_weights(checkpoint.get("current_model_state", {}))  # beside their average
             and {*map(type, counts)} == {int} and isinstance(changed, list)
             and all(isinstance(change, str) for change in changed)
             and len(str(changed)) <= limits.CHANGES
@@ -82,12 +82,6 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     if not good:
         raise ValueError(f"ckpt={path} was not written by train.py: its settings, classes, image size, "
                          "counts or weights are of another form")
-
-
-def _are_weights(found: Any) -> bool:
-    """Whether something is a state dict: tensors by name."""
-    return isinstance(found, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor)
-                                           for key, value in found.items())
 
 
 def _is_plain(settings: dict[str, Any]) -> bool:

@@ -14,6 +14,12 @@ from models import limits
 from models.pickles import Pickle
 
 
+def are_weights(found: Any) -> bool:
+    """Whether something is a state dict: tensors by name."""
+    return isinstance(found, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                           for key, value in found.items())
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a file by its own checksums, or by what it would make; None if nothing is."""
     try:

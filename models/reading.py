@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import limits
-from models.plain import damage, strange
+from models.plain import are_weights, damage, strange
 from models.say import say
 
 AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
@@ -103,11 +103,11 @@ def _of_hdf5(path: Path) -> dict[str, Tensor]:
 
 
 def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:
-    while not _are_weights(weights):
+    while not are_weights(weights):
         inner = weights if isinstance(weights, dict) else {}
         named = [key for key in WRAPPERS if isinstance(inner.get(key), dict) and inner[key]]
         others = [key for key, value in inner.items()
-                  if isinstance(value, dict) and value and _are_weights(value)]
+                  if isinstance(value, dict) and value and are_weights(value)]
         key = named[0] if named else others[0] if len(others) == 1 else None
         if key is None:
             raise ValueError(f"{path} is no file of weights: it must hold tensors by name, alone or under "
@@ -116,11 +116,6 @@ def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:
             say(f"{path}: its averaged weights are taken ({key})")
         weights = inner[key]
     return weights
-
-
-def _are_weights(found: Any) -> bool:
-    return isinstance(found, dict) and all(isinstance(key, str) and isinstance(value, Tensor)
-                                           for key, value in found.items())
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from settings.cli import output_folder, plain_errors
-from settings.overrides import parsed, wants_no_block
+from settings.overrides import named, parsed, wants_no_block
 from settings.schema import NOT_OF_THE_RUN, PATHS, same_everywhere
 
 
@@ -33,7 +33,7 @@ def job_name(data: str, overrides: list[str], sweep: str = ".") -> str:
         key = override.key_or_group
         if not {key, key.split(".")[0]} & ignored:
             spellings.append(_spellings(override))
-    if "seed" not in {override.key_or_group for override in words}:
+    if "seed" not in named(words):
         spellings.append(["", "seed=0"])
     names = [_as_folder([*filter(None, choice)]) for choice in product(*spellings)]
     return next((name for name in names if Path(sweep, name).is_dir()), names[0])
