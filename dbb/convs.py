@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from dbb.moments import autocast_kind, over_processes, wide, without_autocast
-from dbb.rows import stacked, unstacked
+from dbb.rows import in_order, unstacked
 
 
 def in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
@@ -129,14 +129,14 @@ class StackedConv(Function):
     def forward(ctx, x, conv, *kernels):
         ctx.save_for_backward(x, *kernels)
         ctx.conv = conv
-        return F.conv2d(x, _stack(x, kernels, conv[3]), None, *conv)
+        return F.conv2d(x, in_format_of(x, in_order(kernels, conv[3])), None, *conv)
 
     @staticmethod
     def backward(ctx, d_y):
         x, *kernels = ctx.saved_tensors
         groups = ctx.conv[3]
-        d_x, d_stack = _gradients(d_y, x, _stack(x, kernels, groups), ctx.conv,
-                                  [ctx.needs_input_grad[0], True])
+        stack = in_format_of(x, in_order(kernels, groups))
+        d_x, d_stack = _gradients(d_y, x, stack, ctx.conv, [ctx.needs_input_grad[0], True])
         if groups == 1:
             parts = d_stack.chunk(len(kernels))
             return d_x, None, *[part.to(kernel.dtype) for part, kernel in zip(parts, kernels, strict=True)]
@@ -144,11 +144,6 @@ class StackedConv(Function):
         return d_x, None, *unstacked(rows, kernels, kernels[0].shape[2:])
 
 
-def _stack(x: Tensor, kernels: Sequence[Tensor], groups: int) -> Tensor:
-    if groups == 1:
-        return in_format_of(x, torch.cat(kernels))
-    rows = stacked(kernels, groups, kernels[0].shape[2:])
-    return in_format_of(x, rows.reshape(-1, *kernels[0].shape[1:]))
 
 
 class FixedConv(Function):

@@ -16,7 +16,7 @@ from dbb.convs import CentredConv, NormedConv, StackedConv, as_autocast, bias_fo
 from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, mean_over_processes, process_group, without_autocast
 from dbb.norms import count_batch, follow, uses_batch_statistics
-from dbb.rows import CovarianceSum, SampledSum, ScaledSum, apart, beside, joined
+from dbb.rows import CovarianceScale, SampledSum, ScaledSum, apart, beside, in_order, joined
 from dbb.transforms import add_branches
 
 
@@ -67,10 +67,10 @@ def _by_covariance(g: Geometry, x: Tensor, inner: list[Branch], points: list[Bra
         rows = joined(kernels, g.groups).to(mean.dtype)
         norms = [branch.scale for branch in inner] + [branch.bn for branch in points]
         affine = _affine(norms, g.groups, mean.dtype)
-        scaled, variance = CovarianceSum.apply(rows, *affine, spread)
+        scaled, variance = CovarianceScale.apply(rows, *affine, spread)
         with torch.no_grad():
-            variances = apart(variance[:, 0] * (count / (count - 1)), kernels)
-            means = apart((rows[:, 0] @ mean)[..., 0], kernels)[len(inner):] if points else []
+            variances = apart(variance * (count / (count - 1)), kernels)
+            means = apart(torch.bmm(rows, mean)[..., 0], kernels)[len(inner):] if points else []
         scaled = _as_kernels(scaled, kernels)
     firsts = dict(zip(inner, scaled[:len(inner)], strict=True))
     if not points:
@@ -112,22 +112,23 @@ def merged_online(block, x: Tensor) -> Tensor:
             raise ValueError(ONE_VALUE)
         if inner:
             kernels = [branch.inner() for branch in inner]
-            joint = joined(kernels, g.groups).flatten(0, 2)[..., None, None]
-            affine = _affine([branch.scale for branch in inner], g.groups, sample.dtype)
+            joint = joined(kernels, g.groups).flatten(0, 1)[..., None, None]
+            gamma, eps = _affine([branch.scale for branch in inner], g.groups, sample.dtype)
             seen = centre if g.keeps_size else pixels
-            scaled, variance, _ = SampledSum.apply(*affine, seen, group, (1, 1), joint)
+            scaled, variance, _ = SampledSum.apply(gamma[:, None], eps, seen, group, (1, 1), joint)
             firsts = dict(zip(inner, _as_kernels(scaled, kernels), strict=True))
             variances += apart(variance[:, 0], kernels)
         kernels = [branch.kernel(firsts.get(branch)) for branch in live]
         norms = [branch.bn for branch in live]
-        weights = beside([norm.weight for norm in norms] + [norm.bias for norm in norms], g.groups)
-        gamma, beta = (part.transpose(0, 1) for part in weights.transpose(0, 1).split(len(norms)))
+        weights = torch.stack([norm.weight for norm in norms] + [norm.bias for norm in norms])
+        weights = weights.unflatten(1, (g.groups, -1)).split(len(norms))
+        gamma, beta = (part.transpose(0, 1) for part in weights)
         affine = gamma.to(sample.dtype), _epsilon(beside, norms, g.groups, sample.dtype)
         kernel, variance, rows = SampledSum.apply(*affine, sample, group, g.kernel_size, *kernels)
         with torch.no_grad():
             count = len(x) * math.prod(g.positions(padded))
             mean, _ = mean_over_processes(group, g.mean_window(padded), count)
-            means = (rows.flatten(1, 2) @ mean).view(variance.shape)
+            means = torch.bmm(rows.flatten(1, 2), mean).view(variance.shape)
             statistics = torch.stack([variance.transpose(0, 1), means.transpose(0, 1)]).flatten(2)
             _follow(inner, live, [*variances, *statistics[0]], list(statistics[1]))
     y = _centred(g, padded, kernel.reshape(g.out_channels, -1, *g.kernel_size), beta, mean, group)
@@ -169,8 +170,8 @@ def _epsilon(arrange: Callable, norms: list[nn.Module], groups: int, dtype) -> T
 
 def _as_kernels(joint: Tensor, kernels: list[Tensor]) -> list[Tensor]:
     """What has become of 1x1 kernels in rows, in their own shape and type."""
-    parts = zip(apart(joint, kernels), kernels, strict=True)
-    return [part.to(kernel.dtype)[..., None, None] for part, kernel in parts]
+    parts = zip(apart(joint[..., None, None], kernels), kernels, strict=True)
+    return [part.to(kernel.dtype) for part, kernel in parts]
 
 
 def _follow(inner: list[Branch], outer: list[Branch], variances: list[Tensor], means: list[Tensor]) -> None:
@@ -222,8 +223,7 @@ def _normed_together(branches: list[Branch], padded: Tensor,
     x, padding = g.aligned(padded, g.kernel_size)
     x, *kernels = as_autocast(x, *[branch.kernel(firsts.get(branch)) for branch in branches])
     maps = StackedConv.apply(x, (g.stride, padding, g.dilation, g.groups), *kernels)
-    weight, bias = (beside([getattr(norm, key) for norm in norms], g.groups).flatten()
-                    for key in ("weight", "bias"))
+    weight, bias = (in_order([getattr(norm, key) for norm in norms], g.groups) for key in ("weight", "bias"))
     running = weight.new_zeros(2, len(weight))  # with momentum 1 they become the batch's
     maps = F.batch_norm(maps, *running, weight, bias, True, 1.0, norms[0].eps)
     means, variances = running.view(2, g.groups, len(norms), -1).transpose(1, 2).flatten(2).unbind()

@@ -7,6 +7,8 @@ from torch import Tensor, distributed, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from dbb.private import any_autocast_enabled
+
 ONE_VALUE = "expected more than 1 value per channel when training; use a larger batch"
 
 
@@ -22,9 +24,8 @@ def autocast_kind(device: torch.device) -> str:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """For statistics and kernels, which are small and must be right. TF32 is as the user set it."""
-    kind = autocast_kind(device)
     # Entering autocast takes as long as launching three operators.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(autocast_kind(device), enabled=False) if any_autocast_enabled() else nullcontext()
 
 
 def process_group(norm: nn.Module):
@@ -82,12 +83,13 @@ class _Covariance(Function):
         with without_autocast(x.device):
             mean, total = mean_over_processes(group, average(values, everywhere), count)
             # Centred before the product: E[xx'] - mm' loses all digits of channels with a large mean.
-            centred = values - mean[:, None, None]
-            if groups == x.shape[1]:
-                gram = average(centred.square_(), everywhere)[:, None, None]
-            elif x.is_contiguous() and x.shape[2] * x.shape[3] * groups >= x.shape[1]:
-                rows = centred.unflatten(1, (groups, -1)).flatten(3)  # [N, G, C/G, H*W]
-                gram = (rows @ rows.mT).sum(0) / max(1, count)
+            centred, channels = values - mean.view(-1, 1, 1), x.shape[1] // groups
+            if channels == 1:
+                gram = average(centred.square_(), everywhere).view(-1, 1, 1)
+            elif x.is_contiguous() and x.shape[2] * x.shape[3] >= channels:
+                rows = centred.view(len(x) * groups, channels, x.shape[2] * x.shape[3])
+                grams = torch.bmm(rows, rows.mT).view(len(x), groups, channels, channels)
+                gram = grams.sum(0) / max(1, count)
             else:  # images of few positions: one product over all of them
                 rows = centred.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))  # [G, C/G, N*H*W]
                 gram = rows @ rows.mT / max(1, count)

@@ -58,7 +58,7 @@ class SampledSum(Function):
             if ctx.group is not None:
                 factor, total = over_processes(ctx.group, factor, factor.new_tensor([count]))
                 factor, count = factor / total, 1
-            d_z = (z * factor[..., None]).flatten(1, 2)
+            d_z = z * factor.flatten(1)[..., None]
             through_scale = (scale[..., None] * d_sum[:, None]).flatten(1, 2)
             d_rows = torch.baddbmm(through_scale, d_z, sample.mT, alpha=-1 / count).view_as(rows)
             d_sample = None
@@ -87,24 +87,26 @@ class ScaledSum(Function):
 
 
 def _normalised(rows: Tensor, sample: Tensor, eps: float, group) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised responses `[G, B, O/G, n]`; 1 / sqrt(var + eps) and unbiased variance `[G, B, O/G]`."""
-    z, count = (rows.flatten(1, 2) @ sample).view(*rows.shape[:3], -1), sample.shape[2]
+    """Normalised responses `[G, B * O/G, n]`; 1 / sqrt(var + eps) and unbiased variance `[G, B, O/G]`."""
+    z, shape, count = torch.bmm(rows.flatten(1, 2), sample), rows.shape[:3], sample.shape[2]
     if group is None and isinstance(eps, float) and not torch.is_grad_enabled():
-        running = z.new_zeros(2, z.numel() // count)  # with momentum 1 they become the batch's
-        out, _, inverse = torch.native_batch_norm(z.view(1, -1, count), None, None, *running, True, 1.0, eps)
-        return out.view_as(z), inverse.view(rows.shape[:3]), running[1].view(rows.shape[:3])
-    total, count = over_processes(group, z.sum(3), z.new_tensor([count]))
+        mean, variance = z.new_zeros(2, z.numel() // count)  # with momentum 1 they become the batch's
+        running = mean, variance, True, 1.0
+        out, _, inverse = torch.native_batch_norm(z.view(1, -1, count), None, None, *running, eps)
+        return out.view_as(z), inverse.view(shape), variance.view(shape)
+    total, count = over_processes(group, z.sum(2), z.new_tensor([count]))
     z = z - (total / count)[..., None]
-    squares, = over_processes(group, z.square().sum(3))
-    inverse = (squares / count + eps).rsqrt()
-    return z * inverse[..., None], inverse, squares / (count - 1)
+    squares, = over_processes(group, z.square().sum(2))
+    inverse = (squares.view(shape) / count + eps).rsqrt()
+    return z * inverse.flatten(1)[..., None], inverse, squares.view(shape) / (count - 1)
 
 
-class CovarianceSum(Function):
-    """As `SampledSum` for 1x1 kernels, the variances following from the covariance of what they see.
+class CovarianceScale(Function):
+    """As `SampledSum` for 1x1 kernels of one branch, by the covariance of what they see.
 
-    Arguments: rows with J = C/G; gamma `[G, B, O/G]`; eps, a number or as gamma; covariance `[G, C/G, C/G]`.
-    Returns the sum `[G, O/G, C/G]`, and the biased variances `[G, B, O/G]`, which are not differentiable.
+    Arguments: rows `[G, M/G, C/G]`, see `joined`; gamma `[G, M/G]`; eps, a number or as gamma; covariance
+    `[G, C/G, C/G]`.
+    Returns rows, and the biased variances `[G, M/G]`, which are not differentiable.
     """
 
     @staticmethod
@@ -116,29 +118,29 @@ class CovarianceSum(Function):
             ctx.eps = eps
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(variance)
-            return weighted(rows, scale), variance
+            return scale[..., None] * rows, variance
 
     @staticmethod
-    def backward(ctx, d_sum, _):
-        if d_sum is None:
+    def backward(ctx, d_scaled, _):
+        if d_scaled is None:
             return None, None, None, None
         rows, gamma, covariance, products, inverse, scale = ctx.saved_tensors
         with without_autocast(rows.device):
             if torch.is_grad_enabled():
                 products, inverse, _ = _varied(rows, covariance, ctx.eps)
                 scale = inverse * gamma
-            d_gamma = inverse * dots(rows, d_sum)
+            products_of_rows = torch.bmm(rows.flatten(0, 1)[:, None], d_scaled.flatten(0, 1)[..., None])
+            d_gamma = inverse * products_of_rows.view_as(inverse)
             factor = (scale * inverse * d_gamma)[..., None]  # -2 d_var
-            d_rows = torch.addcmul(scale[..., None] * d_sum[:, None], factor, products, value=-1)
-            flat, d_flat = rows.flatten(1, 2), (factor * rows).flatten(1, 2)
-            d_covariance = torch.baddbmm(covariance, flat.mT, d_flat, beta=0, alpha=-0.5)
+            d_rows = torch.addcmul(scale[..., None] * d_scaled, factor, products, value=-1)
+            d_covariance = torch.baddbmm(covariance, rows.mT, factor * rows, beta=0, alpha=-0.5)
             return d_rows, d_gamma, None, d_covariance
 
 
 def _varied(rows: Tensor, covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Products `rows @ covariance`, 1 / sqrt(var + eps) and var, `[G, B, O/G]`."""
-    products = (rows.flatten(1, 2) @ covariance).view_as(rows)
-    variance = (products * rows).sum(3).clamp_min(0)
+    """Products `rows @ covariance`, 1 / sqrt(var + eps) and var, `[G, M/G]`."""
+    products = torch.bmm(rows, covariance)
+    variance = (products * rows).sum(2).clamp_min(0)
     return products, (variance + eps).rsqrt(), variance
 
 
@@ -146,12 +148,14 @@ def weighted(rows: Tensor, scale: Tensor) -> Tensor:
     """The sum over branches of `scale * row`."""
     if rows.shape[1] == 1:
         return (scale[..., None] * rows).squeeze(1)
-    return (scale.transpose(1, 2)[:, :, None] @ rows.transpose(1, 2)).squeeze(2)
+    scale = scale.transpose(1, 2).reshape(-1, 1, rows.shape[1])
+    return torch.bmm(scale, rows.transpose(1, 2).flatten(0, 1)).view(len(rows), *rows.shape[2:])
 
 
 def dots(rows: Tensor, d_sum: Tensor) -> Tensor:
     """Products of every row with the gradient of their sum `[G, O/G, J]`."""
-    return (rows.transpose(1, 2) @ d_sum[..., None]).squeeze(3).transpose(1, 2)
+    products = torch.bmm(rows.transpose(1, 2).flatten(0, 1), d_sum.reshape(-1, d_sum.shape[2], 1))
+    return products.view(len(rows), -1, rows.shape[1]).transpose(1, 2)
 
 
 def stacked(kernels: Sequence[Tensor], groups: int, size: tuple[int, int]) -> Tensor:
@@ -177,13 +181,22 @@ def beside(vectors: Sequence[Tensor], groups: int) -> Tensor:
     return torch.stack(vectors).unflatten(1, (groups, -1)).transpose(0, 1)
 
 
+def in_order(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """Kernels `[O, C/G, KH, KW]` or vectors `[O]` of several branches in one, in the order of their rows."""
+    if groups == 1:
+        return torch.cat(parts)
+    return torch.stack([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 2)
+
+
 def joined(parts: Sequence[Tensor], groups: int) -> Tensor:
-    """Kernels `[M, C/G, 1, 1]` of any M as rows of one branch; or vectors `[M]` in their order."""
+    """Of kernels `[M, C/G, 1, 1]` or vectors `[M]`, for any M: one tensor, `[G, M/G, C/G]` or `[G, M/G]`."""
     parts = [part.reshape(groups, -1, *part.shape[1:2]) for part in parts]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def apart(joint: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of what `joined` made of kernels like these, less its dimension 1: `[M, C/G]` or `[M]`."""
+    """The parts of what `joined` made of kernels like these, or their vectors: `[M, ...]`."""
+    if len(joint) == 1 < len(like):
+        return list(joint.flatten(0, 1).split([len(part) for part in like]))
     parts = [joint] if len(like) == 1 else joint.split([len(part) // len(joint) for part in like], 1)
     return [part.flatten(0, 1) for part in parts]
