@@ -52,7 +52,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     command = with_identity(command, folder, fresh=asked is not None)
     trainer = steps.make_trainer(command, folder)
     pl.seed_everything(command.seed, workers=True, verbose=False)
-    start = start_of(command, folder, result)
+    start = start_of(command, folder, result, trainer.world_size)
     data = steps.load_data(command, start)
     model = steps.make_model(command, data, start)
     if trainer.is_global_zero:
@@ -76,7 +76,7 @@ def run(cfg: DictConfig, folder: RunFolder | None = None) -> float | None:
     if cfg.ckpt and cfg.source is None:
         cfg.ckpt = str(newest(Path(os.path.expanduser(cfg.ckpt))) or cfg.ckpt)
     command = resolve(cfg, HydraConfig.get().overrides.task)
-    made_here = folder is None and command.out is None
+    made_here = folder is None and not (command.out and os.path.exists(command.out))
     folder = folder or RunFolder.of(command)
     with folder.alone():
         try:

@@ -17,7 +17,7 @@ from dbb.geometry import Geometry
 from dbb.moments import ONE_VALUE, covariance, mean_over_processes, process_group, without_autocast
 from dbb.norms import count_batch, follow, uses_batch_statistics
 from dbb.rows import CovarianceScale, SampledSum, ScaledSum, apart, beside, in_order, joined
-from dbb.transforms import add_branches
+from dbb.transforms import add_branches, embed_kernel
 
 
 def exact(block, x: Tensor) -> Tensor:
@@ -221,7 +221,9 @@ def _normed_together(branches: list[Branch], padded: Tensor,
     """Of several branches, by one convolution and one norm: maps to add, and means and variances, `[O]`."""
     g, norms = branches[0].geometry, [branch.bn for branch in branches]
     x, padding = g.aligned(padded, g.kernel_size)
-    x, *kernels = as_autocast(x, *[branch.kernel(firsts.get(branch)) for branch in branches])
+    # A user's branch may have a smaller kernel than it says by `window`.
+    kernels = [embed_kernel(branch.kernel(firsts.get(branch)), g.kernel_size) for branch in branches]
+    x, *kernels = as_autocast(x, *kernels)
     maps = StackedConv.apply(x, (g.stride, padding, g.dilation, g.groups), *kernels)
     weight, bias = (in_order([getattr(norm, key) for norm in norms], g.groups) for key in ("weight", "bias"))
     running = weight.new_zeros(2, len(weight))  # with momentum 1 they become the batch's

@@ -57,7 +57,8 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     about = checkpoint["dbb"]
     classes, size = about.get("classes"), about.get("image_size")
     place, settings = about.get("place", (0, 0)), about["settings"]
-    counts, changed = [about.get(name, 0) for name in ("images", "test_images")], about.get("changed", [])
+    counts = [about.get(name, 0) for name in ("images", "test_images", "processes")]
+    changed = about.get("changed", [])
     good = (all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
             and _is_plain(settings)
             and min(checkpoint["epoch"], checkpoint["global_step"]) >= 0

@@ -20,7 +20,8 @@ from settings.schema import Settings
 from settings.values import flat
 
 RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "activations_mib")
-# By what a report calls them: which settings name such files, and their hashes in result.json.
+# What the same words may stand for, by its name in a report: the settings that name such files, and their
+# hashes in result.json. Likewise, of `trainer.devices=auto`, the number of processes.
 FILES = {"images": (("data.name", "data.root"), ("image_digest", "test_digest")),
          "weights": (("model.weights",), ("weights_digest",))}
 LARGEST = 1e18  # value of a file, which a column of whole numbers can hold
@@ -56,7 +57,9 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             runs.append(run | about)
         if rows is not None:
             epochs.append(rows)
-    _tell_files_apart(runs)
+    for name, (knobs, _) in FILES.items():
+        _tell_apart(runs, name, knobs)
+    _tell_apart(runs, "processes", ("trainer.devices", "trainer.num_nodes"))
     _leave_out_repeated(runs)
     if not any(run["state"] == "finished" for run in runs):
         raise ValueError(f"no finished run below {', '.join(map(str, folders))}"
@@ -64,21 +67,20 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(runs), pd.concat([rows for rows in epochs if len(rows)] or epochs, ignore_index=True)
 
 
-def _tell_files_apart(runs: list[dict[str, Any]]) -> None:
-    """Add `images` or `weights` to the settings of runs that name the same files and had others.
+def _tell_apart(runs: list[dict[str, Any]], name: str, knobs: tuple[str, ...]) -> None:
+    """Add `images`, say, to the settings of runs whose knobs are the same and stood for something else.
 
     Images were added between two of them, say, or another file took the place of `model.weights`. Older runs
-    do not say which they had.
+    do not say what they had.
     """
-    for name, (knobs, _) in FILES.items():
-        alike = defaultdict(list)
-        for run in runs:
-            place = str([run["settings"].get(knob) for knob in knobs])
-            alike[place].append((run, run.pop(name, None)))
-        for same in alike.values():
-            if len({digest for _, digest in same if digest}) > 1:
-                for run, digest in same:
-                    run["settings"][name] = digest
+    alike = defaultdict(list)
+    for run in runs:
+        place = str([run["settings"].get(knob) for knob in knobs])
+        alike[place].append((run, run.pop(name, None)))
+    for same in alike.values():
+        if len({had for _, had in same if had}) > 1:
+            for run, had in same:
+                run["settings"][name] = had
 
 
 def _leave_out_repeated(runs: list[dict[str, Any]]) -> None:
@@ -120,6 +122,8 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
         if all(isinstance(result.get(digest), str) for digest in digests):
             text = "".join(result[digest] for digest in digests)
             run[name] = hashlib.sha256(text.encode()).hexdigest()[:8]
+    if type(result.get("processes")) is int:
+        run["processes"] = result["processes"]
     return run | {"state": "finished"} | unknown | numbers | _cost(rows, settings), rows
 
 

@@ -74,6 +74,8 @@ class RunFolder:
             name = command.model.name if block == "none" else f"{command.model.name}_{block}"
             kind = re.sub(r"[^\w.+-]", "_", f"{name}_{command.data.name}")  # a checkpoint may say ../..
             path = _new_folder(Path("outputs", kind))
+        if cls(path).result.is_file():  # of a finished run, nothing needs to be written
+            return cls(path)
         return cls(output_folder(path))
 
     @classmethod

@@ -79,7 +79,8 @@ def is_further(last: dict[str, Any], asked: dict[str, Any], command: Command) ->
     """Whether a checkpoint is of a training that went on from another one, as a command would."""
     stored = asked["dbb"]["settings"]
     expected = [*asked["dbb"].get("changed", []), *changes(stored, command, *place_of(asked))]
-    known, expected = ([change for change in of if " images: " not in change]  # which the data say later
+    later = " images: ", "processes: "  # which the data, and the devices, say
+    known, expected = ([change for change in of if not any(part in change for part in later)]
                        for of in (last["dbb"].get("changed", []), expected))
     return (known == expected and last["global_step"] >= asked["global_step"]
             and not differences(last["dbb"]["settings"], command))

@@ -33,6 +33,8 @@ def job_name(data: str, overrides: list[str], sweep: str = ".") -> str:
         key = override.key_or_group
         if not {key, key.split(".")[0]} & ignored:
             spellings.append(_spellings(override))
+        elif key.startswith("trainer."):  # folders of before 2026-11-28 are named by it
+            spellings.append(["", override.input_line])
     if "seed" not in named(words):
         spellings.append(["", "seed=0"])
     names = [_as_folder([*filter(None, choice)]) for choice in product(*spellings)]

@@ -15,7 +15,8 @@ from omegaconf import MISSING
 from settings.values import at_least, check_name, check_numbers, seconds
 
 # What a run may change and be the same.
-NOT_OF_THE_RUN = ("logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time")
+NOT_OF_THE_RUN = ("logger", "checkpoint", "data.num_workers", "data.download", "trainer.max_time",
+                  "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler")
 PATHS = ("data.root", "model.weights")
 MOST_BRANCHES = 64  # in a block
 FILE_SETS = ("imagenet", "folder")  # data sets that are read image by image

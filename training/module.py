@@ -140,7 +140,8 @@ class Classifier(pl.LightningModule):
                              "image_size": self.image_size, "changed": self.changed,
                              "images": len(self.trainer.datamodule.train_indices),
                              "test_images": len(self.trainer.datamodule.test_indices),
-                             "weights_digest": self.weights_digest, **self.trainer.datamodule.digests}
+                             "weights_digest": self.weights_digest, "processes": self.trainer.world_size,
+                             **self.trainer.datamodule.digests}
 
 
 def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:

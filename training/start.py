@@ -55,8 +55,8 @@ def with_identity(command: Command, folder: RunFolder, fresh: bool) -> Command:
     return replace(command, logger=replace(command.logger, id=secrets.token_hex(4)))
 
 
-def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None) -> Start:
-    """What training starts from.
+def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None, processes: int) -> Start:
+    """What training starts from, in so many processes.
 
     Raises:
         ValueError: if the checkpoint is no start for these settings.
@@ -84,6 +84,10 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None)
         for setting in not_taken(folder.read_config() or {}, stored, command):
             say(f"{folder.config} says {setting}, which is not taken: settings are the checkpoint's, and "
                 "those of the command line")
+    before = checkpoint["dbb"].get("processes", processes)  # an older file does not say
+    if before != processes:  # norms take their own process's images
+        now.append(f"processes: {before} until epoch {done}, then {processes}")
+        say(f"changed: {now[-1]}")
     all_changes = [*checkpoint["dbb"].get("changed", []), *now]
     return Start(checkpoint, done, batches, checkpoint["global_step"], all_changes)
 

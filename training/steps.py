@@ -7,6 +7,7 @@ import traceback
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
 
 from dbb import branchwise, compare_logits, reparameterize
 from evaluation.cost import activations_of_a_batch
@@ -91,10 +92,10 @@ def make_trainer(command: Command, folder: RunFolder) -> pl.Trainer:
     """Lightning's Trainer of a run; what could not train with it is refused before any data is read.
 
     Raises:
-        ValueError: if the processes would lose what they measure, a job of a sweep would start processes, or
-            the optimiser cannot take a step.
+        ValueError: if the processes would lose what they measure or not train together, a job of a sweep
+            would start processes, or the optimiser cannot take a step.
     """
-    conf = command.trainer
+    conf, rank = command.trainer, rank_zero_only.rank  # by a launcher's variables, if one started this
     options = command.stored()["trainer"]
     options |= {"sync_batchnorm": False, "enable_progress_bar": shows_progress_bar(command)}
     if any(kind in conf.strategy for kind in FORKS):
@@ -113,6 +114,10 @@ def make_trainer(command: Command, folder: RunFolder) -> pl.Trainer:
         asked = " ".join(f"trainer.{name}={options[name]}" for name in names)
         why = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ValueError(f"Lightning cannot train with {asked}: {why}") from error
+    if rank and trainer.world_size == 1:
+        raise ValueError(f"this is process {rank + 1} of a launcher (srun, torchrun), and trainer.devices="
+                         f"{conf.devices} trainer.strategy={conf.strategy} is a training in one process, the "
+                         "first: start one, or have all train together by trainer=slurm or trainer=ddp")
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if conf.num_nodes > 1 and type(environment) is LightningEnvironment and "MASTER_ADDR" not in os.environ:
         raise ValueError(f"trainer.num_nodes={conf.num_nodes}: this process would wait for those of other "
@@ -222,7 +227,8 @@ def final_scores(command: Command, data: ImageData, trainer: pl.Trainer, folder:
         logger.log_metrics({f"final/{name}": value for name, value in result.items()}, trainer.global_step)
         logger.save()
     model = trainer.lightning_module
-    more = data.digests | {"weights_digest": model.weights_digest, "changed": model.changed}
+    more = data.digests | {"weights_digest": model.weights_digest, "changed": model.changed,
+                           "processes": trainer.world_size}
     result |= {key: value for key, value in more.items() if value}
     folder.finish(result)
     log_predictions(trainer.loggers[-1], data, logits, targets)

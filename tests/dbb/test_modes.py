@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from dbb import MODES, DiverseBranchBlock, ReparamConv2d, branchwise, modes
+from dbb import BRANCHES, MODES, Branch, DiverseBranchBlock, ReparamConv2d, branchwise, modes
 from dbb.geometry import Lattice
 from tests.dbb.blocks import CHANNELS, SHAPES, examples, geometry_id, make
 from tests.dbb.reference import check_training, reference
@@ -38,6 +39,44 @@ def test_online_over_all_positions_is_exact(kernel_size, stride, channels, monke
     block, x = make("online", channels, kernel_size=kernel_size, stride=stride)
     block.positions = 10_000
     check_training(block, x)
+
+
+@pytest.mark.parametrize("names", [("kxk", "own row"), ("own row", "kxk"), ("own row", "1x1_kxk", "kxk")])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("mode", ["exact", "online"])
+def test_a_branch_of_ones_own_with_a_smaller_kernel(mode, groups, names, monkeypatch):
+    monkeypatch.setitem(BRANCHES, "own row", None)  # so that it is taken out again
+
+    class OwnRow(Branch, name="own row"):
+        def __init__(self, geometry, device=None, dtype=None):
+            super().__init__(geometry, device, dtype)
+            self.weight = self.new_kernel((1, geometry.kernel_size[1]))
+
+        def kernel(self, first=None):
+            return self.weight
+
+    monkeypatch.setitem(modes.MODES, "online", modes.merged_online)
+    block = ReparamConv2d(4, 6, (3, 5), padding=(1, 2), groups=groups, branches=names, mode=mode,
+                          positions=10_000, dtype=torch.float64).train()
+    plain = copy.deepcopy(block)
+    x = torch.randn(4, 4, 12, 12, dtype=torch.float64)
+    expected = 0
+    for name in names:
+        branch = plain.branches[name]
+        if name == "1x1_kxk":
+            u = F.conv2d(x, branch.inner(), groups=groups)
+            u = u / (u.var((0, 2, 3), correction=0, keepdim=True) + branch.scale.eps).sqrt()
+            z = F.conv2d(u, branch.second, padding=(1, 2), groups=groups)
+        else:
+            z = F.conv2d(x, branch.weight, padding=(branch.weight.shape[2] // 2, 2), groups=groups)
+        expected = expected + branch.bn(z)
+    y = block(x)
+    assert relative_error(y, expected) < 1e-12
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    for ours, theirs in zip(block.parameters(), plain.parameters(), strict=True):
+        if ours.ndim == 4:
+            assert relative_error(ours.grad, theirs.grad) < 1e-10
 
 
 def test_online_leaves_small_maps_to_exact():

@@ -57,9 +57,10 @@ def test_a_run_that_went_on_with_other_settings_is_no_variant(tmp_path):
 
 @pytest.mark.parametrize(("both", "of_dbb", "of_plain"), [
     ({"image_digest": "a", "test_digest": "b"}, {"image_digest": "c"}, {"test_digest": "d"}),
-    ({"weights_digest": "a"}, {"weights_digest": "b"}, {"weights_digest": "c"})])
+    ({"weights_digest": "a"}, {"weights_digest": "b"}, {"weights_digest": "c"}),
+    ({"processes": 1}, {"processes": 2}, {"processes": 4})])
 def test_seeds_on_other_files_are_another_variant(tmp_path, both, of_dbb, of_plain):
-    """Images that were added to a folder, say, or weights that were trained on, between two calls."""
+    """Images added to a folder, say, weights trained on, or `trainer.devices=auto` on other machines."""
     study(tmp_path)
 
     def say_digests(place, digests):
@@ -77,7 +78,8 @@ def test_seeds_on_other_files_are_another_variant(tmp_path, both, of_dbb, of_pla
     path = tmp_path / "dbb2" / "config.yaml"
     path.write_text(path.read_text().replace("  num_workers: 0\n", "  num_workers: 0\n  mixup: 0.2\n"))
     names = compare(tmp_path)[2].index
-    assert all("images=" in name or "weights=" in name for name in names), names
+    kinds = "images=", "weights=", "processes="
+    assert all(any(kind in name for kind in kinds) for name in names), names
     assert "mixup=0.2" in " ".join(names)
 
 

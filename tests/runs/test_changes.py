@@ -86,6 +86,37 @@ def test_other_images(make_settings, train_with, tmp_path, capsys):
     assert {name: result[name] for name in ("image_digest", "test_digest")}.items() <= about.items()
 
 
+def test_another_number_of_processes(make_settings, train_with, tmp_path, capsys, monkeypatch):
+    """As `trainer.devices=auto` finds them, it is noted; how the run is watched is no change."""
+    with pytest.raises(SystemExit, match="143"):
+        train_with(make_settings(*SHORT), tmp_path / "run", At(0, 3, terminate))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = load_checkpoint(last)
+    assert checkpoint["dbb"]["processes"] == 1
+    checkpoint["dbb"]["processes"] = 2
+    torch.save(checkpoint, last)
+    watched = make_settings(*SHORT, "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7",
+                            "trainer.profiler=simple")
+    with pytest.raises(SystemExit, match="143"):
+        train_with(watched, tmp_path / "run", At(1, 1, terminate))
+    noted = "processes: 2 until epoch 0, then 1"
+    assert f"changed: {noted}\n" in capsys.readouterr().out
+    result = train_with(watched, tmp_path / "run")
+    assert result["changed"] == [noted]
+    assert result["processes"] == 1
+    with monkeypatch.context() as patch:  # the folder of a finished run may be read-only
+        patch.setattr("runs.folder.output_folder", fail)
+        assert RunFolder.of(make_settings(f"out={tmp_path}/run")).path == tmp_path / "run"
+
+
+def test_a_process_beside_one_that_trains_alone(make_settings, tmp_path, monkeypatch):
+    """Started by srun or torchrun, whose variables say which it is; both would write the same files."""
+    monkeypatch.setattr(steps.rank_zero_only, "rank", 1)
+    with pytest.raises(ValueError, match="process 2 of a launcher .* have all train together"):
+        train_script.train(make_settings(*SHORT), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_data_set_that_moved(make_settings, train_with, tmp_path, capsys):
     """With a link in its old place, which is typed as before, nothing has changed."""
     write_tree(tmp_path / "files", ("train", "val"), ["a", "b"], 4, (40, 40))

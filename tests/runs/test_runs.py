@@ -321,6 +321,7 @@ def test_two_processes_train_as_one_with_the_joined_batch(make_settings, tmp_pat
     for key in one:
         assert relative_error(two[key], one[key]) < 1e-10, key
 
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
     metrics = pd.read_csv(tmp_path / "two" / "metrics.csv")
     in_training, at_the_end = (metrics[name].dropna().tolist() for name in ("test/top1", "final/top1"))
     assert in_training == pytest.approx(at_the_end, abs=1e-6)

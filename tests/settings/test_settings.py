@@ -186,6 +186,10 @@ def test_a_sweep_takes_seeds_later_and_other_trees_for_others(tmp_path, monkeypa
         made = folders.job_name("folder", [first], tmp_path)
         (tmp_path / made).mkdir()
         assert folders.job_name("folder", [then, "seed=0"], tmp_path) == made
+    watched, quiet = ["block=repvgg", "trainer.enable_progress_bar=false"], "block-repvgg"
+    assert folders.job_name("digits", watched, tmp_path) == quiet
+    (tmp_path / f"{quiet}+trainer.enable_progress_bar-false").mkdir()  # as it was once called
+    assert folders.job_name("digits", watched, tmp_path) == f"{quiet}+trainer.enable_progress_bar-false"
     for split in ("train", "test"):
         (tmp_path / "A" / split).mkdir(parents=True)
     names = {folders.job_name("cifar10", [f"data.root={tmp_path}/{root}"]) for root in "ABC"}
