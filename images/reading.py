@@ -66,7 +66,7 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
     """
     try:
         if not Path(path).is_file():
-            raise ValueError("there is no file; a pipe or a device would be waited for")
+            raise ValueError("there is no file (a pipe or a device is none)")
         if Path(path).stat().st_size > limits.IMAGE_BYTES:
             raise ValueError("the file is too large")
         seen = _tags(path)

@@ -134,6 +134,7 @@ def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
     try:
         if conf.download:
             root.mkdir(parents=True, exist_ok=True)
+            _refuse_links(root, archive)
             with FileLock(root / ".lock"):  # one process of a job downloads, the others find it
                 return archive(str(root), train=train, download=True)
     except (OSError, RuntimeError) as error:  # no network, or a folder that one may not write to
@@ -143,6 +144,16 @@ def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
         f"({str(reason).splitlines()[0]}). Put the official archive there, or images as train/<class>/*.png "
         "and test/<class>/*.png; or say data.download=true; or try data=digits, which needs no file"
         ) from reason
+
+
+def _refuse_links(root: Path, archive: type[datasets.CIFAR10]) -> None:
+    """Refuse to unpack an archive through links, to files of whoever was given this folder, or into pipes."""
+    folder = root / archive.base_folder
+    for place in (root / archive.filename, folder, *(folder.iterdir() if folder.is_dir() else ())):
+        if place.is_symlink() or place.exists() and not (place.is_file() or place.is_dir()):
+            raise ValueError(f"data.root={root}: the archive is damaged or not complete there, and would be "
+                             f"written through {place}, which is a link, a pipe or a device: remove that, or "
+                             "choose another data.root")
 
 
 READERS = {"digits": _digits, "cifar10": _cifar, "cifar100": _cifar}

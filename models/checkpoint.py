@@ -1,8 +1,10 @@
 """Read a checkpoint of train.py: an untrusted file of plain values and tensors."""
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from models.plain import are_weights, damage, strange
 OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list,
                 "lr_schedulers": list}  # that train.py goes on with
 
+VERSION = r"\d+\.\d+[\w.+]*"
 GROUPS = ("model", "block", "data", "optim", "trainer")  # of the settings; an old file has no others
 
 
@@ -75,7 +78,10 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and isinstance(about.get("weights_digest"), str | None)
             and isinstance(settings.get("logger") or {}, dict)  # an old file has none
             and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
-            and _are_counts(checkpoint["loops"]) and _are_counts(checkpoint["callbacks"].get("Timer", {}))
+            and _are_counts(checkpoint["loops"], int)
+            and _are_counts(checkpoint["callbacks"].get("Timer", {}), int | float)  # seconds
+            and _counts_its_average(checkpoint)
+            and re.fullmatch(VERSION, str(checkpoint.get("pytorch-lightning_version", "2.6")))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
             and min(place) >= 0 and max(place) < 2**31
             and len(str(settings)) <= 2 * limits.SETTINGS  # with quotes and brackets
@@ -100,11 +106,19 @@ def _is_loss(found: Any) -> bool:
             and isinstance(found.get("count"), int) and found["count"] > 0)
 
 
-def _are_counts(found: Any) -> bool:
-    """Whether something has, in dicts of dicts, only what Lightning counts: steps, and seconds."""
+def _are_counts(found: Any, kind: type | UnionType) -> bool:
+    """Whether something has, in dicts of dicts, only what Lightning counts, of some type."""
     if isinstance(found, dict):
-        return all(map(_are_counts, found.values()))
-    return isinstance(found, int | float) and 0 <= found < 2**40  # seconds, too, of which more overflow
+        return all(_are_counts(value, kind) for value in found.values())
+    return isinstance(found, kind) and 0 <= found < 2**40  # of seconds, more overflow
+
+
+def _counts_its_average(checkpoint: dict[str, Any]) -> bool:
+    """Whether the steps that an average of the weights has taken are of this training; else it takes none."""
+    found = checkpoint["callbacks"].get("EMAWeightAveraging", {}), checkpoint.get("averaging_state", {})
+    steps = [step for of in found for step in (of.values() if isinstance(of, dict) else [-1])]
+    return all(isinstance(step, int) or isinstance(step, torch.Tensor) and step.numel() == 1
+               for step in steps) and all(0 <= step <= checkpoint["global_step"] for step in steps)
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:

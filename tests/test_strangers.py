@@ -122,6 +122,11 @@ def in_itself():
     lambda c: (c.update(epoch=-3), c["dbb"].pop("place", None)),
     lambda c: c["dbb"]["settings"]["data"].update(image_size=torch.zeros(2)),
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": 2**52}}),
+    lambda c: c["callbacks"].update(EMAWeightAveraging={"latest_update_step": 10**9}),
+    lambda c: c.update(averaging_state={"n_averaged": torch.tensor(-5)}),
+    lambda c: c.update(averaging_state={"n_averaged": "x"}), lambda c: c["dbb"].update(processes=1.5),
+    lambda c: c.update({"pytorch-lightning_version": "banana"}),
+    lambda c: c["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready=1.5),
     lambda c: c["dbb"]["settings"].update(logger="x"), lambda c: c["dbb"].update(changed=["x" * 10**6]),
     lambda c: c["dbb"]["settings"]["trainer"].update(gradient_clip_val=10**400),
     lambda c: c["dbb"]["settings"]["data"].update(std=[5e-324] * 3)])
@@ -143,6 +148,17 @@ def test_data_that_are_shown_but_not_loaded(run, tmp_path, change, message):
         data_of(load_checkpoint(file))
 
 
+def of_adam(checkpoint):
+    """A state of Adam's, after minus one step, which it would divide by."""
+    checkpoint["dbb"]["settings"]["optim"]["name"] = "adam"
+    [state] = checkpoint["optimizer_states"]
+    for buffers in state["state"].values():
+        zeros = torch.zeros_like(buffers.pop("momentum_buffer"))
+        buffers.update(step=torch.tensor(-1.0), exp_avg=zeros, exp_avg_sq=zeros.clone())
+    for group in state["param_groups"]:
+        group.update(betas=(0.9, 0.999), eps=1e-8, amsgrad=False)
+
+
 OF_TRAINING = "the state of its training is of another form"
 OF_OPTIMISER = "its optimiser has another state"
 
@@ -151,6 +167,7 @@ OF_OPTIMISER = "its optimiser has another state"
     (lambda c: c["loops"].update(fit_loop=1), OF_TRAINING),
     (lambda c: c["optimizer_states"][0].clear(), OF_OPTIMISER),
     (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)), OF_TRAINING),
+    (of_adam, OF_TRAINING),
 ])
 def test_a_state_of_the_training_of_another_form(run, tmp_path, change, message):
     file = changed(run, tmp_path / "a.ckpt", change)

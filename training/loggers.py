@@ -122,6 +122,8 @@ def wandb_logger(settings: Settings, folder: RunFolder) -> WandbLogger | None:
                                  entity=conf.entity, group=group, tags=tags, mode=mode, settings=options)
             logger._wandb_init.pop("anonymous")  # Lightning always passes it, and W&B warns of it
             logger.experiment  # noqa: B018  the run, which W&B starts when it is asked for
+            if settings.ckpt is not None:  # whose run it may be
+                say(f"logger=wandb: run {conf.id} of project {conf.project}")
             return logger
         except Exception as error:  # of many kinds, W&B's own and others'
             wandb.teardown()  # otherwise W&B would think that the run has started

@@ -170,7 +170,7 @@ def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Comman
         model.net.double()  # Lightning does so after it has read a checkpoint, whose weights it would round
     try:
         trainer.fit(model, data, ckpt_path=command.ckpt, weights_only=True)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
         restoring = any(place.endswith("checkpoint_connector.py") for place in places)
         stepping = trainer.global_step <= start.step + 1 and any(part in places[-1] for part in OF_A_STATE)

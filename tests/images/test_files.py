@@ -4,6 +4,8 @@ import errno
 import hashlib
 import os
 import pickle
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -208,3 +210,32 @@ def test_a_damaged_archive_is_not_written_to(load, archive):
     with pytest.raises(ValueError, match="no cifar10 at data.root=.*not found or corrupted"):
         load(f"data.root={archive}", "data.download=false")
     assert [path.name for path in archive.iterdir()] == ["cifar-10-batches-py"]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "archive"])
+def test_an_archive_is_not_unpacked_through_links(load, archive, monkeypatch, kind):
+    """The packed archive lies there, whole; in place of a part, a link to somebody's file, or a pipe."""
+    batches, packed = archive / "cifar-10-batches-py", archive / "cifar-10-python.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(batches, batches.name)
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(packed.read_bytes()).hexdigest())
+    (batches / "data_batch_1").unlink()
+    load(f"data.root={archive}", "data.batch_size=8")  # a part that is missing is unpacked again
+    somebodys = archive / "somebodys"
+    somebodys.mkdir()
+    (somebodys / "file").write_text("precious")
+    if kind in ("link", "pipe"):
+        (batches / "data_batch_1").unlink()
+        make = os.mkfifo if kind == "pipe" else (lambda place: place.symlink_to(somebodys / "file"))
+        make(batches / "data_batch_1")
+    else:
+        shutil.rmtree(batches)
+        batches.symlink_to(somebodys)
+    if kind == "archive":
+        batches.unlink()
+        packed.unlink()
+        packed.symlink_to(somebodys / "file")
+    with pytest.raises(ValueError, match="would be written through .*, which is a link, a pipe or a device"):
+        load(f"data.root={archive}", "data.batch_size=8")
+    assert [path.name for path in somebodys.iterdir()] == ["file"]
+    assert (somebodys / "file").read_text() == "precious"
