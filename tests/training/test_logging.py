@@ -40,7 +40,7 @@ def content(folder) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*.wandb")))
 
 
-def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkeypatch):
+def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkeypatch, capsys):
     settings = make_settings(*SMALL, "logger.tags=[mine]")
     seen, image, matrix = [], WandbLogger.log_image, wandb.plot.confusion_matrix
 
@@ -67,6 +67,8 @@ def test_an_offline_wandb_run_carries_everything(make_settings, tmp_path, monkey
     settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", config_name="convert")
     report = convert_script.convert(settings, tmp_path / "convert")
     log_conversion(report, settings, tmp_path / "convert", RunFolder(tmp_path))
+    said = f"logger=wandb: run {settings.logger.id} of project {settings.logger.project}\n"
+    assert capsys.readouterr().out.count(said) == 1, "a file may name another one"
     wandb.teardown()  # as at the end of the process: the service has then written everything
     ids = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert len(ids) == 1, "one run"
