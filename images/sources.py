@@ -253,6 +253,8 @@ def load_files(conf: DataConf, seed: int, train: bool) -> tuple[FileImages, list
         raise ValueError(f"no images at data.root={root}: data={conf.name} expects train/<class>/ and "
                          "val/<class>/ there; data=digits needs no file")
     held_out = root / ("val" if (root / "val").is_dir() else "test")
+    if not train and held_out.samefile(root / "train"):
+        say(f"{held_out} is a link to train/: the test images are those of the training")
     tree = Tree(root / "train" if train else held_out, _classes(root / "train"))
     return FileImages(tree, conf, seed, augment=train), tree.classes
 

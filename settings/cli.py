@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 # A CUDA toolkit on a machine without a GPU; torch.utils.benchmark imports the module that says so.
@@ -92,6 +93,8 @@ def plain_errors() -> Iterator[None]:
 
     Set HYDRA_FULL_ERROR=1, Hydra's own switch, to see tracebacks.
     """
+    if isinstance(sys.stdout, TextIOWrapper):  # perhaps of ASCII alone, and names of classes are of any signs
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:

@@ -121,6 +121,10 @@ def test_what_is_read_and_what_is_left_out_is_printed(load, files, capsys):
     load(*settings)
     printed = capsys.readouterr().out
     assert "train: 19 images of 3 classes; skipped 5 files: hidden 2, .txt 2, .heic 1" in printed
+    (files / "val").rename(files / "own")
+    (files / "val").symlink_to("train")
+    load(*settings)
+    assert f"{files}/val is a link to train/: the test images are" in capsys.readouterr().out
     for path in (files / "train" / "n02").glob("*.[pj]*"):
         path.rename(path.with_suffix(".heic"))
     with pytest.raises(ValueError, match=r"for the classes n02.*; skipped 12 files: \.heic 8, "):

@@ -1,10 +1,12 @@
 """What may not lose a run's work: a full disk, a killed write, damaged bytes, a loss that is not finite."""
 
 import errno
+import io
 import os
 import random
 import shutil
 import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +178,17 @@ def test_what_is_printed_can_be_typed(path):
     word = subprocess.run(["bash", "-c", f"printf %s {typed('ckpt', path)}"], capture_output=True, text=True)
     [override] = OverridesParser.create().parse_overrides([word.stdout])
     assert override.value() == path
+
+
+def test_names_that_an_output_cannot_show(monkeypatch):
+    """Of a class, in a container whose output is ASCII."""
+    written = io.BytesIO()
+    with monkeypatch.context() as patch, io.TextIOWrapper(written, "ascii") as output:
+        patch.setattr(sys, "stdout", output)
+        with plain_errors():
+            print("caf\u00e9")
+        output.flush()
+        assert written.getvalue() == b"caf\\xe9\n"
 
 
 def test_no_line_of_a_files_looks_like_one_of_ours():
