@@ -62,7 +62,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         log_missed_epoch(command, data, trainer, folder, start)
     steps.fit(trainer, model, data, command, start)
-    if not trainer.is_global_zero or steps.stopped_by_time(command, folder, start):
+    if not trainer.is_global_zero or steps.stopped_by_time(command, folder):
         return {}
     return steps.final_scores(command, data, trainer, folder, cost)
 

@@ -88,7 +88,8 @@ def _leave_out_repeated(runs: list[dict[str, Any]]) -> None:
     first = {}
     for run in runs:
         if run["state"] == "finished":
-            ended = [run[name] for name in ("seed", "top1", "loss", "train_loss")]
+            ended = [run[name] for name in ("seed", "top1", "loss")]
+            ended.append(f"{run['train_loss']:.5g}")  # tools/keep_runs.py rounds it
             earlier = first.setdefault(str([*ended, sorted(run["settings"].items())]), run["folder"])
             if earlier != run["folder"]:
                 run["state"] = printable(f"ended exactly as {earlier}, of the same settings and seed")

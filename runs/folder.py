@@ -275,9 +275,8 @@ class RunFolder:
                                        f"ckpt={asked}: choose another folder with out=DIR")
             return replace(command, ckpt=None if going_on is None else str(going_on), logger=logger)
         if holds_run:
-            knobs = ", ".join(different[:4])
-            text = (f"{self.path} already holds a run with another {knobs}: choose another folder with "
-                    "out=DIR")
+            what = f"with another {', '.join(different[:4])}" if stored else "and has lost its config.yaml"
+            text = f"{self.path} already holds a run {what}: choose another folder with out=DIR"
             if self.has_state:
                 text += f", or go on with that run by {typed('ckpt', self.last)}"
             raise FolderTakenError(text)

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from models.say import say
 from runs.folder import RunFolder
 from runs.rows import read_rows
-from runs.safety import set_aside, write_text
+from runs.safety import free_number, set_aside, write_text
 
 
 def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
@@ -22,7 +22,8 @@ def csv_logger(folder: RunFolder, epochs: int = 0, step: int = 0) -> CSVLogger:
     Args:
         folder: of the run.
         epochs: that are done, where the run goes on from.
-        step: of the optimiser, likewise. Rows of later ones go: they are done again.
+        step: of the optimiser, likewise. Rows of later ones go: they are done again. If both are 0, epochs
+            that are there are kept in a file beside it.
     """
     path, kept = folder.metrics, folder.metrics_before
     writes = rank_zero_only.rank == 0
@@ -56,6 +57,13 @@ def _keep_until(path: Path, epochs: int, step: int) -> None:
             say(f"{path} has no line of names with step in it: it is now {aside.name}")
         write_text(path, "")
         return
+    if epochs == step == 0 and any(_of_an_epoch(dict(zip(names, row, strict=True))) for row in rows):
+        def earlier(number):
+            return path.with_name(f"metrics-earlier{number}.csv")
+        kept = path.rename(earlier(free_number(earlier)))
+        write_text(path, "")
+        say(f"{path} has epochs of a training that is not gone on with: it is now {kept.name}")
+        return
     if damaged or cut:
         say(f"{path}: damaged lines are left out: {damaged + cut}")
     kept = [row for row in rows if not _comes_after(dict(zip(names, row, strict=True)), epochs, step)]
@@ -73,9 +81,12 @@ def _comes_after(row: dict[str, str], epochs: int, step: int) -> bool:
             return float(row.get(name, ""))
         except ValueError:
             return -1.0
+    return number("step") >= step or (_of_an_epoch(row) and number("epoch") >= epochs)
+
+
+def _of_an_epoch(row: dict[str, str]) -> bool:
     of_steps = ("train/loss_step", "lr-", "epoch", "step")
-    of_an_epoch = any(value for name, value in row.items() if not name.startswith(of_steps))
-    return number("step") >= step or (of_an_epoch and number("epoch") >= epochs)
+    return any(value for name, value in row.items() if not name.startswith(of_steps))
 
 
 def _widen(path: Path, columns: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from runs.folder import RunFolder
 from runs.going_back import has_rows_of
 from runs.same import changes, not_taken
 from settings.command import Command
-from settings.values import differ
+from settings.values import differ, flat, seconds
 from training.module import Classifier, make_optimizer
 
 # What decides which images an epoch's batches have, and after which of them the optimiser takes a step.
@@ -71,6 +71,11 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None,
     if done >= command.trainer.max_epochs and not unevaluated:
         raise ValueError(f"trainer.max_epochs={command.trainer.max_epochs}: the checkpoint already has "
                          f"{done} epochs; set more to continue")
+    limit = seconds("trainer.max_time", command.trainer.max_time)
+    used = flat({"": checkpoint["callbacks"].get("Timer")}).get(".time_elapsed.train", 0)
+    if limit is not None and used >= limit and done < command.trainer.max_epochs:
+        raise ValueError(f"trainer.max_time={command.trainer.max_time} is the time of all sessions of this "
+                         "run, and used up: give more, or none")
     if stored["optim"].get("name") != command.optim.name:
         raise ValueError(f"optim.name={command.optim.name} cannot continue with the state of "
                          f"{stored['optim'].get('name')} in the checkpoint")

@@ -180,17 +180,10 @@ def fit(trainer: pl.Trainer, model: Classifier, data: ImageData, command: Comman
                          f"another form ({type(error).__name__}: {error})") from error
 
 
-def stopped_by_time(command: Command, folder: RunFolder, start: Start) -> bool:
-    """Whether `trainer.max_time` ended the training before its last epoch; a line then says how to go on.
-
-    Raises:
-        ValueError: if that time, which counts all sessions, had been used up before.
-    """
+def stopped_by_time(command: Command, folder: RunFolder) -> bool:
+    """Whether `trainer.max_time` ended the training before its last epoch; a line then says how to go on."""
     epochs, batches = place_of(load_checkpoint(folder.last))
     if epochs < command.trainer.max_epochs:
-        if (epochs, batches) == (start.epochs, start.batches):
-            raise ValueError(f"trainer.max_time={command.trainer.max_time} is the time of all sessions of "
-                             "this run, and used up: give more, or none")
         print(f"stopped by trainer.max_time={command.trainer.max_time} after {epochs} of "
               f"{command.trainer.max_epochs} epochs and {batches} batches: go on by python train.py "
               f"{typed('ckpt', folder.last)} with a longer trainer.max_time, or null")

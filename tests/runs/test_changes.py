@@ -109,6 +109,20 @@ def test_another_number_of_processes(make_settings, train_with, tmp_path, capsys
         assert RunFolder.of(make_settings(f"out={tmp_path}/run")).path == tmp_path / "run"
 
 
+def test_rows_of_a_training_whose_checkpoints_are_gone(make_settings, whole, tmp_path, capsys):
+    """Somebody removed them; with other settings, and again, nothing that was trained is lost."""
+    run = tmp_path / "run"
+    for number in ("", "2"):
+        shutil.copytree(whole, run, dirs_exist_ok=True)
+        shutil.rmtree(run / "checkpoints")
+        (run / "result.json").unlink()
+        train_script.train(make_settings(*SHORT, "trainer.max_epochs=1", "optim.lr=0.01"), run)
+        assert f"it is now metrics-earlier{number}.csv\n" in capsys.readouterr().out
+        rows = (run / f"metrics-earlier{number}.csv").read_text()
+        assert rows == (whole / "metrics.csv").read_text()
+        assert pd.read_csv(run / "metrics.csv")["epoch"].max() == 0
+
+
 def test_a_process_beside_one_that_trains_alone(make_settings, tmp_path, monkeypatch):
     """Started by srun or torchrun, whose variables say which it is; both would write the same files."""
     monkeypatch.setattr(steps.rank_zero_only, "rank", 1)

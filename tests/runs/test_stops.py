@@ -145,6 +145,12 @@ def test_the_time_of_a_run_ends_within_an_epoch(make_settings, train_with, whole
             train_with(make_settings(*SHORT, "trainer.max_time=00:01:00:00"), tmp_path / "parts")
     train_with(make_settings(*SHORT, "trainer.max_time=00:05:00:00"), tmp_path / "parts")
     check_same(whole, tmp_path / "parts")
+    before = {path: path.read_bytes() for path in (tmp_path / "parts").iterdir() if path.is_file()}
+    longer = make_settings(f"ckpt={tmp_path}/parts/checkpoints/last.ckpt", "trainer.max_epochs=3",
+                           "trainer.max_time=00:01:00:00")
+    with pytest.raises(ValueError, match="of all sessions .* and used up"):
+        train_with(longer, tmp_path / "parts")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_run_that_began_from_another_goes_on_by_the_same_command(make_settings, train_with, tmp_path,
