@@ -7,8 +7,10 @@ image that fills up the share of a process and must not be counted (its target b
 
 import atexit
 import multiprocessing
+import resource
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytorch_lightning as pl
 import torch
@@ -179,6 +181,8 @@ class ImageData(pl.LightningDataModule):
         if self.conf.on_device and self.trainer is not None:
             dataset.images = dataset.images.to(self.trainer.strategy.root_device)
         workers, share = self.conf.num_workers, self.conf.batch_size // world_size
+        if workers:
+            allow_open_files()
         done = self.first_batch * share if shuffle else 0
         sampler = KeySampler(indices, shuffle, self.seed, rank, world_size, self.first_epoch, done)
         return DataLoader(dataset, share, drop_last=shuffle, sampler=sampler,
@@ -214,6 +218,16 @@ def leave_signals_to_the_run(worker: int) -> None:
 
 
 @atexit.register
+def allow_open_files() -> None:
+    """Allow this process, and those that load images, as many open files as the system lets them have.
+
+    Of a batch on its way each tensor is one. Beyond the limit PyTorch's loader waits without end.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError):  # where "unlimited" is none, as on macOS
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def end_loaders() -> None:
     """End the processes that load images where an error ends this one.
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import pickle
+import resource
 import shutil
 import tarfile
 
@@ -243,3 +244,16 @@ def test_an_archive_is_not_unpacked_through_links(load, archive, monkeypatch, ki
         load(f"data.root={archive}", "data.batch_size=8")
     assert [path.name for path in somebodys.iterdir()] == ["file"]
     assert (somebodys / "file").read_text() == "precious"
+
+
+def test_processes_that_load_images_may_open_many_files(load, files):
+    """With 40 of them a run stood still after its first epoch."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] // 2, before[1]))
+        data = load("data=folder", f"data.root={files}", "data.image_size=16", "data.batch_size=4",
+                    "data.num_workers=1")
+        data.train_dataloader()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
