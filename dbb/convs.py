@@ -144,8 +144,6 @@ class StackedConv(Function):
         return d_x, None, *unstacked(rows, kernels, kernels[0].shape[2:])
 
 
-
-
 class FixedConv(Function):
     """A convolution with a constant kernel, the same from both ends: unlike `F.conv2d` it keeps no input."""
 
