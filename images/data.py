@@ -217,7 +217,6 @@ def leave_signals_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-@atexit.register
 def allow_open_files() -> None:
     """Allow this process, and those that load images, as many open files as the system lets them have.
 
@@ -228,6 +227,7 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+@atexit.register
 def end_loaders() -> None:
     """End the processes that load images where an error ends this one.
 
