@@ -22,7 +22,8 @@ from export.files import load_network
 from export.place import require_place
 from images.data import ImageData
 from images.reading import read_pixels
-from images.sources import FileImages, Tree
+from images.sources import FileImages
+from images.tree import Tree
 from models import limits
 from models.reading import read_weights
 from reports.runs import read_epochs, read_runs
