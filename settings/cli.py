@@ -29,7 +29,7 @@ MACHINE = {  # what a machine can cause, by what libraries then say, in errors o
         "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
     r"DefaultCPUAllocator|bad_alloc|CUDA out of memory|MemoryError":
         "there is not enough memory: lower data.batch_size or data.image_size; a run goes on by "
-        "ckpt=FOLDER/checkpoints/last.ckpt",
+        "ckpt=FOLDER/checkpoints/last.ckpt, with another batch size from the end of an epoch",
     r"File too large":
         "a file would be larger than is allowed here (ulimit -f): allow more, and try again; a run goes on "
         "by ckpt=FOLDER/checkpoints/last.ckpt",

@@ -16,7 +16,9 @@ from models.say import say
 from reports.runs import read_epochs
 from runs.folder import RunFolder
 from runs.going_back import has_rows_of
+from runs.safety import is_whole, previous
 from runs.same import changes, not_taken
+from settings.cli import typed
 from settings.command import Command
 from settings.values import differ, flat, seconds
 from training.module import Classifier, make_optimizer
@@ -84,7 +86,7 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None,
         if batches and change.startswith(OF_AN_EPOCH):
             raise ValueError(f"{change}: this can change between two epochs only, and the checkpoint stands "
                              f"within epoch {done + 1}, after {batches} batches: go on without it until the "
-                             "epoch's end")
+                             f"epoch's end{_or_back(command.ckpt)}")
     if Path(command.ckpt).resolve().parent == folder.checkpoints.resolve():
         for setting in not_taken(folder.read_config() or {}, stored, command):
             say(f"{folder.config} says {setting}, which is not taken: settings are the checkpoint's, and "
@@ -95,6 +97,14 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None,
         say(f"changed: {now[-1]}")
     all_changes = [*checkpoint["dbb"].get("changed", []), *now]
     return Start(checkpoint, done, batches, checkpoint["global_step"], all_changes)
+
+
+def _or_back(ckpt: str) -> str:
+    """The other way to change what can change between two epochs only, if there is one."""
+    before = previous(Path(ckpt))
+    if not is_whole(before) or place_of(load_checkpoint(before))[1]:
+        return ""
+    return f", or from the end of the epoch before by {typed('ckpt', before)}"
 
 
 def other_images(data: ImageData, start: Start) -> list[str]:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -281,16 +282,26 @@ def test_one_batch_is_not_all_of_them(make_settings, tmp_path, knob, capsys):
 
 
 def test_what_cannot_change_within_an_epoch(make_settings, train_with, tmp_path):
+    """But from the end of the one before, as long as there is a checkpoint of it."""
     with pytest.raises(SystemExit, match="130"):
         train_with(make_settings(*SHORT), tmp_path, At(1, 2, interrupt))
     ckpt = f"ckpt={tmp_path}/checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match="batch_size: 32 until epoch 1 and 3 batches, then 16: this can"):
+    smaller = "batch_size: 32 until epoch 1 and 3 batches, then 16: .* epoch's end, or .* by (ckpt=.*)"
+    with pytest.raises(ValueError, match=smaller) as refused:
         train_with(make_settings(ckpt, "data.batch_size=16"), tmp_path)
+    [way_on] = re.findall(smaller, str(refused.value))
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    way_on = way_on.replace(str(tmp_path), f"{tmp_path}/copy")
+    batches = Batches()
+    train_with(make_settings(way_on, "data.batch_size=16"), tmp_path / "copy", batches)
+    assert batches.seen[0] == (1, 0)
     with pytest.raises(ValueError, match="trainer.max_epochs=1: the checkpoint already has 1 epochs"):
         train_with(make_settings(ckpt, "trainer.max_epochs=1"), tmp_path)
     with pytest.raises(SystemExit, match="129"):
         train_with(make_settings(ckpt, "optim.weight_decay=0.1"), tmp_path, At(1, 3, hang_up))
     assert place(tmp_path) == (1, 4)
+    with pytest.raises(ValueError, match="until the epoch's end$"):
+        train_with(make_settings(ckpt, "data.batch_size=16"), tmp_path)
 
 
 def test_a_command_that_fails_leaves_a_finished_run_as_it_was(make_settings, whole, tmp_path):
