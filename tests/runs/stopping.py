@@ -32,6 +32,17 @@ class At(Callback):
             self.action(trainer)
 
 
+class Batches(Callback):
+    """Notes the place of each step, and the learning rate there."""
+
+    def __init__(self):
+        self.seen, self.rates = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append((trainer.current_epoch, batch_idx))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
 def terminate(trainer):
     """As whoever stops a job does: all of its processes get the signal, those that load images first."""
     for worker in multiprocessing.active_children():
