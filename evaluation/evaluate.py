@@ -1,7 +1,7 @@
 """The one evaluation that train.py, eval.py and convert.py share: float32, deterministic, on one device."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -104,7 +104,7 @@ def exact_arithmetic() -> Iterator[None]:
 
 @torch.no_grad()
 def predict(net: nn.Module, data: ImageData, device: torch.device, text: str,
-            loader: DataLoader | None = None) -> tuple[Tensor, Tensor]:
+            loader: DataLoader | None = None, exact: bool = True) -> tuple[Tensor, Tensor]:
     """Logits `[N, classes]` and targets `[N]` of the whole test set, on the CPU.
 
     Args:
@@ -113,9 +113,10 @@ def predict(net: nn.Module, data: ImageData, device: torch.device, text: str,
         device: where to run.
         text: shown before the progress bar.
         loader: of other images of `data`.
+        exact: by `exact_arithmetic`, not as the training computes.
     """
     net, logits, targets = net.to(device), [], []
-    with exact_arithmetic():
+    with exact_arithmetic() if exact else nullcontext():
         batches = data.test_dataloader() if loader is None else loader
         for batch in tqdm(batches, text, disable=None, leave=False):
             images, target = data.on_after_batch_transfer([part.to(device) for part in batch])

@@ -24,6 +24,18 @@ def go_back(folder: RunFolder, ckpt: str | None) -> None:
     last, asked = folder.last, Path(ckpt).resolve()
     coming = folder.checkpoints / ".last-coming.ckpt"
     copy_whole(asked, coming)  # first, so that a full disk changes nothing
+    try:
+        _leave_newest(folder, asked)
+        coming.replace(last)
+    finally:
+        coming.unlink(missing_ok=True)
+    if _has_rows(asked):
+        write_text(folder.metrics, _rows_of(asked).read_text(errors="replace"))
+
+
+def _leave_newest(folder: RunFolder, asked: Path) -> None:
+    """Rename the newest state and keep its rows, unless that is what is asked for, or a copy of it."""
+    last = folder.last
     newest = next(filter(is_whole, (last, previous(last))), None)
     kept_ones = [asked, *filter(_has_rows, folder.checkpoints.glob("last-left*.ckpt"))]
     if newest == last and any(filecmp.cmp(newest, path, shallow=False) for path in kept_ones):
@@ -33,14 +45,11 @@ def go_back(folder: RunFolder, ckpt: str | None) -> None:
         if folder.metrics.is_file():
             write_text(_rows_of(kept), folder.metrics.read_text(errors="replace"))
         newest.rename(kept)
-        say(f"going on from {ckpt}: {newest} is now {kept.name}")
+        say(f"going on from {asked}: {newest} is now {kept.name}")
     if asked == previous(last).resolve():
         say(f"{asked.name} is replaced as training goes on: copy it first, to start from it again")
     set_aside(last)
     folder.result.unlink(missing_ok=True)
-    coming.replace(last)
-    if _has_rows(asked):
-        write_text(folder.metrics, _rows_of(asked).read_text(errors="replace"))
 
 
 def has_rows_of(folder: RunFolder, ckpt: str | None) -> bool:

@@ -25,8 +25,9 @@ warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended 
 
 SMALL = 2**16  # bytes of a file of settings of other libraries
 MACHINE = {  # what a machine can cause, by what libraries then say, in errors of many types
-    r"No space left|PytorchStreamWriter|inline_container":
-        "the disk is full: make room, and try again; a run goes on by ckpt=FOLDER/checkpoints/last.ckpt",
+    r"No space left|quota exceeded|PytorchStreamWriter|inline_container":
+        "the disk, or your share of it, is full: make room, and try again; a run goes on by "
+        "ckpt=FOLDER/checkpoints/last.ckpt",
     r"DefaultCPUAllocator|bad_alloc|CUDA out of memory|MemoryError":
         "there is not enough memory: lower data.batch_size or data.image_size; a run goes on by "
         "ckpt=FOLDER/checkpoints/last.ckpt, with another batch size from the end of an epoch",

@@ -66,7 +66,8 @@ class EpochLoss(Callback):
         return {"total": self.total.item(), "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self.total, self.count = torch.tensor(state_dict["total"]), state_dict["count"]
+        self.total = torch.tensor(state_dict["total"], dtype=torch.float64)
+        self.count = state_dict["count"]
 
 
 class EpochLine(Callback):

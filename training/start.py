@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins import Precision
+from torch import Tensor, nn
 
 from evaluation.evaluate import pick_device, predict, scores
 from evaluation.networks import load_network
@@ -151,6 +153,19 @@ def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any]) -
                          "be as they were") from error
 
 
+class AsInTraining(nn.Module):
+    """A network in the arithmetic of `trainer.precision`, as a training evaluates it; logits in float32."""
+
+    def __init__(self, net: nn.Module, precision: Precision):
+        super().__init__()
+        self.net, self.precision = precision.convert_module(net), precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.to(next(self.net.parameters()).dtype)
+        with self.precision.forward_context():
+            return self.net(images).float()
+
+
 def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, folder: RunFolder,
                      start: Start) -> None:
     """Log what metrics.csv lacks of the last epoch that is done, if the run was stopped before that.
@@ -167,11 +182,12 @@ def log_missed_epoch(command: Command, data: ImageData, trainer: pl.Trainer, fol
     conf = command.trainer
     due = start.epochs % conf.check_val_every_n_epoch == 0 and not differ(conf.limit_val_batches, 1.0)
     if due and known["test_top1"].isna().all():
-        net, device = load_network(start.checkpoint, command), pick_device(command.trainer.accelerator)
-        found = scores(*predict(net, data, device, "missed"))
+        net = AsInTraining(load_network(start.checkpoint, command), trainer.precision_plugin)
+        device = pick_device(command.trainer.accelerator)
+        found = scores(*predict(net, data, device, "missed", exact=False))
         values |= {f"test/{name}": value for name, value in found.items()}
         if command.data.val_size:
-            found = scores(*predict(net, data, device, "missed", data.held_out_dataloader()))
+            found = scores(*predict(net, data, device, "missed", data.held_out_dataloader(), exact=False))
             values |= {f"val/{name}": value for name, value in found.items()}
     for logger in trainer.loggers if values else ():
         logger.log_metrics(values | {"epoch": start.epochs - 1}, start.checkpoint["global_step"] - 1)

@@ -10,6 +10,7 @@ import torch
 
 import train as train_script
 from models.checkpoint import load_checkpoint
+from runs import going_back
 from tests.runs.stopping import SHORT, At, check_same, fail, place
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,8 @@ def test_going_back_to_the_checkpoint_before(make_settings, train_with, whole, t
     assert not (parts / "checkpoints" / "last-left2.ckpt").exists()
 
 
-def test_going_back_on_a_full_disk(make_settings, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("full", ["for the checkpoint", "for the rows"])
+def test_going_back_on_a_full_disk(make_settings, whole, tmp_path, monkeypatch, capsys, full):
     """Nothing has changed; with room, the command works, and says what it will replace."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -59,10 +61,12 @@ def test_going_back_on_a_full_disk(make_settings, whole, tmp_path, monkeypatch, 
                             "trainer.max_epochs=3")
 
     def half(read, file):
-        file.write(read.read(1000))
+        if full == "for the checkpoint":
+            file.write(read.read(1000))
         raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfileobj", half)
+        where = (shutil, "copyfileobj") if full == "for the checkpoint" else (going_back, "write_text")
+        patch.setattr(*where, half)
         with pytest.raises(OSError, match="No space left"):
             train_script.train(command, run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

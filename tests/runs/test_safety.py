@@ -162,6 +162,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_settings, tmp_path, monk
     (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
     (PermissionError(errno.EPERM, "Operation not permitted", "metrics.csv"), "may not write there"),
     (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "make room"),
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "make room"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "data.batch_size .* from the end of an"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "another process"),

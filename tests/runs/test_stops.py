@@ -190,7 +190,10 @@ def test_a_state_is_saved_at_an_interval(make_settings, train_with, tmp_path, mo
 @pytest.mark.parametrize(("extra", "lost"), [
     ((), ["train/loss_epoch"]), ((), ["train/loss_epoch", "test/top1"]),
     (("trainer.check_val_every_n_epoch=2",), ["train/loss_epoch"]),
-    (("trainer.limit_val_batches=3",), ["train/loss_epoch"])])
+    (("trainer.limit_val_batches=3",), ["train/loss_epoch"]),
+    (("trainer.precision=bf16-mixed",), ["train/loss_epoch", "test/top5", "test/loss"]),
+    (("trainer.precision=bf16-true",), ["test/top5"]),  # Lightning adds losses up in bfloat16
+    (("trainer.precision=64-true",), ["train/loss_epoch", "test/loss"])])
 def test_what_metrics_lack_of_an_epoch_is_made_up(make_settings, train_with, tmp_path, extra, lost):
     """Lightning writes the test's row, then the loss's; a run may be killed between them."""
     command = make_settings(*SHORT, "trainer.max_epochs=1", *extra)
