@@ -1,4 +1,4 @@
-"""The one evaluation that train.py, eval.py and convert.py share: float32, deterministic, on one device."""
+"""The one evaluation that train.py, eval.py and convert.py share, on one device; `exact` for every result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
