@@ -88,14 +88,16 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
 
 
 def _refuse_many_parts(path: str, tags: list[tuple[int, int, int]]) -> None:
-    """Raise a ValueError for a file of so many parts that Pillow needs minutes before it knows the size.
+    """Raise a ValueError for a file of so many parts that its size, or its pixels, take minutes to read.
 
     `tags` are what `_tags` returns.
     """
     with Path(path).open("rb") as file:
-        start = file.read(2)
-        if start == b"\xff\xd8" and file.read().count(b"Exif\0\0") > limits.EXIF_PARTS:
-            raise ValueError("its Exif data has too many parts")
+        content = file.read() if file.read(2) == b"\xff\xd8" else b""
+    if content.count(b"Exif\0\0") > limits.EXIF_PARTS:
+        raise ValueError("its Exif data has too many parts")
+    if content.count(b"\xff\xda") > limits.SCANS:
+        raise ValueError("it has too many scans")
     if any(count > limits.TIFF_VALUES for tag, kind, count in tags if tag < OF_TEXT and kind != TEXT):
         raise ValueError("a tag has too many values")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models import limits
-from models.plain import are_weights, damage, strange
+from models.plain import are_weights, damage, sparse, strange
 
 OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list,
                 "lr_schedulers": list}  # that train.py goes on with
@@ -36,7 +36,7 @@ def load_checkpoint(path: str | Path | None) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
-    wrong = damage(Path(path))
+    wrong = sparse(Path(path)) or damage(Path(path))
     if wrong is not None:
         raise ValueError(f"ckpt={path} cannot be read: it is damaged, or no checkpoint of plain tensors "
                          f"({wrong})")
@@ -52,6 +52,8 @@ def _load(path: str | Path, version: tuple[int, ...]) -> dict[str, Any]:
             or not isinstance(checkpoint["dbb"].get("settings"), dict):
         raise ValueError(f"ckpt={path} was not written by train.py: it holds no settings of ours")
     _refuse_strange(checkpoint, path)
+    for name in {"state_dict", "current_model_state"} & checkpoint.keys():
+        checkpoint[name] = dict(checkpoint[name])  # an attribute may have them assigned, of whatever type
     return checkpoint
 
 

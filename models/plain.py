@@ -1,5 +1,7 @@
 """What a file of PyTorch's may hold, whoever wrote it: tensors, and plain values around them."""
 
+import errno
+import os
 import tarfile
 import zipfile
 from argparse import Namespace
@@ -18,6 +20,24 @@ def are_weights(found: Any) -> bool:
     """Whether something is a state dict: tensors by name."""
     return isinstance(found, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor)
                                            for key, value in found.items())
+
+
+def sparse(path: Path) -> str | None:
+    """What is wrong with a file of which the disk holds a small part; None if nothing is.
+
+    The rest are holes, which are read as zeros: as many gigabytes of them as its maker likes.
+    """
+    size, end, held = path.stat().st_size, 0, 0
+    with path.open("rb") as file:
+        try:
+            while end < size:
+                start = file.seek(end, os.SEEK_DATA)
+                end = file.seek(start, os.SEEK_HOLE)
+                held += end - start
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # which says that nothing but a hole follows
+                return None
+    return "most of it is a hole" if held * limits.UNPACKED < size else None
 
 
 def damage(path: Path) -> str | None:

@@ -1,6 +1,7 @@
 """Weights in files of many makers: tensors by name, and what the file says of them."""
 
 import json
+import math
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import limits
-from models.plain import are_weights, damage, strange
-from models.say import say
+from models.plain import are_weights, damage, sparse, strange
+from models.say import say, shown
 
 AVERAGED = ("state_dict_ema", "model_ema")  # timm's and torchvision's names
 WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
@@ -43,22 +44,21 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of weights")
     about = {}
+    kind = path.suffix.lower()
     try:
-        if path.suffix.lower() == ".safetensors":
+        _refuse(sparse(path))
+        if kind == ".safetensors":
             weights, about = load_file(path), _header(path)
-        elif path.suffix.lower() in (".hdf5", ".h5"):
+        elif kind in (".hdf5", ".h5"):
             weights = _of_hdf5(path)
         else:
-            wrong = damage(path)
-            if wrong is not None:
-                raise ValueError(wrong)
+            _refuse(damage(path))
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = strange(weights, path.stat().st_size)
-        if wrong is not None:
-            raise ValueError(wrong)
+        _refuse(strange(weights, path.stat().st_size))
     except Exception as error:  # whatever its reader raises on an untrusted file
         held = re.search(r"GLOBAL ([\w.]+)", str(error))
-        more = f"a {held[1]}: save its tensors alone, torch.save(state_dict, FILE)" if held else "more"
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        more = f"a {held[1]}: save its tensors alone, torch.save(state_dict, FILE)" if held else shown(why)
         raise ValueError(f"{path} cannot be read: it is damaged, or holds more than plain tensors ({more})"
                          ) from error
     prefix = r"(module\.|_orig_mod\.)+"
@@ -73,6 +73,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} holds tensors of one name twice, with and without a prefix: save those of "
                          "one network alone")
     return named, _known(about)
+
+
+def _refuse(wrong: str | None) -> None:
+    """Raise a ValueError with what is wrong with a file, if anything is."""
+    if wrong is not None:
+        raise ValueError(wrong)
 
 
 def _known(about: Any) -> dict[str, Any]:
@@ -95,7 +101,9 @@ def _of_hdf5(path: Path) -> dict[str, Tensor]:
         if any(value.dtype.hasobject or value.id.get_create_plist().get_nfilters()
                for value in sets.values()):
             raise ValueError("it is compressed, or holds more than numbers")  # perhaps to fill a memory
-        if any(value.id.get_storage_size() < value.nbytes for value in sets.values()):
+        if any(value.id.get_storage_size() < value.nbytes or value.chunks and value.id.get_num_chunks()
+               < math.prod(-(-size // part) for size, part in zip(value.shape, value.chunks, strict=True))
+               for value in sets.values()):
             raise ValueError("it lacks values")
         if size > limits.UNPACKED * path.stat().st_size:
             raise ValueError("it is larger unpacked than weights are")

@@ -43,8 +43,13 @@ def refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
 
 
 def refuse_impossible(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for negative variances, and numbers that are not finite in the network's type."""
+    """Raise a ValueError for negative variances, and numbers that are not finite in the network's type.
+
+    Those of another shape, which may be far larger, are left to `load_weights`.
+    """
     for key in own.keys() & weights.keys():
+        if weights[key].shape != own[key].shape:
+            continue
         if not weights[key].to(own[key].dtype).isfinite().all():
             raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")
         if key.endswith("running_var") and (weights[key] < 0).any():

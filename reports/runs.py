@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,7 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         ValueError: if none is finished.
     """
-    try:
-        found = {path.parent.resolve(): path.parent for folder in folders
-                 for name in RunFolder.signs for path in sorted(folder.rglob(name))}
-    except RecursionError as error:
-        raise ValueError(f"{', '.join(map(str, folders))}: folders are nested too deep") from error
+    found = {path.parent.resolve(): path.parent for path in under(folders, *RunFolder.signs)}
     runs, epochs = [], []
     for place in found.values():
         run = {"folder": str(place), "settings": {}}
@@ -65,6 +62,14 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise ValueError(f"no finished run below {', '.join(map(str, folders))}"
                          + "".join(f"\n  {printable(run['folder'])}: {run['state']}" for run in runs))
     return pd.DataFrame(runs), pd.concat([rows for rows in epochs if len(rows)] or epochs, ignore_index=True)
+
+
+def under(folders: Sequence[Path], *names: str) -> list[Path]:
+    """The files of these names below folders; a ValueError if those are nested too deep."""
+    try:
+        return [path for folder in folders for name in names for path in sorted(folder.rglob(name))]
+    except RecursionError as error:
+        raise ValueError(f"{', '.join(map(str, folders))}: folders are nested too deep") from error
 
 
 def _tell_apart(runs: list[dict[str, Any]], name: str, knobs: tuple[str, ...]) -> None:

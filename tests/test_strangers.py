@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import h5py
@@ -146,6 +147,24 @@ def test_data_that_are_shown_but_not_loaded(run, tmp_path, change, message):
     file = changed(run, tmp_path / "a.ckpt", lambda c: c["dbb"]["settings"]["data"].update(change))
     with pytest.raises(ValueError, match=message):
         data_of(load_checkpoint(file))
+
+
+def assigned(checkpoint):
+    """Weights of half precision, by whose attribute PyTorch would put them in the place of the network's."""
+    weights = OrderedDict((key, value.half() if value.is_floating_point() else value)
+                          for key, value in checkpoint["state_dict"].items())
+    weights._metadata = {key.rpartition(".")[0]: {"version": 2, "assign_to_params_buffers": True}
+                         for key in weights}
+    checkpoint["state_dict"] = weights
+
+
+def test_weights_that_would_take_the_place_of_the_networks(run, tmp_path):
+    """They are copied into it, and training goes on in its own precision."""
+    file = changed(run, tmp_path / "a.ckpt", assigned)
+    done = call("train.py", f"ckpt={file}", "trainer.max_epochs=2", "out=on", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = load_checkpoint(tmp_path / "on" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
 
 
 def of_adam(checkpoint):

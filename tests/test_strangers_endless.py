@@ -26,7 +26,7 @@ from images.sources import FileImages
 from images.tree import Tree
 from models import limits
 from models.reading import read_weights
-from reports.runs import read_epochs, read_runs
+from reports.runs import read_epochs, under
 from reports.study import POINTS, draw_curves
 from runs.folder import RunFolder
 from settings.cli import refuse_matplotlibrc
@@ -84,20 +84,6 @@ def test_hdf5_that_unpacks_to_more(tmp_path):
         assert "compressed, or holds more than numbers" in str(error.value.__cause__)
 
 
-def test_hdf5_without_its_values(tmp_path):
-    """They would be read as zeros."""
-    for name, written in (("a.h5", False), ("b.h5", True)):
-        with h5py.File(tmp_path / name, "w") as file:
-            file["fc.bias"] = np.ones(1000, "f4")
-            weight = file.create_dataset("fc.weight", (8, 8), "f4", chunks=(4, 4))
-            if written:
-                weight[:] = 1
-    with pytest.raises(ValueError, match="cannot be read") as error:
-        read_weights(tmp_path / "a.h5")
-    assert "it lacks values" in str(error.value.__cause__)
-    assert read_weights(tmp_path / "b.h5")[0]["fc.weight"].sum() == 64
-
-
 def test_short_lines_of_many_columns(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("epoch,step,train/loss_epoch" + ",a" * 2000 + "\n" + "0,1,2.0\n" * 10_000)
@@ -148,7 +134,8 @@ def test_a_matplotlibrc_that_is_no_text(tmp_path, monkeypatch, make):
     make(tmp_path / "matplotlibrc")
     with pytest.raises(ValueError, match="matplotlibrc in this folder"):
         refuse_matplotlibrc()
-    for script in ("eval.py", "report.py"):  # of their own process: what they do before imports
+    # In a process of their own: it is what they do before imports.
+    for script in ("eval.py", "report.py", "tools/keep_runs.py", "tools/run_picture.py"):
         done = subprocess.run([sys.executable, os.path.join(ROOT, script), "x"], cwd=tmp_path, timeout=60,
                               capture_output=True, text=True)
         assert done.returncode == 1
@@ -286,11 +273,23 @@ def test_a_jpeg_of_many_exif_parts(tmp_path):
         read_pixels(str(tmp_path / "a.jpg"))
 
 
+def test_a_jpeg_of_many_scans(tmp_path):
+    """Each passes over all pixels; an image that is shown in steps has about ten."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", progressive=True)
+    content = (tmp_path / "a.jpg").read_bytes()
+    assert content.count(b"\xff\xda") > 5
+    assert read_pixels(str(tmp_path / "a.jpg")).shape == (3, 8, 8)
+    last = content[content.rindex(b"\xff\xda"):-2]
+    (tmp_path / "a.jpg").write_bytes(content[:-2] + 200 * last + content[-2:])
+    with pytest.raises(ValueError, match="a.jpg .it has too many scans"):
+        read_pixels(str(tmp_path / "a.jpg"))
+
+
 def test_folders_in_folders(tmp_path):
     """More of them than Python's functions may call themselves."""
     (tmp_path / "val" / "a" / "/".join("a" * 200)).mkdir(parents=True)
     usual = sys.getrecursionlimit()
-    for read in (lambda: Tree(tmp_path / "val", ["a"]), lambda: read_runs([tmp_path])):
+    for read in (lambda: Tree(tmp_path / "val", ["a"]), lambda: under([tmp_path], "result.json")):
         sys.setrecursionlimit(len(inspect.stack()) + 150)
         try:
             with pytest.raises(ValueError, match="nested too deep"):

@@ -15,11 +15,16 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reports.runs import read_columns, read_epochs
+from settings.cli import as_sentence, plain_errors, refuse_matplotlibrc
+
+if __name__ == "__main__":
+    with plain_errors():
+        refuse_matplotlibrc()  # before it is read, which importing does
+
+from reports.runs import read_columns, read_epochs, under
 from runs.folder import RunFolder
 from runs.reading import read_own_config
 from runs.safety import write_text
-from settings.cli import as_sentence
 from settings.schema import same_everywhere
 
 
@@ -48,7 +53,8 @@ def keep(folder: RunFolder) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
-    found = [path for folder in parser.parse_args().folders for path in sorted(folder.rglob("result.json"))]
+    with plain_errors():
+        found = under(parser.parse_args().folders, "result.json")
     runs = [folder for folder in map(RunFolder, (path.parent for path in found))
             if folder.is_ours() and folder.config.is_file() and folder.metrics.is_file()]
     damaged = []

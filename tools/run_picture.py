@@ -5,10 +5,22 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from settings.cli import plain_errors, refuse_matplotlibrc
+
+if __name__ == "__main__":
+    with plain_errors():
+        refuse_matplotlibrc()  # before it is read, which importing does
 
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from runs.folder import RunFolder
 
 SHOWN = {"loss": ["train/loss_epoch", "test/loss"], "accuracy on the test images": ["test/top1"],
          "learning rate": ["lr-SGD"], "seconds a training step": ["train/seconds_per_step"]}
@@ -16,12 +28,13 @@ SHOWN = {"loss": ["train/loss_epoch", "test/loss"], "accuracy on the test images
 
 def draw(run_dir: Path, path: Path) -> None:
     """The curves of SHOWN, and for the first and the last layer each branch's share and size of gammas."""
+    RunFolder(run_dir).refuse_links()
     events = EventAccumulator(str(run_dir))
     names = events.Reload().Tags()["scalars"] if run_dir.is_dir() else []
     layers = [name.split("/")[1] for name in names if name.startswith("share/") and name.endswith("/kxk")]
     panels = dict(SHOWN)
     if not layers:
-        raise SystemExit(f"error: {run_dir} has no TensorBoard files of a run with blocks: train it with "
+        raise ValueError(f"{run_dir} has no TensorBoard files of a run with blocks: train it with "
                          "logger=tensorboard")
     for layer in (layers[0], layers[-1]):
         for kind in ("share", "gamma"):
@@ -30,9 +43,9 @@ def draw(run_dir: Path, path: Path) -> None:
     for axis, (title, shown) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
         for name in shown:
             points = events.Scalars(name) if name in names else []
-            label = name.removeprefix(f"{title}/")
+            label = name.removeprefix(f"{title}/").replace("$", r"\$")  # no formula
             axis.plot([point.step for point in points], [point.value for point in points], label=label)
-        axis.set_title(title)
+        axis.set_title(title.replace("$", r"\$"))
         axis.set_xlabel("training step")
         if not title.startswith("gamma/"):
             axis.set_ylim(bottom=0)
@@ -44,7 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
-    draw(parser.parse_args().run, Path(__file__).parent.with_name("docs") / "run.png")
+    with plain_errors():
+        draw(parser.parse_args().run, ROOT / "docs" / "run.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""Files that hold less than they say: what they lack would be read as zeros, as many as their maker likes."""
+
+import os
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.build import build_model
+from models.checkpoint import load_checkpoint
+from models.reading import read_weights
+from models.weights import load_plain
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.h5", "a.safetensors"])
+def test_a_file_most_of_which_is_a_hole(tmp_path, name):
+    """A few bytes of it lie on the disk."""
+    if name == "a.ckpt":
+        torch.save({"weight": torch.ones(2**16)}, tmp_path / name)
+    elif name == "a.safetensors":
+        save_file({"weight": torch.ones(2**16)}, tmp_path / name)
+    else:
+        with h5py.File(tmp_path / name, "w") as file:
+            file["weight"] = np.ones(2**16, "f4")
+    assert read_weights(tmp_path / name)[0]["weight"].sum() == 2**16
+    os.truncate(tmp_path / name, 2**33)
+    with pytest.raises(ValueError, match="cannot be read.*most of it is a hole"):
+        read_weights(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot be read.*most of it is a hole"):
+        load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(("size", "written"), [(8, 0), (8, 4), (6, 4), (6, 6), (8, 8)])
+def test_hdf5_without_its_values(tmp_path, size, written):
+    """Its chunks are stored whole: those at the border hold more than they are there for."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["fc.bias"] = np.ones(1000, "f4")
+        file.create_dataset("fc.weight", (size, size), "f4", chunks=(4, 4))[:written] = 1
+    if written == size:
+        assert read_weights(tmp_path / "a.h5")[0]["fc.weight"].sum() == size**2
+        return
+    with pytest.raises(ValueError, match="cannot be read.*it lacks values"):
+        read_weights(tmp_path / "a.h5")
+
+
+def test_a_tensor_of_another_shape_is_not_computed_with():
+    """Of so many numbers that there is no memory for any result."""
+    net = build_model("resnet8", 10)
+    weights = net.state_dict() | {"conv1.weight": torch.ones(1).expand(2**50)}
+    with pytest.raises(ValueError, match=r"1 of another shape .conv1.weight: \[1125899906842624\]"):
+        load_plain(net, weights)
