@@ -15,7 +15,6 @@ from models.build import refuse_larger
 from models.published import translate
 from models.reading import PREPARED, read_weights
 from models.say import say
-from models.weights import refuse_impossible
 
 
 def build_network(settings, num_classes: int, image_size: int, pretrained: bool = False,
@@ -132,5 +131,4 @@ def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
         return net.eval(), num_classes
     net = build_network(settings, num_classes, image_size)
     load_weights(net, weights)
-    refuse_impossible(weights, net.state_dict())
     return net.eval(), num_classes

@@ -16,7 +16,8 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """`load_state_dict` that names what differs.
 
     Raises:
-        ValueError: if a key is missing or too many, or a shape or a kind of numbers differs.
+        ValueError: if a key is missing or too many, a shape or a kind of numbers differs, or the network
+            cannot hold a number.
     """
     own = net.state_dict()
     both = sorted(own.keys() & weights.keys())
@@ -30,6 +31,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
                          for what, keys in lists.items() if keys)
         raise ValueError(f"these weights are those of another network: {shown(text)}")
     refuse_kinds(weights, own)
+    _refuse_impossible(weights, own)
     net.load_state_dict(weights)
 
 
@@ -42,14 +44,9 @@ def refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
                              "the weights before quantizing")
 
 
-def refuse_impossible(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for negative variances, and numbers that are not finite in the network's type.
-
-    Those of another shape, which may be far larger, are left to `load_weights`.
-    """
+def _refuse_impossible(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for negative variances, and numbers that are not finite in the network's type."""
     for key in own.keys() & weights.keys():
-        if weights[key].shape != own[key].shape:
-            continue
         if not weights[key].to(own[key].dtype).isfinite().all():
             raise ValueError(f"these weights are not all finite numbers of {own[key].dtype}: {key}")
         if key.endswith("running_var") and (weights[key] < 0).any():
@@ -62,7 +59,7 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     A classifier for other classes starts at random, and a line says so.
 
     Raises:
-        ValueError: see `load_weights`; also if a weight is infinite or no number.
+        ValueError: see `load_weights`.
     """
     own = net.state_dict()
     weights = _without_prefix(weights, next(iter(own)))
@@ -75,8 +72,6 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     linear = nn.Linear | nn.Conv2d  # some end in a convolution
     modules = reversed(list(net.named_modules()))
     head = next(f"{name}." for name, module in modules if isinstance(module, linear))
-    refuse_kinds(weights, own)
-    refuse_impossible(weights, own)
     theirs, ours = weights.get(f"{head}weight"), own[f"{head}weight"]
     if theirs is not None and theirs.ndim == ours.ndim and len(theirs) != len(ours) \
             and theirs.shape[1:] == ours.shape[1:]:

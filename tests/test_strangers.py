@@ -130,7 +130,8 @@ def in_itself():
     lambda c: c["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready=1.5),
     lambda c: c["dbb"]["settings"].update(logger="x"), lambda c: c["dbb"].update(changed=["x" * 10**6]),
     lambda c: c["dbb"]["settings"]["trainer"].update(gradient_clip_val=10**400),
-    lambda c: c["dbb"]["settings"]["data"].update(std=[5e-324] * 3)])
+    lambda c: c["dbb"]["settings"]["data"].update(std=[5e-324] * 3),
+    lambda c: c["state_dict"].update({"net.fc.bias": torch.full((10,), 1e300, dtype=torch.float64)})])
 def test_checkpoints_of_other_forms(run, tmp_path, change):
     done = call("eval.py", f"ckpt={changed(run, tmp_path / 'a.ckpt', change)}", cwd=tmp_path)
     assert done.returncode == 1
