@@ -93,11 +93,15 @@ def _refuse_many_parts(path: str, tags: list[tuple[int, int, int]]) -> None:
     `tags` are what `_tags` returns.
     """
     with Path(path).open("rb") as file:
-        content = file.read() if file.read(2) == b"\xff\xd8" else b""
-    if content.count(b"Exif\0\0") > limits.EXIF_PARTS:
+        start = file.read(2)
+        content = file.read() if start in (b"\xff\xd8", b"P1", b"P2", b"P3") else b""
+    jpeg = start == b"\xff\xd8"
+    if jpeg and content.count(b"Exif\0\0") > limits.EXIF_PARTS:
         raise ValueError("its Exif data has too many parts")
-    if content.count(b"\xff\xda") > limits.SCANS:
+    if jpeg and content.count(b"\xff\xda") > limits.SCANS:
         raise ValueError("it has too many scans")
+    if not jpeg and content.count(b"#") > limits.COMMENTS:
+        raise ValueError("it has too many comments")
     if any(count > limits.TIFF_VALUES for tag, kind, count in tags if tag < OF_TEXT and kind != TEXT):
         raise ValueError("a tag has too many values")
 

@@ -124,6 +124,9 @@ def _cifar(conf: DataConf, train: bool) -> tuple[Tensor, Tensor, list[str]]:
 def _archive(conf: DataConf, root: Path, train: bool) -> datasets.CIFAR10:
     """One split of the official archive: as it lies there, where nothing is written, else downloaded."""
     archive = datasets.CIFAR10 if conf.name == "cifar10" else datasets.CIFAR100
+    for place in (root / archive.filename, *(root / archive.base_folder).glob("*")):
+        if place.is_file() and place.stat().st_size > limits.PART_BYTES:  # a hole, perhaps
+            raise ValueError(f"data.root={root}: {place} is larger than all of {conf.name}: remove it")
     try:
         return archive(str(root), train=train)
     except RuntimeError as error:  # there is none, or it is damaged

@@ -2,6 +2,7 @@
 
 CLASSES = 100_000
 IMAGES_BYTES = 2**33  # of a data set that is held in memory
+PART_BYTES = 2**28  # of a file of CIFAR's archive, or of all of it, which is read to be checked
 VALUES = 10**6  # plain values and tensors in a checkpoint, each as often as it is named
 DEPTH = 100  # of values within values
 COPIES = 1000  # of parts of a pickle that it makes
@@ -18,13 +19,14 @@ OPERATIONS = 4 * VALUES  # of a pickle
 REPORT = 2**24  # bytes of a conversion's report.json, or a study's report.md
 UNPACKED = 4  # what a file of weights holds, over its own size, and that over what of it is on the disk
 HEADER = 2**24  # letters of JSON in a file of weights
-IMAGE_BYTES = 2**30  # of one image file, which some readers take whole
+IMAGE_BYTES = 2**28  # of one image file, which some readers take whole
 IMAGE_SIZE = 2048  # side of a network's images, in pixels
 IMAGE_PIXELS = 2**26  # of one image file: 8,192 x 8,192, say; of some formats each takes 24 bytes
 PPM_PIXELS = 2**24  # whose reader may take two microseconds each
 TILE = 1024  # side of a part of a TIFF; it may be larger if the image is half as large
 TIFF_VALUES = 2**18  # of one tag: places of strips, say, of which Pillow makes Python's numbers
 EXIF_PARTS = 2**8  # of a JPEG, which Pillow joins one by one
+COMMENTS = 2**8  # of a PPM in letters, for each of which Pillow reads a megabyte again
 SCANS = 2**7  # of a JPEG, each of which may pass over all pixels; progressive ones have about ten
 IMAGE_SIDES = 256  # longer side over shorter side of one image file
 PARAMETERS = 1.5  # of the network that a file names, over those that it holds

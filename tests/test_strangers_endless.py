@@ -285,6 +285,29 @@ def test_a_jpeg_of_many_scans(tmp_path):
         read_pixels(str(tmp_path / "a.jpg"))
 
 
+def test_a_ppm_of_many_comments(tmp_path):
+    """For each of them Pillow goes through the rest of a megabyte again."""
+    for comments in (3, 300):
+        content = b"P3\n4 4\n255\n" + comments * b"# made by hand\n" + b"1 " * 48
+        (tmp_path / f"{comments}.ppm").write_bytes(content)
+    assert read_pixels(str(tmp_path / "3.ppm")).shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="300.ppm .it has too many comments"):
+        read_pixels(str(tmp_path / "300.ppm"))
+    Image.new("RGB", (32, 32), "#232323").save(tmp_path / "a.ppm")  # of bytes that are the same sign
+    assert read_pixels(str(tmp_path / "a.ppm")).shape == (3, 32, 32)
+
+
+def test_a_part_of_cifar_that_is_a_hole(tmp_path, make_settings):
+    """All of it would be read, to be told from the true one by its checksum."""
+    part = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    part.parent.mkdir()
+    part.touch()
+    os.truncate(part, 2**42)
+    data = ImageData(make_settings("model=resnet8", "data=cifar10", f"data.root={tmp_path}").data, 0)
+    with pytest.raises(ValueError, match="data_batch_1 is larger than all of cifar10: remove it"):
+        data.load(train=True)
+
+
 def test_folders_in_folders(tmp_path):
     """More of them than Python's functions may call themselves."""
     (tmp_path / "val" / "a" / "/".join("a" * 200)).mkdir(parents=True)

@@ -41,7 +41,7 @@ def keep(folder: RunFolder) -> None:
         if len(epochs):
             rows = rows[rows["epoch"].isin(epochs)].groupby("epoch", as_index=False).last()
             rows = rows.astype({"epoch": int, "step": int})
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{folder.metrics} is damaged ({error})") from error
     if same_everywhere(config["data"].get("name"), config["data"].get("root")):
         config["data"]["root"] = None

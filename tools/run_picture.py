@@ -24,6 +24,7 @@ from runs.folder import RunFolder
 
 SHOWN = {"loss": ["train/loss_epoch", "test/loss"], "accuracy on the test images": ["test/top1"],
          "learning rate": ["lr-SGD"], "seconds a training step": ["train/seconds_per_step"]}
+CURVES = 20  # of one panel, at most
 
 
 def draw(run_dir: Path, path: Path) -> None:
@@ -38,9 +39,11 @@ def draw(run_dir: Path, path: Path) -> None:
                          "logger=tensorboard")
     for layer in (layers[0], layers[-1]):
         for kind in ("share", "gamma"):
-            panels[f"{kind}/{layer}"] = [name for name in names if name.startswith(f"{kind}/{layer}/")]
+            own = [name for name in names if name.startswith(f"{kind}/{layer}/")]
+            panels[f"{kind}/{layer}"] = own[:CURVES]
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    for axis, (title, shown) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
+    places = figure.subplots(2, len(panels) // 2).flat
+    for axis, (title, shown) in zip(places, panels.items(), strict=True):
         for name in shown:
             points = events.Scalars(name) if name in names else []
             label = name.removeprefix(f"{title}/").replace("$", r"\$")  # no formula

@@ -70,6 +70,16 @@ def test_a_damaged_run_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     assert pd.read_csv(whole / "metrics.csv")["epoch"].tolist() == [0, 1]
 
 
+def test_a_step_that_is_no_number_of_a_machine(tmp_path, monkeypatch):
+    write_run(tmp_path / "a", DBB, 3, 0.75)
+    metrics = pd.read_csv(tmp_path / "a" / "metrics.csv", dtype=object)
+    metrics["step"] = "9" * 400
+    metrics.to_csv(tmp_path / "a" / "metrics.csv", index=False)
+    monkeypatch.setattr("sys.argv", ["keep_runs.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: .*a/metrics.csv is damaged"):
+        main()
+
+
 @pytest.mark.parametrize("kind", ["a link", "a dotted key"])
 def test_a_config_that_is_somebody_elses(tmp_path, monkeypatch, kind):
     """Its values do not come into a folder that is committed."""

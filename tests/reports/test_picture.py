@@ -3,9 +3,10 @@
 import os
 
 import pytest
+from matplotlib.axes import Axes
 from torch.utils.tensorboard import SummaryWriter
 
-from tools.run_picture import draw
+from tools.run_picture import CURVES, draw
 
 
 def test_names_of_layers_are_no_formulas(tmp_path):
@@ -15,6 +16,17 @@ def test_names_of_layers_are_no_formulas(tmp_path):
                 writer.add_scalar(name, 0.5, 1)
     draw(tmp_path / "run", tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
+
+
+def test_a_run_of_one_layer_and_too_many_branches(tmp_path, monkeypatch):
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        for index in range(100):
+            writer.add_scalar(f"share/conv1/{index}", 0.5, 1)
+        writer.add_scalar("share/conv1/kxk", 0.5, 1)
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, *points, label: drawn.append(label))
+    draw(tmp_path / "run", tmp_path / "run.png")
+    assert sum(label.isdigit() for label in drawn) == CURVES
 
 
 def test_a_folder_with_pipes_or_without_runs(tmp_path):
