@@ -97,7 +97,7 @@ def restore(net: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Load a checkpoint's weights into a network.
 
     Raises:
-        ValueError: if they are those of another network.
+        ValueError: see `load_weights`.
     """
     weights = checkpoint["state_dict"]
     load_weights(net, {key.removeprefix("net."): value for key, value in weights.items()
