@@ -12,15 +12,28 @@ from torch import nn
 
 from models import build_model, limits, load_weights
 from models.build import refuse_larger
+from models.plain import sparse
 from models.reading import parse_header
 
 HUB = ("hub/model.safetensors", "hub/config.json")  # what timm loads from a folder
 
 
 def sha256(path: str | Path) -> str:
-    """The file's hash, in hexadecimal."""
+    """The file's hash, in hexadecimal.
+
+    Raises:
+        ValueError: if most of the file is a hole, through which that would take as long as its maker likes.
+    """
+    refuse_sparse(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_sparse(path: str | Path) -> None:
+    """Raise a ValueError if most of a file is a hole."""
+    wrong = sparse(Path(path))
+    if wrong is not None:
+        raise ValueError(f"{path} cannot be read: {wrong}")
 
 
 def read_report(path: Path) -> dict:
@@ -46,6 +59,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
     Raises:
         ValueError: if the file is damaged or not of convert.py.
     """
+    refuse_sparse(path)
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get("dbb")

@@ -6,6 +6,7 @@ The newest state becomes `last-left.ckpt`, its rows `metrics-left.csv`; both can
 import filecmp
 from pathlib import Path
 
+from models import limits
 from models.checkpoint import load_checkpoint
 from models.say import say
 from runs.folder import RunFolder
@@ -18,10 +19,16 @@ def go_back(folder: RunFolder, ckpt: str | None) -> None:
 
     What was the newest state is kept as last-left.ckpt, its rows as metrics-left.csv, and these come back
     with it.
+
+    Raises:
+        ValueError: if rows are more than a run writes; nothing is renamed then.
     """
     if not folder.goes_back(ckpt):
         return
     last, asked = folder.last, Path(ckpt).resolve()
+    for path in filter(Path.is_file, (folder.metrics, _rows_of(asked))):
+        if path.stat().st_size > 8 * limits.CELLS:
+            raise ValueError(f"{path} is larger than any that a run writes: remove it")
     coming = folder.checkpoints / ".last-coming.ckpt"
     copy_whole(asked, coming)  # first, so that a full disk changes nothing
     try:

@@ -73,7 +73,12 @@ def slurm_job() -> str:
 def sweep_folder(out: str | None, default: str) -> str:
     """The folder of a sweep, made before Hydra does, whose error would be a traceback."""
     with plain_errors():
-        return str(output_folder(out or default))
+        folder = output_folder(out or default)
+        written = folder / "multirun.yaml"
+        if written.is_symlink() or written.exists() and not written.is_file():
+            raise ValueError(f"{written}, which Hydra writes, is a link, a pipe or a folder: remove it, or "
+                             "choose another folder with out=DIR")
+        return str(folder)
 
 
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder)

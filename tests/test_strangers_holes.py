@@ -1,5 +1,6 @@
 """Files that hold less than they say: what they lack would be read as zeros, as many as their maker likes."""
 
+import json
 import os
 
 import h5py
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from export.reading import load_verified
 from models.build import build_model
 from models.checkpoint import load_checkpoint
 from models.reading import read_weights
@@ -30,6 +32,21 @@ def test_a_file_most_of_which_is_a_hole(tmp_path, name):
         read_weights(tmp_path / name)
     with pytest.raises(ValueError, match="cannot be read.*most of it is a hole"):
         load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
+def test_a_converted_network_that_is_a_hole(tmp_path, name):
+    """Its checksum would take hours."""
+    (tmp_path / name).write_bytes(b"a")
+    os.truncate(tmp_path / name, 2**42)
+    files = {name: {"sha256": "0" * 64}}
+    (tmp_path / "report.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(ValueError, match=f"{name} cannot be read: most of it is a hole"):
+        load_verified(tmp_path / name)
+    if name == "model.safetensors":
+        (tmp_path / "report.json").unlink()
+        with pytest.raises(ValueError, match=f"{name} cannot be read: most of it is a hole"):
+            load_verified(tmp_path / name)
 
 
 @pytest.mark.parametrize(("size", "written"), [(8, 0), (8, 4), (6, 4), (6, 6), (8, 8)])

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 
 import pandas as pd
@@ -116,6 +117,22 @@ def test_rows_go_with_their_checkpoint(make_settings, whole, tmp_path):
     assert pd.read_csv(run / "metrics.csv")["step"].min() == 9, "the row of the epoch before, made up"
     left = pd.read_csv(run / "metrics-left3.csv").dropna(subset=["test/loss"])
     assert left["test/loss"].tolist() == rows["test/loss"].tolist()
+
+
+def test_rows_that_are_a_hole(make_settings, whole, tmp_path):
+    """Nothing is renamed before they are refused."""
+    shutil.copytree(whole, tmp_path / "run")
+    files = tmp_path / "run" / "checkpoints"
+    (files / "last-previous.ckpt").rename(files / "last-left.ckpt")
+    settings = make_settings(f"ckpt={files}/last-left.ckpt", "optim.lr=0.01", "trainer.max_epochs=3")
+    for name in ("metrics-left.csv", "metrics.csv"):
+        (tmp_path / "run" / name).touch()
+        os.truncate(tmp_path / "run" / name, 2**42)
+        before = {path: path.stat().st_ino for path in files.iterdir()}
+        with pytest.raises(ValueError, match=f"{name} is larger than any that a run writes: remove it"):
+            train_script.train(settings, tmp_path / "run")
+        assert {path: path.stat().st_ino for path in files.iterdir()} == before
+        (tmp_path / "run" / name).unlink()
 
 
 def test_going_back_after_an_attempt_that_saved_nothing(make_settings, train_with, whole, tmp_path):

@@ -1,5 +1,6 @@
 """Every knob is checked; twins, groups and experiments compose."""
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -277,3 +278,9 @@ def test_the_folder_of_a_sweep(monkeypatch, tmp_path):
     sweep.out = "~/file"
     with pytest.raises(SystemExit, match="cannot write into .*file .File exists.: choose another folder"):
         _ = sweep.dir
+    for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "file")):
+        make(tmp_path / "study" / "multirun.yaml")
+        sweep.out = "~/study"
+        with pytest.raises(SystemExit, match="multirun.yaml, which Hydra writes, is a link, a pipe"):
+            _ = sweep.dir
+        (tmp_path / "study" / "multirun.yaml").unlink()
