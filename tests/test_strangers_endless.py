@@ -26,7 +26,7 @@ from images.sources import FileImages
 from images.tree import Tree
 from models import limits
 from models.reading import read_weights
-from reports.runs import read_epochs, under
+from reports.runs import read_epochs, read_runs
 from reports.study import POINTS, draw_curves
 from runs.folder import RunFolder
 from settings.cli import refuse_matplotlibrc
@@ -312,7 +312,7 @@ def test_folders_in_folders(tmp_path):
     """More of them than Python's functions may call themselves."""
     (tmp_path / "val" / "a" / "/".join("a" * 200)).mkdir(parents=True)
     usual = sys.getrecursionlimit()
-    for read in (lambda: Tree(tmp_path / "val", ["a"]), lambda: under([tmp_path], "result.json")):
+    for read in (lambda: Tree(tmp_path / "val", ["a"]), lambda: read_runs([tmp_path])):
         sys.setrecursionlimit(len(inspect.stack()) + 150)
         try:
             with pytest.raises(ValueError, match="nested too deep"):
