@@ -186,7 +186,7 @@ OF_OPTIMISER = "its optimiser has another state"
 @pytest.mark.parametrize(("change", "message"), [
     (lambda c: c["loops"].update(fit_loop=1), OF_TRAINING),
     (lambda c: c["optimizer_states"][0].clear(), OF_OPTIMISER),
-    (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)), OF_TRAINING),
+    (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)), OF_OPTIMISER),
     (of_adam, OF_TRAINING),
 ])
 def test_a_state_of_the_training_of_another_form(run, tmp_path, change, message):
@@ -333,7 +333,8 @@ def test_a_compressed_checkpoint_is_not_unpacked(run, tmp_path):
 def test_names_that_would_forge_lines():
     assert table(["a"], [["x | y\n| 1 <img src=x>"]]).splitlines()[-1] == \
         r"| x \| y\\n\| 1 &lt;img src=x> |"
-    assert table(["a"], [["![p](http://x)"]]).splitlines()[-1] == r"| \!\[p\](http://x) |"
+    assert table(["a"], [["![p](http://x)"]]).splitlines()[-1] == r"| \!\[p\](http:<!-- -->//x) |"
+    assert table(["a"], [["WWW.x.y a@b.c"]]).splitlines()[-1] == "| WWW<!-- -->.x.y a@<!-- -->b.c |"
 
 
 def test_predict_shows_names_as_they_are(run, tmp_path, capsys, monkeypatch):

@@ -151,18 +151,24 @@ def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:
                                           conf.momentum, filter_bias_and_bn=not conf.decay_norm_and_bias)
 
 
+def stepped_once(settings: Command, net: nn.Module) -> Optimizer:
+    """The optimiser of a network, after a step with gradients of zero."""
+    optimizer = make_optimizer(settings, net)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.compiler.set_stance("force_eager"):  # some compile their step, for a minute
+        optimizer.step()
+    return optimizer
+
+
 def try_optimizer(settings: Command, device: torch.device) -> None:
     """Take one step with the optimiser, on two numbers.
 
     Raises:
         ValueError: if it cannot: it needs a package, a GPU, gradients of gradients or another momentum.
     """
-    net = nn.ParameterDict({"weight": torch.ones(1, 2, device=device)})  # draws nothing at random
     try:
-        with torch.compiler.set_stance("force_eager"):  # some compile their step, for a minute
-            optimizer = make_optimizer(settings, net)
-            net["weight"].sum().backward()
-            optimizer.step()
+        stepped_once(settings, nn.ParameterDict({"weight": torch.ones(1, 2, device=device)}))
     except Exception as error:  # whatever timm and its packages raise
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"optim.name={settings.optim.name} cannot train here ({why}): choose another, such "
