@@ -9,7 +9,6 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-import h5py
 import onnx
 import pytest
 import torch
@@ -23,8 +22,6 @@ from export.graph import OnnxNetwork
 from images.reading import read_pixels
 from models import limits
 from models.checkpoint import load_checkpoint
-from models.reading import read_weights
-from reports.markdown import table
 from reports.study import MARK
 from tests.helpers import TINY, call
 
@@ -218,20 +215,6 @@ def test_what_a_file_may_not_choose(run, tmp_path):
     assert "\nforged" not in done.stdout
 
 
-def test_an_image_starts_no_other_program(tmp_path, monkeypatch):
-    """Pillow has PostScript run by Ghostscript, by what is in a file, not by its name."""
-    program = tmp_path / "bin" / "gs"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n"
-                                    "showpage\n%%EOF\n")
-    with pytest.raises(ValueError, match="unreadable image"):
-        read_pixels(str(tmp_path / "a.png"))
-    assert not (tmp_path / "started").exists()
-
-
 def test_links_are_not_followed(run, tmp_path):
     """In a folder of a stranger's, they may lead to any file of whoever opens it."""
     victim, folder = tmp_path / "victim", tmp_path / "run"
@@ -305,22 +288,6 @@ def test_runs_of_other_forms(run, tmp_path, name, change):
     assert done.returncode == 0 or "is there twice" in done.stderr, done.stderr
 
 
-def test_files_that_unpack_to_more(tmp_path):
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("a", shape=(10**8,), dtype="u1", chunks=(10**6,), compression="gzip", fillvalue=0)
-    with h5py.File(tmp_path / "b.h5", "w") as file:
-        file["a"] = h5py.ExternalLink("/etc/passwd", "x")
-    torch.save({"a": torch.zeros(10**6)}, tmp_path / "whole.pth")
-    with zipfile.ZipFile(tmp_path / "whole.pth") as source, \
-            zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as target:
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "d.pth")
-    for name in ("a.h5", "b.h5", "c.pth", "d.pth"):
-        with pytest.raises(ValueError, match="cannot be read"):
-            read_weights(tmp_path / name)
-
-
 def test_a_compressed_checkpoint_is_not_unpacked(run, tmp_path):
     with zipfile.ZipFile(run / "checkpoints" / "last.ckpt") as source, \
             zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as target:
@@ -328,13 +295,6 @@ def test_a_compressed_checkpoint_is_not_unpacked(run, tmp_path):
             target.writestr(name, source.read(name))
     with pytest.raises(ValueError, match="it is compressed"):
         load_checkpoint(tmp_path / "a.ckpt")
-
-
-def test_names_that_would_forge_lines():
-    assert table(["a"], [["x | y\n| 1 <img src=x>"]]).splitlines()[-1] == \
-        r"| x \| y\\n\| 1 &lt;img src=x> |"
-    assert table(["a"], [["![p](http://x)"]]).splitlines()[-1] == r"| \!\[p\](http:<!-- -->//x) |"
-    assert table(["a"], [["WWW.x.y a@b.c"]]).splitlines()[-1] == "| WWW<!-- -->.x.y a@<!-- -->b.c |"
 
 
 def test_predict_shows_names_as_they_are(run, tmp_path, capsys, monkeypatch):

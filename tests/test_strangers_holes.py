@@ -1,7 +1,8 @@
-"""Files that hold less than they say: what they lack would be read as zeros, as many as their maker likes."""
+"""Files that hold less than they say, by holes, compression or views: what they lack could fill a memory."""
 
 import json
 import os
+import zipfile
 
 import h5py
 import numpy as np
@@ -68,3 +69,19 @@ def test_a_tensor_of_another_shape_is_not_computed_with():
     weights = net.state_dict() | {"conv1.weight": torch.ones(1).expand(2**50)}
     with pytest.raises(ValueError, match=r"1 of another shape .conv1.weight: \[1125899906842624\]"):
         load_plain(net, weights)
+
+
+def test_files_that_unpack_to_more(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("a", shape=(10**8,), dtype="u1", chunks=(10**6,), compression="gzip", fillvalue=0)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["a"] = h5py.ExternalLink("/etc/passwd", "x")
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as source, \
+            zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "d.pth")
+    for name in ("a.h5", "b.h5", "c.pth", "d.pth"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_weights(tmp_path / name)

@@ -257,3 +257,17 @@ def test_processes_that_load_images_may_open_many_files(load, files):
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_an_image_starts_no_other_program(tmp_path, monkeypatch):
+    """Pillow has PostScript run by Ghostscript, by what is in a file, not by its name."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n"
+                                    "showpage\n%%EOF\n")
+    with pytest.raises(ValueError, match="unreadable image"):
+        read_pixels(str(tmp_path / "a.png"))
+    assert not (tmp_path / "started").exists()

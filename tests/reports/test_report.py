@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 import report as report_script
+from reports.markdown import table
 from reports.study import markdown
 from tests.helpers import ROOT
 from tests.reports.studies import DBB, PLAIN, compare, study, write_run
@@ -221,3 +222,10 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
     folders = [Path(f"study_{name}"), *[Path("more")] * more]
     text = markdown(runs, variants, folders, baseline)
     assert text == (folder / "report.md").read_text()
+
+
+def test_names_that_would_forge_lines():
+    assert table(["a"], [["x | y\n| 1 <img src=x>"]]).splitlines()[-1] == \
+        r"| x \| y\\n\| 1 &lt;img src=x> |"
+    assert table(["a"], [["![p](http://x)"]]).splitlines()[-1] == r"| \!\[p\](http:<!-- -->//x) |"
+    assert table(["a"], [["WWW.x.y a@b.c"]]).splitlines()[-1] == "| WWW<!-- -->.x.y a@<!-- -->b.c |"
