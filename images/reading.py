@@ -10,6 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
+from images.tiff import has_odd_numbers, refuse_tiles, tags_of, white_is_zero
 from models import limits
 
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".dib", ".gif", ".jfif", ".jpe", ".mpo", ".pbm", ".pcx",
@@ -20,8 +21,6 @@ IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".dib", ".gif", ".jfif", ".jpe", ".mp
 Image.init()
 FORMATS = [kind for kind in ("BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF",
                              "WEBP") if kind in Image.OPEN]
-TILE = 322, 323  # a TIFF's tags of the width and height of a tile, which may be larger than the image
-TEXT, OF_TEXT = 2, 512  # a TIFF's kind of values that are letters; tags from there on are mostly texts too
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
               TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
               struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
@@ -39,15 +38,21 @@ def read_pixels(path: str, size: tuple[int, int] | None = None) -> Tensor:
         ValueError: with the path, if it cannot be read, or its width and height are not `size`.
     """
     kind, found = read_header(path)
-    if size not in (None, found):
-        raise ValueError(f"{path} is {found[0]}x{found[1]} pixels, but others are {size[0]}x{size[1]}; "
-                         "data=folder takes any sizes")
+    _refuse_other(path, found, size)
     if kind in ("JPEG", "MPO"):
         try:  # faster than Pillow, to the same pixels (benchmarks/README.md)
             return decode_jpeg(read_file(path), ImageReadMode.RGB)
         except RuntimeError:
             pass
-    return TF.pil_to_tensor(read_image(path))
+    image = read_image(path)
+    _refuse_other(path, image.size, size)  # Pillow may turn a TIFF, by what it says of its orientation
+    return TF.pil_to_tensor(image)
+
+
+def _refuse_other(path: str, found: tuple[int, int], size: tuple[int, int] | None) -> None:
+    if size not in (None, found):
+        raise ValueError(f"{path} is {found[0]}x{found[1]} pixels, but others are {size[0]}x{size[1]}; "
+                         "data=folder takes any sizes")
 
 
 def refuse_long(image: Tensor, side: int, path: str) -> None:
@@ -69,16 +74,12 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
             raise ValueError("there is no file (a pipe or a device is none)")
         if Path(path).stat().st_size > limits.IMAGE_BYTES:
             raise ValueError("the file is too large")
-        seen = _tags(path)
-        _refuse_many_parts(path, seen)
+        _refuse_many_parts(path)
+        tags = tags_of(path)
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
-            tags = image.tag_v2 if kind == "TIFF" else {}
-            if any(int(tags.get(tag, 1)) > max(limits.TILE, 2 * side)
-                   for tag, side in zip(TILE, image.size, strict=True)):
-                raise ValueError("its tiles are too large")
-            if tags and [*map([tag for tag, *_ in seen].count, TILE)] != [tag in tags for tag in TILE]:
-                raise ValueError("its tiles are described twice, or by numbers of another kind")
+            if kind == "TIFF":
+                refuse_tiles(image, tags)
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error
     most = limits.PPM_PIXELS if kind == "PPM" else limits.IMAGE_PIXELS
@@ -87,11 +88,8 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
     return kind, (width, height)
 
 
-def _refuse_many_parts(path: str, tags: list[tuple[int, int, int]]) -> None:
-    """Raise a ValueError for a file of so many parts that its size, or its pixels, take minutes to read.
-
-    `tags` are what `_tags` returns.
-    """
+def _refuse_many_parts(path: str) -> None:
+    """Raise a ValueError for a file of so many parts that its size, or its pixels, take minutes to read."""
     with Path(path).open("rb") as file:
         start = file.read(2)
         content = file.read() if start in (b"\xff\xd8", b"P1", b"P2", b"P3") else b""
@@ -102,27 +100,6 @@ def _refuse_many_parts(path: str, tags: list[tuple[int, int, int]]) -> None:
         raise ValueError("it has too many scans")
     if not jpeg and content.count(b"#") > limits.COMMENTS:
         raise ValueError("it has too many comments")
-    if any(count > limits.TIFF_VALUES for tag, kind, count in tags if tag < OF_TEXT and kind != TEXT):
-        raise ValueError("a tag has too many values")
-
-
-def _tags(path: str) -> list[tuple[int, int, int]]:
-    """Tag, kind and number of values, of all in a TIFF's first image, as libtiff sees them.
-
-    Those of kinds that Pillow leaves out are there, too. Another file has none.
-    """
-    with Path(path).open("rb") as file:
-        head = file.read(16)
-        if not head.startswith((b"II", b"MM")):
-            return []
-        order = "<" if head.startswith(b"II") else ">"
-        big = struct.unpack_from(f"{order}H", head, 2) == (43,)  # BigTIFF
-        file.seek(*struct.unpack_from(f"{order}Q" if big else f"{order}L", head, 8 if big else 4))
-        count, = struct.unpack(f"{order}Q" if big else f"{order}H", file.read(8 if big else 2))
-        length = 20 if big else 12
-        entries = file.read(length * min(count, 2**16))
-    form = f"{order}HHQ" if big else f"{order}HHL"
-    return [struct.unpack_from(form, entries, start) for start in range(0, len(entries), length)]
 
 
 def read_image(path: str) -> Image.Image:
@@ -133,13 +110,16 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.mode == "F" or image.mode == "I" and image.format == "TIFF":  # of 32 bits
+            if image.mode == "F" or image.format == "TIFF" and has_odd_numbers(image):
                 raise ValueError("numbers of an unknown range")
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
                 darkest, brightest = image.getextrema()
                 if not 0 <= darkest <= brightest < 2**16:
                     raise ValueError("more than 16 bits a pixel")
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                values = np.asarray(image) // 256
+                if image.format == "TIFF" and white_is_zero(image):
+                    values = 255 - values
+                image = Image.fromarray(values.astype(np.uint8))
             return image.convert("RGB")
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error

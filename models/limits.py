@@ -24,6 +24,7 @@ IMAGE_SIZE = 2048  # side of a network's images, in pixels
 IMAGE_PIXELS = 2**26  # of one image file: 8,192 x 8,192, say; of some formats each takes 24 bytes
 PPM_PIXELS = 2**24  # whose reader may take two microseconds each
 TILE = 1024  # side of a part of a TIFF; it may be larger if the image is half as large
+TIFF_TAGS = 2**10  # of the first image of a TIFF
 TIFF_VALUES = 2**18  # of one tag: places of strips, say, of which Pillow makes Python's numbers
 EXIF_PARTS = 2**8  # of a JPEG, which Pillow joins one by one
 COMMENTS = 2**8  # of a PPM in letters, for each of which Pillow reads a megabyte again

@@ -226,42 +226,6 @@ def test_metrics_that_unpack_to_more(tmp_path, monkeypatch, text):
     assert peak < 50e6
 
 
-def test_tiles_of_a_small_image(tmp_path):
-    """464 bytes whose tiles would take 1.5 GB each."""
-    tags = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (277, 1), (322, 40_000), (323, 40_000),
-            (324, 400), (325, 64)]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
-    (tmp_path / "a.tif").write_bytes(head.ljust(400, b"\0") + bytes(64))
-    with pytest.raises(ValueError, match="a.tif .its tiles are too large"):
-        read_pixels(str(tmp_path / "a.tif"))
-
-
-def test_tiles_that_only_one_reader_sees(tmp_path):
-    """Pillow leaves out numbers of a type that it does not know, which libtiff reads."""
-    tags = [(256, 4, 16), (257, 4, 16), (258, 3, 8), (259, 3, 1), (262, 3, 1), (277, 3, 1), (322, 17, 8),
-            (322, 4, 16), (323, 17, 8), (323, 4, 16), (324, 4, 8), (325, 4, 256)]
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    content = struct.pack("<2sHIq", b"II", 42, 264, 46_000).ljust(264, b"\0")
-    (tmp_path / "a.tif").write_bytes(content + struct.pack("<H", len(tags)) + entries + bytes(4))
-    with pytest.raises(ValueError, match="its tiles are described twice"):
-        read_pixels(str(tmp_path / "a.tif"))
-
-
-@pytest.mark.parametrize("big", [False, True])
-def test_a_tiff_of_millions_of_strips(tmp_path, big):
-    """Pillow makes a number of Python's of each, before it knows how large the image is."""
-    count, entry, head = 3 * 10**5, "<HHII", struct.pack("<2sHIH", b"II", 42, 8, 9)
-    if big:
-        entry, head = "<HHQQ", struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, 9)
-    tags = [(256, 3, 1, 64), (257, 3, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
-            (273, 1, count, 300), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, 1, 64)]
-    content = head + b"".join(struct.pack(entry, *tag) for tag in tags)
-    (tmp_path / "a.tif").write_bytes(content.ljust(300, b"\0") + b"\x08" * count)
-    with pytest.raises(ValueError, match="a.tif .a tag has too many values"):
-        read_pixels(str(tmp_path / "a.tif"))
-
-
 def test_a_jpeg_of_many_exif_parts(tmp_path):
     """Pillow joins them one by one; a few are what cameras write."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
