@@ -15,7 +15,7 @@ from models.plain import are_weights, damage, sparse, strange
 OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list,
                 "lr_schedulers": list}  # that train.py goes on with
 
-VERSION = r"\d+\.\d+[\w.+]*"
+VERSION = r"\d{1,4}(\.\d{1,4}){1,3}((a|b|rc|\.post|\.dev)\d{1,8})?"
 GROUPS = ("model", "block", "data", "optim", "trainer")  # of the settings; an old file has no others
 
 
@@ -82,10 +82,10 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
             and _are_counts(checkpoint["loops"], int)
             and _are_counts(checkpoint["callbacks"].get("Timer", {}), int | float)  # seconds
-            and _counts_its_average(checkpoint)
+            and _has_its_average(checkpoint) and _has_its_masks(checkpoint)
             and re.fullmatch(VERSION, str(checkpoint.get("pytorch-lightning_version", "2.6")))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
-            and min(place) >= 0 and max(place) < 2**31
+            and min(place) >= 0 and max(place) < 2**31 and place[0] - checkpoint["epoch"] in (0, 1)
             and len(str(settings)) <= 2 * limits.SETTINGS  # with quotes and brackets
             and "${" not in str(settings))  # which would be resolved, with what is secret here
     if not good:
@@ -105,7 +105,7 @@ def _is_plain(settings: dict[str, Any]) -> bool:
 def _is_loss(found: Any) -> bool:
     """Whether something is the state of `training.callbacks.EpochLoss`."""
     return (isinstance(found, dict) and isinstance(found.get("total"), float)
-            and isinstance(found.get("count"), int) and found["count"] > 0)
+            and _are_counts(found.get("count"), int) and found["count"] > 0)
 
 
 def _are_counts(found: Any, kind: type | UnionType) -> bool:
@@ -115,12 +115,31 @@ def _are_counts(found: Any, kind: type | UnionType) -> bool:
     return isinstance(found, kind) and 0 <= found < 2**40  # of seconds, more overflow
 
 
-def _counts_its_average(checkpoint: dict[str, Any]) -> bool:
-    """Whether the steps that an average of the weights has taken are of this training; else it takes none."""
-    found = checkpoint["callbacks"].get("EMAWeightAveraging", {}), checkpoint.get("averaging_state", {})
-    steps = [step for of in found for step in (of.values() if isinstance(of, dict) else [-1])]
-    return all(isinstance(step, int) or isinstance(step, torch.Tensor) and step.numel() == 1
-               for step in steps) and all(0 <= step <= checkpoint["global_step"] for step in steps)
+def _has_its_average(checkpoint: dict[str, Any]) -> bool:
+    """Whether there is an average of the weights if the settings want one, and only then.
+
+    One that says of more steps than the training has would take none for as long.
+    """
+    callback, state = checkpoint["callbacks"].get("EMAWeightAveraging"), checkpoint.get("averaging_state")
+    if checkpoint["dbb"]["settings"]["optim"].get("ema_decay") is None:
+        return callback is state is None and "current_model_state" not in checkpoint
+    if not (isinstance(callback, dict) and callback.keys() == {"latest_update_step"}
+            and isinstance(state, dict) and state.keys() == {"n_averaged"}
+            and "current_model_state" in checkpoint):
+        return False
+    last, taken, most = callback["latest_update_step"], state["n_averaged"], checkpoint["global_step"]
+    return (_are_counts(last, int) and last <= most and isinstance(taken, torch.Tensor)
+            and taken.dtype == torch.int64 and not taken.ndim and 0 <= taken <= most)
+
+
+def _has_its_masks(checkpoint: dict[str, Any]) -> bool:
+    """Whether there is the state of `training.sgs.ScaleGradients` if the settings want one, and only then."""
+    found = checkpoint["callbacks"].get("ScaleGradients")
+    if checkpoint["dbb"]["settings"]["block"].get("sgs_every_n_epochs") is None:
+        return found is None
+    return (isinstance(found, dict) and _are_counts(found.get("epoch"), int)
+            and are_weights(found.get("masks"))
+            and all(mask.is_floating_point() for mask in found["masks"].values()))
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int]:

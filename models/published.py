@@ -76,6 +76,9 @@ def translate(weights: dict[str, Tensor], source: str, name: str,
     for head, theirs in zip(heads, linears, strict=True):
         found = [leaf for leaf in ("weight", "bias") if f"{theirs}.{leaf}" in rest]
         result |= {f"{head}.{leaf}": rest.pop(f"{theirs}.{leaf}") for leaf in found}
+    if twice := sorted(rest.keys() & result.keys()):
+        raise ValueError(f"the file has {twice[0]}, and the same under {source}'s name: save those of one "
+                         "network alone")
     return rest | result, any(".branches." in key for key in result)
 
 
@@ -134,12 +137,14 @@ def _drop_shift(layer: dict[str, Tensor], branch: str, groups: int, eps: float) 
     leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     inner = {leaf: layer.pop(f"{branch}inner.{leaf}") for leaf in leaves}
     mean = layer[f"{branch}bn.running_mean"]
-    if any(value.ndim > 1 for value in (mean, *inner.values())):  # of which products would be far larger
-        raise ValueError("a norm has values of more than one dimension")
+    if {inner[leaf].shape for leaf in leaves[:4]} != {(inner["weight"].numel(),)}:  # which might broadcast
+        raise ValueError("a norm's values are not one for each channel")
     constant = _shift(**{leaf: value.double() for leaf, value in inner.items()}, eps=eps)
     if f"{branch}second" in layer:  # the average's taps add up to 1
         taps = layer[f"{branch}second"].double().sum((2, 3)).unflatten(0, (groups, -1))  # [G, O/G, M/G]
         constant = torch.einsum("gom,gm->go", taps, constant.unflatten(0, (groups, -1))).flatten()
+    if mean.shape != constant.shape:
+        raise ValueError("a norm's mean is not one value for each channel")
     layer |= {f"{branch}bn.running_mean": (mean.double() - constant).to(mean.dtype),
               f"{branch}scale.weight": inner["weight"], f"{branch}scale.running_var": inner["running_var"]}
 

@@ -59,12 +59,16 @@ def load_plain(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     A classifier for other classes starts at random, and a line says so.
 
     Raises:
-        ValueError: see `load_weights`.
+        ValueError: see `load_weights`; if there are two tensors for one of the network's.
     """
     own = net.state_dict()
     weights = _without_prefix(weights, next(iter(own)))
     if "features.0.0.weight" in weights and "conv_stem.weight" in own:
-        weights = {_from_torchvision(key, net): value for key, value in weights.items()}
+        renamed = {_from_torchvision(key, net): value for key, value in weights.items()}
+        if len(renamed) < len(weights):
+            raise ValueError("these weights have a tensor twice, by torchvision's name and by timm's: save "
+                             "those of one network alone")
+        weights = renamed
     for key in list(weights):
         counter = f"{key.removesuffix('running_var')}num_batches_tracked"
         if key.endswith("running_var") and counter in own:

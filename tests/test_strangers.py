@@ -87,6 +87,20 @@ def in_itself():
     return found
 
 
+def averaged(checkpoint, steps, last=0, **more):
+    """As of a run with an average of the weights, which says of so many steps."""
+    checkpoint["dbb"]["settings"]["optim"].update(ema_decay=0.9)
+    checkpoint["averaging_state"] = {"n_averaged": steps} | more
+    checkpoint["current_model_state"] = checkpoint["state_dict"]
+    checkpoint["callbacks"].update(EMAWeightAveraging={"latest_update_step": last})
+
+
+def scaled(checkpoint, **state):
+    """As of a run with scaled gradients."""
+    checkpoint["dbb"]["settings"]["block"].update(sgs_every_n_epochs=1)
+    checkpoint["callbacks"].update(ScaleGradients={"epoch": 0, "masks": {}} | state)
+
+
 @pytest.mark.parametrize("change", [
     lambda c: c["dbb"].update(classes=["x"] * (limits.CLASSES + 1)), lambda c: c["dbb"].update(classes=[]),
     lambda c: c["dbb"].update(classes=[1, 2]), lambda c: c["dbb"].update(classes="ten"),
@@ -120,10 +134,20 @@ def in_itself():
     lambda c: (c.update(epoch=-3), c["dbb"].pop("place", None)),
     lambda c: c["dbb"]["settings"]["data"].update(image_size=torch.zeros(2)),
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": 2**52}}),
-    lambda c: c["callbacks"].update(EMAWeightAveraging={"latest_update_step": 10**9}),
-    lambda c: c.update(averaging_state={"n_averaged": torch.tensor(-5)}),
-    lambda c: c.update(averaging_state={"n_averaged": "x"}), lambda c: c["dbb"].update(processes=1.5),
+    lambda c: c["callbacks"]["EpochLoss"].update(count=10**400),
+    lambda c: c.update(current_model_state=c["state_dict"]),
+    lambda c: c["callbacks"].update(ScaleGradients={"epoch": 0, "masks": {}}),
+    lambda c: c["dbb"]["settings"]["block"].update(sgs_every_n_epochs=1),
+    lambda c: scaled(c, epoch=torch.ones(2)), lambda c: scaled(c, masks={"a": torch.ones(3, 3).int()}),
+    lambda c: scaled(c, masks=[("a", torch.ones(3, 3))]), lambda c: averaged(c, torch.tensor(-5)),
+    lambda c: averaged(c, torch.tensor(10**9)), lambda c: averaged(c, torch.tensor(1j)),
+    lambda c: averaged(c, torch.tensor(0.5)), lambda c: averaged(c, "x"),
+    lambda c: averaged(c, torch.tensor(0), last=10**9), lambda c: averaged(c, torch.tensor(0), more=1),
+    lambda c: (averaged(c, torch.tensor(0)), c.pop("current_model_state")),
+    lambda c: c["dbb"].update(place=(50, 0)), lambda c: c["dbb"].update(processes=1.5),
     lambda c: c.update({"pytorch-lightning_version": "banana"}),
+    lambda c: c.update({"pytorch-lightning_version": "1." + "9" * 5000}),
+    lambda c: c.update({"pytorch-lightning_version": "1.5_..+"}),
     lambda c: c["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready=1.5),
     lambda c: c["dbb"]["settings"].update(logger="x"), lambda c: c["dbb"].update(changed=["x" * 10**6]),
     lambda c: c["dbb"]["settings"]["trainer"].update(gradient_clip_val=10**400),
@@ -134,6 +158,11 @@ def test_checkpoints_of_other_forms(run, tmp_path, change):
     assert done.returncode == 1
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_these_differ_from(run, tmp_path):
+    for change in (scaled, lambda c: averaged(c, torch.tensor(0))):
+        load_checkpoint(changed(run, tmp_path / "a.ckpt", change))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -184,7 +213,7 @@ OF_OPTIMISER = "its optimiser has another state"
     (lambda c: c["loops"].update(fit_loop=1), OF_TRAINING),
     (lambda c: c["optimizer_states"][0].clear(), OF_OPTIMISER),
     (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)), OF_OPTIMISER),
-    (of_adam, OF_TRAINING),
+    (of_adam, OF_OPTIMISER),
 ])
 def test_a_state_of_the_training_of_another_form(run, tmp_path, change, message):
     file = changed(run, tmp_path / "a.ckpt", change)

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import timm.layers
 import timm.optim
 import torch
+from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -126,6 +127,9 @@ class Classifier(pl.LightningModule):
         averaged = checkpoint["dbb"]["settings"]["optim"].get("ema_decay") is not None
         if averaged and self.settings.optim.ema_decay is None and "current_model_state" in checkpoint:
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # the weights, not their average
+        # Each tensor in memory of its own, which a file's may share.
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = apply_to_collection(states, Tensor, Tensor.clone)
         checkpoint["lr_schedulers"] = []  # a schedule takes any attribute; `on_train_start` places it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

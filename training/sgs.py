@@ -45,11 +45,12 @@ class ScaleGradients(Callback):
         conf = self.conf
         self.scaling = SpatialGradientScaling(module.net, conf.include, conf.exclude, conf.kernel_sizes)
         known = self.scaling.masks
-        for layer, mask in self.masks.items():
-            if layer in known and mask.shape != known[layer].shape:
+        masks = {layer: self.masks[layer] for layer in self.masks.keys() & known.keys()}
+        for layer, mask in masks.items():
+            if mask.shape != known[layer].shape:
                 raise ValueError(f"ckpt: the mask of {layer} is {list(mask.shape)}, which is not the size of "
                                  "its kernel: it was not written by train.py")
-        self.scaling.masks |= self.masks
+        self.scaling.masks |= masks
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
         # Not at an epoch's start, which Lightning passes over where a run goes on from an epoch's end.
@@ -74,9 +75,7 @@ class ScaleGradients(Callback):
         return {"epoch": self.epoch, "masks": {name: mask.cpu() for name, mask in self.scaling.masks.items()}}
 
     def load_state_dict(self, state_dict: dict[str, int | dict[str, Tensor]]) -> None:
-        self.epoch, self.masks = state_dict["epoch"], dict(state_dict["masks"])
-        if not all(isinstance(mask, Tensor) for mask in self.masks.values()):
-            raise TypeError("its masks are no tensors")
+        self.epoch, self.masks = state_dict["epoch"], state_dict["masks"]
 
 
 def show_masks(logger, masks: dict[str, Tensor], step: int) -> None:

@@ -1,6 +1,5 @@
 """What a run starts from: nothing, or a checkpoint, and whether the settings and the images go with it."""
 
-import copy
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,6 @@ from runs.same import changes, not_taken
 from settings.cli import typed
 from settings.command import Command
 from settings.values import differ, flat, seconds
-from training.module import Classifier, make_optimizer, stepped_once
 
 # What decides which images an epoch's batches have, and after which of them the optimiser takes a step.
 OF_AN_EPOCH = ("data.batch_size", "data.max_images", "data.val_size", "seed",
@@ -137,37 +135,6 @@ def other_images(data: ImageData, start: Start) -> list[str]:
         held = ", and others are held out" if others and name == "training" and data.conf.val_size else ""
         say(f"changed: {found[-1]}{held}")
     return found
-
-
-def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any]) -> None:
-    """Give an optimiser the state in a checkpoint.
-
-    Raises:
-        ValueError: if it does not take it, or would not make a state of these shapes.
-    """
-    fresh = stepped_once(command, copy.deepcopy(model.net).to(pick_device(command.trainer.accelerator)))
-    known = shapes(fresh.state_dict()["state"])
-    try:
-        [state] = checkpoint["optimizer_states"]
-        optimizer = make_optimizer(command, model.net)
-        optimizer.load_state_dict(state)
-        for place, shape in shapes(optimizer.state_dict()["state"]).items():
-            if shape != known.get(place):  # tensors that go together by broadcasting may fill any memory
-                raise ValueError(f"state{place} has the shape {shape} instead of {known.get(place)}")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"ckpt={command.ckpt} cannot be gone on from: its optimiser has another state "
-                         f"({type(error).__name__}: {error}); optim.name and optim.decay_norm_and_bias must "
-                         "be as they were") from error
-
-
-def shapes(state: Any, place: str = "") -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in dicts and lists within each other, by their places such as ".3.exp_avg"."""
-    if isinstance(state, Tensor):
-        return {place: tuple(state.shape)}
-    if isinstance(state, list | tuple):
-        state = dict(enumerate(state))
-    parts = state.items() if isinstance(state, dict) else ()
-    return {name: shape for key, part in parts for name, shape in shapes(part, f"{place}.{key}").items()}
 
 
 class AsInTraining(nn.Module):

@@ -27,7 +27,8 @@ from training.divergence import DivergedError
 from training.loggers import log_convolutions, log_predictions
 from training.module import Classifier, rough_start, try_optimizer
 from training.sgs import scaled_layers
-from training.start import Start, other_images, try_state
+from training.start import Start, other_images
+from training.state import try_state
 from training.sweep import in_a_sweep
 
 OF_A_STATE = ("/optim/", "/pytorch_lightning/loops/")  # where one of another form fails in the first step

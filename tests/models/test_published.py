@@ -77,12 +77,23 @@ def test_the_large_kernel_of_orepa_may_be_made_of_plain_ones():
     assert relative_error(plain["conv1.weight"], ours["conv1.weight"]) < 1e-14
 
 
-def test_norms_that_would_make_a_large_tensor():
-    """DBB's inner shift is a product of vectors; of a column and a row it would be a table."""
+@pytest.mark.parametrize(("key", "odd"), [
+    ("dbb_avg.bn.bn.weight", lambda value: value[:, None]),
+    ("dbb_1x1_kxk.bn1.bn.bias", lambda value: value[:1]),
+    ("dbb_1x1_kxk.bn2.running_mean", lambda value: value[:1])])
+def test_norms_whose_values_would_broadcast(key, odd):
+    """DBB's inner shift is a product of vectors; of a column and a row it would be a large table."""
     weights, _ = published_model("dbb", "resnet18")
-    key = "stage1.0.conv1.dbb_avg.bn.bn.weight"
-    weights = weights | {key: weights[key][:, None]}  # others share the dict
+    key = f"stage1.0.conv1.{key}"
+    weights = weights | {key: odd(weights[key])}  # others share the dict
     with pytest.raises(ValueError, match="the tensors of stage1.0.conv1.* do not fit together"):
+        translate(weights, "dbb", "resnet18", build_model("resnet18", CLASSES, image_size=128))
+
+
+def test_a_tensor_by_two_names():
+    weights, _ = published_model("dbb", "resnet18")
+    weights = weights | {"fc.weight": weights["linear.weight"] + 1}
+    with pytest.raises(ValueError, match="the file has fc.weight, and the same under dbb's name"):
         translate(weights, "dbb", "resnet18", build_model("resnet18", CLASSES, image_size=128))
 
 

@@ -211,6 +211,12 @@ def test_keys_that_torchvision_does_not_have(key):
     assert len(str(error.value)) < 1000
 
 
+def test_a_tensor_by_torchvisions_name_and_by_timms():
+    weights = {"features.0.0.weight": torch.zeros(32, 3, 3, 3), "conv_stem.weight": torch.ones(32, 3, 3, 3)}
+    with pytest.raises(ValueError, match="a tensor twice, by torchvision's name and by timm's"):
+        build_model("mobilenet_v2", 10, image_size=32, weights=weights)
+
+
 def test_the_key_of_pytorchs_tutorials(tmp_path):
     torch.save({"model_state_dict": {"weight": torch.ones(1)}, "epoch": 3}, tmp_path / "tutorial.pt")
     assert read_weights(tmp_path / "tutorial.pt") == ({"weight": torch.ones(1)}, {})

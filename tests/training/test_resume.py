@@ -1,18 +1,15 @@
 """A run that stopped and went on ends with the same weights as one that did not."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import nn
 
 import train as train_script
 from models.checkpoint import load_checkpoint
 from training import steps as train_steps
-from training.module import make_optimizer, warmup_cosine
-from training.start import try_state
+from training.module import warmup_cosine
 
 pytestmark = pytest.mark.slow
 
@@ -91,25 +88,3 @@ def test_what_a_checkpoint_cannot_go_on_with(make_settings, tmp_path, override, 
     with pytest.raises(ValueError, match=message):
         train_script.train(more, tmp_path)
     assert (tmp_path / "config.yaml").read_text() == before
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor", "adafactorbv", "kron", "adamuon", "laprop"])
-def test_a_state_goes_on_in_the_shapes_that_its_optimiser_makes(make_settings, name):
-    """Others may go together by broadcasting, and fill any memory: adafactor's rows and columns do."""
-    settings = make_settings("model=resnet8", "data=digits", f"optim.name={name}")
-    net = nn.Sequential(nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20), nn.Flatten(), nn.Linear(20, 18))
-    optimizer = make_optimizer(settings, net)
-    for _ in range(3):
-        net(torch.randn(4, 3, 3, 3)).square().mean().backward()
-        with torch.compiler.set_stance("force_eager"):
-            optimizer.step()
-    saved = optimizer.state_dict()
-    model, checkpoint = SimpleNamespace(net=net), {"optimizer_states": [saved]}
-    try_state(settings, model, checkpoint)
-    for index, buffers in saved["state"].items():
-        for key, value in list(buffers.items()):
-            larger = torch.ones(2, *getattr(value, "shape", ()))
-            buffers[key] = (larger, *value[1:]) if isinstance(value, list) else larger
-            with pytest.raises(ValueError, match=rf"state\.{index}\.{key}.* has the shape \(2"):
-                try_state(settings, model, checkpoint)
-            buffers[key] = value

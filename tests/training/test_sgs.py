@@ -92,8 +92,9 @@ def test_a_network_without_such_convolutions_is_refused(make_settings, tmp_path)
 def test_masks_of_a_stranger(make_settings):
     conf = make_settings("model=resnet8", "block=sgs", "block.sgs_every_n_epochs=1").block
     callback, module = sgs.ScaleGradients(conf, 4), SimpleNamespace(net=nn.Sequential(nn.Conv2d(3, 2, 3)))
-    with pytest.raises(TypeError, match="its masks are no tensors"):
-        callback.load_state_dict({"epoch": 1, "masks": {"0": 7}})
     callback.load_state_dict({"epoch": 1, "masks": {"0": torch.ones(2, 2)}})
     with pytest.raises(ValueError, match=r"the mask of 0 is \[2, 2\], which is not the size of its kernel"):
         callback.on_train_start(None, module)
+    callback.load_state_dict({"epoch": 1, "masks": {"of another network": torch.ones(2, 2, 2)}})
+    callback.on_train_start(None, module)
+    assert list(callback.scaling.masks) == ["0"]
