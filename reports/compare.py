@@ -107,7 +107,7 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     lengths = {variant: sorted(set(group["epochs"].astype(int)))
                for variant, group in done.groupby("variant")}
 
-    def family(variant: str) -> dict:
+    def family(variant: str) -> dict[str, Any]:
         return {key: value for key, value in first[variant].items()
                 if not key.startswith("block.") and key != "trainer.max_epochs"}
 
@@ -116,6 +116,8 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
             return first[variant]["block.name"] == "none"
         return first[variant] | {"trainer.max_epochs": 0} == first[baseline] | {"trainer.max_epochs": 0}
 
+    families = {variant: family(variant) if baseline is None else None for variant in first.index}
+    of_base = [variant for variant in first.index if is_base(variant)]
     rows = []
     for variant, group in done.groupby("variant", sort=False):
         ends = lengths[variant][:1] + lengths[variant][1:][-1:]  # the shortest and the longest
@@ -127,14 +129,13 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
                "predictions_changed": int(group["predictions_changed"].sum()),
                "milliseconds_per_step": 1e3 * group["seconds_per_step"].median(),
                "activations_mib": group["activations_mib"].iloc[0], "seconds": group["seconds"].median()}
-        bases = [a for a in first.index
-                 if a != variant and is_base(a) and (baseline is not None or family(a) == family(variant))]
+        bases = [a for a in of_base if a != variant and families[a] == families[variant]]
         same = min([variant, *bases], key=lambda a: lengths[a])
-        row["curve"] = same if is_base(variant) else None  # of a baseline, whatever its number of epochs
+        row["curve"] = same if variant in of_base else None  # of a baseline, whatever its number of epochs
         base = next((a for a in bases if lengths[a] == lengths[variant]), None)
         if base is not None:
             row |= {"baseline": base} | paired(done, variant, base)
-        if bases and not is_base(variant):
+        if bases and variant not in of_base:
             row |= _equal_time(done, row, {a: lengths[a][-1] for a in bases})
         rows.append(row)
     return together(pd.DataFrame(rows))

@@ -25,6 +25,7 @@ RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "acti
 # hashes in result.json. Likewise, of `trainer.devices=auto`, the number of processes.
 FILES = {"images": (("data.name", "data.root"), ("image_digest", "test_digest")),
          "weights": (("model.weights",), ("weights_digest",))}
+KNOBS = OmegaConf.structured(Settings)  # of the types that they must have
 LARGEST = 1e18  # value of a file, which a column of whole numbers can hold
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
@@ -144,7 +145,7 @@ def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
         known = {part.name: config[part.name] for part in fields(Settings) if part.name in config}
         if "${" in str(known):
             raise ValueError("it has ${...}, which would be resolved")
-        known = OmegaConf.merge(OmegaConf.structured(Settings), known)
+        known = OmegaConf.merge(KNOBS, known)
         whole = OmegaConf.to_container(known, resolve=False)
         asked = flat(config)
     except Exception as error:  # of OmegaConf's many kinds

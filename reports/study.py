@@ -8,6 +8,7 @@ from scipy import stats
 from reports.figure import new_figure
 from reports.markdown import cell, table
 
+CURVES = 24  # for which the figure has room
 LONGEST = 200  # letters of a variant's name in the figure
 POINTS = 10_000  # of a curve: matplotlib takes minutes for a million
 MARK = "Each row is a *variant*"  # by which report.py knows a page of its own
@@ -100,8 +101,12 @@ def _what_is_missing(runs: pd.DataFrame) -> list[str]:
 def draw_curves(epochs: pd.DataFrame, variants: pd.DataFrame, path: Path) -> None:
     """Training loss and test top-1 by epoch, a variant a line; the band is a standard deviation each way.
 
-    Beside them, where times are known, the final top-1 by the time of the training.
+    Beside them, where times are known, the final top-1 by the time of the training. Of more than `CURVES`
+    variants, the most accurate.
     """
+    which = f"the {CURVES} most accurate of {len(variants):,} variants" if len(variants) > CURVES else None
+    variants = variants.nlargest(CURVES, "top1").sort_index()
+    epochs = epochs[epochs["variant"].isin(variants["variant"])]
     timed = variants.dropna(subset="seconds")
     figure = new_figure(11 if timed.empty else 15, 4.5)
     axes, colors = figure.subplots(1, 2 if timed.empty else 3), {}
@@ -120,7 +125,8 @@ def draw_curves(epochs: pd.DataFrame, variants: pd.DataFrame, path: Path) -> Non
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small",
+                  title=which)
     if len(timed):
         _draw_cost(axes[2], timed, colors)
     figure.savefig(path, dpi=110)

@@ -39,7 +39,7 @@ def test_runs_without_an_epoch_in_common(tmp_path):
     rows = [{"variant": "a", "folder": str(run), "epoch": 300 * run + epoch, "train_loss": 1.0,
              "test_top1": math.nan} for run in range(300) for epoch in range(300)]
     tracemalloc.start()
-    variants = pd.DataFrame({"variant": ["a"], "seconds": [math.nan]})
+    variants = pd.DataFrame({"variant": ["a"], "top1": [50.0], "seconds": [math.nan]})
     draw_curves(pd.DataFrame(rows), variants, tmp_path / "a.png")
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()
@@ -51,7 +51,8 @@ def test_curves_of_a_million_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", lambda *args, **how: seen.append(len(args[1])) or plot(*args, **how))
     epochs = pd.DataFrame({"variant": "none", "folder": "a", "epoch": range(10**6), "train_loss": 1.0,
                            "test_top1": 0.5})
-    draw_curves(epochs, pd.DataFrame({"seconds": [float("nan")]}), tmp_path / "a.png")
+    variants = pd.DataFrame({"variant": ["none"], "top1": [50.0], "seconds": [math.nan]})
+    draw_curves(epochs, variants, tmp_path / "a.png")
     assert 1000 < max(seen) <= POINTS
 
 

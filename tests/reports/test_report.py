@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 import report as report_script
 from reports.markdown import table
-from reports.study import markdown
+from reports.study import CURVES, draw_curves, markdown
 from tests.helpers import ROOT
 from tests.reports.studies import DBB, PLAIN, compare, study, write_run
 
@@ -222,6 +223,21 @@ def test_the_pages_in_results_are_what_their_numbers_make(name, more, baseline):
     folders = [Path(f"study_{name}"), *[Path("more")] * more]
     text = markdown(runs, variants, folders, baseline)
     assert text == (folder / "report.md").read_text()
+
+
+def test_of_many_variants_the_most_accurate_are_drawn(tmp_path, monkeypatch):
+    """For more the figure has no room, and their names would cover it."""
+    legend, seen = Figure.legend, []
+    monkeypatch.setattr(Figure, "legend", lambda *args, **how: seen.append((args[2], how["title"]))
+                        or legend(*args, **how))
+    for count in (CURVES, CURVES + 6):
+        names = [f"optim.lr={i}" for i in range(count)]
+        variants = pd.DataFrame({"variant": names, "top1": range(count), "seconds": np.nan})
+        epochs = pd.DataFrame({"variant": names, "folder": names, "epoch": 1, "train_loss": 1.0,
+                               "test_top1": 0.5})
+        draw_curves(epochs, variants, tmp_path / "a.png")
+        assert seen[-1][0] == [f"{name} (n=1)" for name in names[-CURVES:]]
+    assert [title for _, title in seen] == [None, f"the {CURVES} most accurate of {CURVES + 6} variants"]
 
 
 def test_names_that_would_forge_lines():
