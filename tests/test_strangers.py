@@ -223,6 +223,21 @@ def test_a_state_of_the_training_of_another_form(run, tmp_path, change, message)
     assert "Traceback" not in done.stderr
 
 
+def test_tensors_in_one_memory_are_taken_apart(run, tmp_path):
+    """Each step of one parameter would change the momentum of all others."""
+    def share(checkpoint):
+        memory = torch.zeros(10**5)
+        for buffers in checkpoint["optimizer_states"][0]["state"].values():
+            shape, stride = buffers["momentum_buffer"].shape, buffers["momentum_buffer"].stride()
+            buffers["momentum_buffer"] = memory.as_strided(shape, stride)
+    file = changed(run, tmp_path / "a.ckpt", share)
+    done = call("train.py", f"ckpt={file}", "trainer.max_epochs=2", "out=on", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [state] = torch.load(tmp_path / "on" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    memories = {buffers["momentum_buffer"].untyped_storage().data_ptr() for buffers in state["state"].values()}
+    assert len(memories) == len(state["state"])
+
+
 def test_a_schedule_takes_nothing_from_a_file(run, tmp_path):
     """Any name in its state would become an attribute; where it stands is known without it."""
     odd = {"step": None, "optimizer": None, "_step_count": "x"}
