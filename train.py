@@ -54,7 +54,7 @@ def train(command: Command, run_dir: Path) -> dict[str, float]:
     pl.seed_everything(command.seed, workers=True, verbose=False)
     start = start_of(command, folder, result, trainer.world_size)
     data = steps.load_data(command, start)
-    model = steps.make_model(command, data, start)
+    model = steps.make_model(command, data, start, trainer.strategy.root_device)
     if trainer.is_global_zero:
         go_back(folder, command.ckpt)
     trainer.loggers = make_loggers(command, folder, start.epochs, start.step)

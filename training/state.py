@@ -4,9 +4,9 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from evaluation.evaluate import pick_device
 from models.say import say, shown
 from settings.command import Command
 from training.module import Classifier, make_optimizer, stepped_once
@@ -14,13 +14,15 @@ from training.module import Classifier, make_optimizer, stepped_once
 MOST = 2**40  # that a number of a state may be, such as a count of steps
 
 
-def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any]) -> None:
+def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any], device: torch.device) -> None:
     """Give an optimiser the state in a checkpoint; a line says so if it lacks that of some parameters.
+
+    Some optimisers work on the `device` of the training alone.
 
     Raises:
         ValueError: if the optimiser does not take it, or makes another itself.
     """
-    known = _made(command, model, checkpoint)
+    known = _made(command, model, checkpoint, device)
     try:
         [state] = checkpoint["optimizer_states"]
         for index, buffers in state["state"].items():
@@ -40,12 +42,12 @@ def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any]) -
             "anew with those")
 
 
-def _made(command: Command, model: Classifier, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def _made(command: Command, model: Classifier, checkpoint: dict[str, Any],
+          device: torch.device) -> dict[str, Any]:
     """The state after a step, with the checkpoint's momentum: without one there are no buffers for it."""
     momentum = checkpoint["dbb"]["settings"]["optim"].get("momentum", command.optim.momentum)
     stored = replace(command, optim=replace(command.optim, momentum=momentum))
-    net = copy.deepcopy(model.net).to(pick_device(command.trainer.accelerator))
-    return stepped_once(stored, net).state_dict()
+    return stepped_once(stored, copy.deepcopy(model.net).to(device)).state_dict()
 
 
 def _compare(found: Any, known: Any, place: str) -> None:

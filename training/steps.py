@@ -5,6 +5,7 @@ import os
 import traceback
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
@@ -66,8 +67,8 @@ def refuse_what_does_not_fit(command: Command, data: ImageData) -> None:
                              f"{memory / 2**30:.0f}")
 
 
-def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
-    """The network in its Lightning module.
+def make_model(command: Command, data: ImageData, start: Start, device: torch.device) -> Classifier:
+    """The network in its Lightning module, on the CPU; it is trained on `device`.
 
     Raises:
         ValueError: if it cannot be built, is not the checkpoint's, or has no gradient to scale.
@@ -80,7 +81,7 @@ def make_model(command: Command, data: ImageData, start: Start) -> Classifier:
         if "current_model_state" in start.checkpoint:  # the weights, beside their average
             restore(model.net, {"state_dict": start.checkpoint["current_model_state"]})
         restore(model.net, start.checkpoint)
-        try_state(command, model, start.checkpoint)
+        try_state(command, model, start.checkpoint, device)
         model.weights_digest = start.checkpoint["dbb"].get("weights_digest")
     elif command.model.weights is not None:
         model.weights_digest = sha256(command.model.weights)

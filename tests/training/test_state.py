@@ -30,7 +30,7 @@ def trained(make_settings):
                 optimizer.step()
         checkpoint = {"optimizer_states": [optimizer.state_dict()], "global_step": 3,
                       "dbb": {"settings": settings.stored()}}
-        return settings, SimpleNamespace(net=net), checkpoint
+        return settings, SimpleNamespace(net=net), checkpoint, torch.device("cpu")
     return train
 
 
@@ -42,22 +42,22 @@ def test_every_optimiser_goes_on(trained, capsys):
 
 def test_momentum_may_change(trained, make_settings):
     for before, after in ((0.9, 0.0), (0.0, 0.9)):
-        _, model, checkpoint = trained("momentum", f"optim.momentum={before}")
+        _, *rest = trained("momentum", f"optim.momentum={before}")
         changed = make_settings("model=resnet8", "data=digits", "optim.name=momentum",
                                 f"optim.momentum={after}")
-        try_state(changed, model, checkpoint)
+        try_state(changed, *rest)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor", "adafactorbv", "kron", "adamuon", "laprop"])
 def test_tensors_of_other_shapes(trained, name):
     """They may go together by broadcasting, and fill any memory: adafactor's rows and columns do."""
-    settings, model, checkpoint = trained(name)
+    settings, model, checkpoint, device = trained(name)
     for index, buffers in checkpoint["optimizer_states"][0]["state"].items():
         for key, value in list(buffers.items()):
             larger = torch.ones(2, *getattr(value, "shape", ()))
             buffers[key] = [larger, *value[1:]] if isinstance(value, list) else larger
             with pytest.raises(ValueError, match=rf"state\.{index}\.{key}.* is a tensor \[2"):
-                try_state(settings, model, checkpoint)
+                try_state(settings, model, checkpoint, device)
             buffers[key] = value
 
 
@@ -69,27 +69,27 @@ def test_tensors_of_other_shapes(trained, name):
     ("madgrad", "step", 2**50), ("madgrad", "step", "x"), ("muon", "use_muon", False),
     ("adamw", "more", torch.ones(1)), ("adamw", "exp_avg", ...)])
 def test_states_that_no_step_leaves(trained, name, key, value):
-    settings, model, checkpoint = trained(name)
+    settings, model, checkpoint, device = trained(name)
     buffers = checkpoint["optimizer_states"][0]["state"][0]
     if value is ...:
         del buffers[key]
     else:
         buffers[key] = value
     with pytest.raises(ValueError, match=r"its optimiser has another state .ValueError: state\.0"):
-        try_state(settings, model, checkpoint)
+        try_state(settings, model, checkpoint, device)
 
 
 @pytest.mark.parametrize("step", [-5, 10**400, "x", None], ids=["below 0", "huge", "text", "none"])
 @pytest.mark.parametrize("name", ["adan", "lamb"])
 def test_steps_of_all_parameters_together(trained, name, step):
-    settings, model, checkpoint = trained(name)
+    settings, model, checkpoint, device = trained(name)
     checkpoint["optimizer_states"][0]["param_groups"][0]["step"] = step
     with pytest.raises(ValueError, match=r"its optimiser has another state .*param_groups\.step is"):
-        try_state(settings, model, checkpoint)
+        try_state(settings, model, checkpoint, device)
 
 
 def test_what_is_missing_is_said(trained, capsys):
-    settings, model, checkpoint = trained("sgd")
+    settings, model, checkpoint, device = trained("sgd")
     del checkpoint["optimizer_states"][0]["state"][0]
-    try_state(settings, model, checkpoint)
+    try_state(settings, model, checkpoint, device)
     assert "has no state of the optimiser for 1 of its parameters" in capsys.readouterr().out
