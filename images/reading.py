@@ -10,17 +10,18 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
-from images.tiff import has_odd_numbers, refuse_tiles, tags_of, white_is_zero
+from images.misread import misread, white_is_zero
+from images.tiff import refuse_tiles, tags_of
 from models import limits
 
-IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".dib", ".gif", ".jfif", ".jpe", ".mpo", ".pbm", ".pcx",
-                 ".pnm", ".sgi", ".tga")
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".dib", ".gif", ".jfif", ".jpe", ".mpo", ".pbm", ".pnm",
+                 ".sgi", ".tga")
 # Those of these endings, whatever a file is called: PostScript, say, would be run by another program; a
 # JPEG 2000 of a kilobyte may take eight gigabytes, an AVIF of ten minutes, and Pillow reads DDS and QOI pixel
 # by pixel.
 Image.init()
-FORMATS = [kind for kind in ("BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF",
-                             "WEBP") if kind in Image.OPEN]
+FORMATS = [kind for kind in ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+           if kind in Image.OPEN]
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, MemoryError, EOFError,
               TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError,
               struct.error, Image.DecompressionBombError)  # what Pillow's readers raise
@@ -110,8 +111,8 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.mode == "F" or image.format == "TIFF" and has_odd_numbers(image):
-                raise ValueError("numbers of an unknown range")
+            if why := misread(image):
+                raise ValueError(why)
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
                 darkest, brightest = image.getextrema()
                 if not 0 <= darkest <= brightest < 2**16:

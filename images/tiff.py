@@ -9,7 +9,6 @@ from PIL.TiffImagePlugin import TiffImageFile
 from models import limits
 
 TILE = 322, 323  # the tags of the width and height of a tile, which may be larger than the image
-PHOTOMETRIC, SAMPLE_FORMAT = 262, 339
 TEXT, OF_TEXT = 2, 512  # the kind of values that are letters; tags from there on are mostly texts too
 BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 11: 4, 13: 4}  # of a value by its kind; else eight
 
@@ -61,13 +60,3 @@ def refuse_tiles(image: TiffImageFile, tags: list[Tag]) -> None:
         raise ValueError("its tiles are too large")
     if [*map(numbers.count, TILE)] != [tag in known for tag in TILE]:
         raise ValueError("its tiles are described twice, or by numbers of another kind")
-
-
-def has_odd_numbers(image: TiffImageFile) -> bool:
-    """Whether its numbers have signs, or 32 bits: nothing says then which is white."""
-    return image.mode == "I" or {*image.tag_v2.get(SAMPLE_FORMAT, (1,))} != {1}  # 1: without signs
-
-
-def white_is_zero(image: TiffImageFile) -> bool:
-    """Whether 0 is white, which Pillow turns to black in images of 8 bits alone."""
-    return image.tag_v2.get(PHOTOMETRIC) == 0

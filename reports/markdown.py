@@ -13,6 +13,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 def cell(text: str) -> str:
     """Text that can end neither its cell nor its row, and is no HTML, link or picture."""
-    plain = re.sub(r"([\\\[\]`!|])", r"\\\1", printable(text)).replace("<", "&lt;")
+    plain = re.sub(r"([\\\[\]`!|])", r"\\\1", printable(text))
+    plain = plain.replace("&", "&amp;").replace("<", "&lt;")
     # What GitHub makes a link of without any marks, an address, has a comment in it, which is not shown.
     return re.sub(r"(:(?=//)|www(?=\.)|@)", r"\1<!-- -->", plain, flags=re.IGNORECASE)

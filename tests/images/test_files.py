@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import shutil
+import struct
 import tarfile
 
 import numpy as np
@@ -53,10 +54,32 @@ def test_odd_images(tmp_path):
         assert read_image(tmp_path / f"{name}.png").getpixel((0, 0)) == (117, 117, 117), name
     deep.save(tmp_path / "deep.tif")
     assert read_image(tmp_path / "deep.tif").getpixel((0, 0)) == (117, 117, 117)
+    (tmp_path / "wide.ppm").write_bytes(b"Pf 4 4 -1.0\n" + bytes(64))
+    with pytest.raises(ValueError, match="wide.ppm .numbers of an unknown range"):
+        read_image(tmp_path / "wide.ppm")
     for kind in (np.int32, np.float32):  # 0 to 255, or 65,535, or 1?
         Image.fromarray(np.full((4, 4), 117, dtype=kind)).save(tmp_path / "wide.tif")
         with pytest.raises(ValueError, match="wide.tif .numbers of an unknown range"):
             read_image(tmp_path / "wide.tif")
+
+
+@pytest.mark.parametrize(("bits", "colors"), [(1, 2), (4, 2), (4, 3), (8, 2), (8, 3)])
+@pytest.mark.parametrize("kind", ["bmp", "dib"])
+def test_a_bitmap_of_few_colors(tmp_path, bits, kind, colors):
+    """Of a palette of black and white, Pillow would read a bit for each pixel, however many there are."""
+    row = {1: b"\xf0\0\0\0", 4: b"\x11\x11\0\0", 8: b"\1\1\1\1\0\0\0\0"}[bits]
+    palette = bytes(4) + b"\xff\xff\xff\0" + b"\x09\0\0\0" * (colors - 2)
+    content = struct.pack("<IiiHHIIiiII", 40, 8, 2, 1, bits, 0, 2 * len(row), 0, 0, colors, 0) + palette
+    content += 2 * row
+    if kind == "bmp":
+        content = struct.pack("<2sIHHI", b"BM", 14 + len(content), 0, 0, 54 + len(palette)) + content
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(content)
+    if bits > 1 and colors == 2:
+        with pytest.raises(ValueError, match=f"a palette of greys, and {bits} bits a pixel"):
+            read_pixels(str(file))
+    else:
+        assert read_pixels(str(file))[:, 0].tolist() == 3 * [4 * [255] + 4 * [0]]
 
 
 def test_every_ending_of_the_list_is_read(tmp_path):

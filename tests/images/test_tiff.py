@@ -10,12 +10,16 @@ from images.reading import read_header, read_pixels
 BASE = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 278: 16}  # 16x16 pixels of 8 bits, black is 0
 
 
-def write_tiff(path, pixels, *more, **changed):
-    """A TIFF of one strip: `more` are entries of (tag, kind, count, value), `changed` the values of BASE."""
+def write_tiff(path, pixels, *more, strips=True, **changed):
+    """A TIFF, of one strip if `more`, entries of (tag, kind, count, value), does not say which.
+
+    `changed` are values of other tags than in BASE, None of those left out.
+    """
     content = pixels.tobytes()
     base = BASE | {int(tag[1:]): value for tag, value in changed.items()}
-    entries = [(tag, 3, 1, value) for tag, value in base.items()]
-    entries += [(273, 4, 1, 8), (279, 4, 1, len(content)), *more]
+    entries = [(tag, 3, 1, value) for tag, value in base.items() if value is not None]
+    entries += [(273, 4, 1, 8), (279, 4, 1, len(content))] if strips else []
+    entries += more
     end = struct.pack("<H", len(entries))
     end += b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
     path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(content)) + content + end + bytes(4))
@@ -31,6 +35,33 @@ def test_which_is_white(tmp_path, bits, pixels, white_is_zero):
     file = write_tiff(tmp_path / "a.tif", pixels, t258=bits, t262=0 if white_is_zero else 1)
     expected = 255 - GREY if white_is_zero else GREY
     assert np.abs(read_pixels(file)[0].numpy().astype(int) - expected).max() == 0
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"t262": 0}, "planes of other than 8 bits"), ({"t266": 2}, "planes of other than 8 bits"),
+    ({"t262": 6, "t277": 3, "t284": 1}, "colours of fewer pixels, not compressed"),
+    ({"t262": None}, "nothing says which number is white")])
+def test_what_pillow_would_take_for_other_pixels(tmp_path, changed, message):
+    file = write_tiff(tmp_path / "a.tif", np.zeros(10**4, "u1"), **({"t284": 2} | changed))
+    with pytest.raises(ValueError, match=message):
+        read_pixels(file)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_planes(tmp_path, bits):
+    """Of 16 bits, Pillow would take every byte for a pixel."""
+    planes = np.stack([GREY, 255 - GREY, GREY.T]).astype(f"<u{bits // 8}")
+    size = planes[0].nbytes
+    tables = [np.array([8, 8 + size, 8 + 2 * size, *[size] * 3], "<u4"), np.array([bits] * 3, "<u2")]
+    content = np.concatenate([part.reshape(-1).view("u1") for part in (planes, *tables)])
+    where = 8 + planes.nbytes
+    more = [(273, 4, 3, where), (279, 4, 3, where + 12), (258, 3, 3, where + 24)]
+    file = write_tiff(tmp_path / "a.tif", content, *more, t258=None, t262=2, t277=3, t284=2, strips=False)
+    if bits == 8:
+        assert (read_pixels(file).numpy() == planes).all()
+    else:
+        with pytest.raises(ValueError, match="planes of other than 8 bits"):
+            read_pixels(file)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

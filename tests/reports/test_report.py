@@ -244,4 +244,5 @@ def test_names_that_would_forge_lines():
     assert table(["a"], [["x | y\n| 1 <img src=x>"]]).splitlines()[-1] == \
         r"| x \| y\\n\| 1 &lt;img src=x> |"
     assert table(["a"], [["![p](http://x)"]]).splitlines()[-1] == r"| \!\[p\](http:<!-- -->//x) |"
-    assert table(["a"], [["WWW.x.y a@b.c"]]).splitlines()[-1] == "| WWW<!-- -->.x.y a@<!-- -->b.c |"
+    assert table(["a"], [["WWW.x.y a@b&#64;c"]]).splitlines()[-1] == \
+        "| WWW<!-- -->.x.y a@<!-- -->b&amp;#64;c |"
