@@ -15,6 +15,7 @@ from models.build import refuse_larger
 from models.published import translate
 from models.reading import PREPARED, read_weights
 from models.say import say
+from models.weights import refuse_others
 
 
 def build_network(settings, num_classes: int, image_size: int, pretrained: bool = False,
@@ -86,11 +87,22 @@ def load_network(checkpoint: dict[str, Any], settings) -> nn.Module:
     Raises:
         ValueError: if the weights are those of another network.
     """
-    refuse_larger(settings.model.name, len(checkpoint["dbb"]["classes"]), checkpoint["state_dict"],
-                  blocks_of(settings.block) is not None)
-    net = build_network(settings, len(checkpoint["dbb"]["classes"]), checkpoint["dbb"]["image_size"])
+    num_classes, image_size = len(checkpoint["dbb"]["classes"]), checkpoint["dbb"]["image_size"]
+    refuse_another(checkpoint, settings, num_classes, image_size)
+    net = build_network(settings, num_classes, image_size)
     restore(net, checkpoint)
     return net.eval()
+
+
+def refuse_another(checkpoint: dict[str, Any], settings, num_classes: int, image_size: int) -> None:
+    """Check, before it takes memory, that a checkpoint's weights are those of the network of `Settings`.
+
+    Raises:
+        ValueError: if they are those of another network.
+    """
+    with torch.device("meta"):
+        own = build_network(settings, num_classes, image_size).state_dict()
+    refuse_others(_weights_of(checkpoint), own)
 
 
 def restore(net: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -99,9 +111,12 @@ def restore(net: nn.Module, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: see `load_weights`.
     """
-    weights = checkpoint["state_dict"]
-    load_weights(net, {key.removeprefix("net."): value for key, value in weights.items()
-                       if key.startswith("net.")})
+    load_weights(net, _weights_of(checkpoint))
+
+
+def _weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    return {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()
+            if key.startswith("net.")}
 
 
 def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
@@ -124,8 +139,10 @@ def load_published(settings, image_size: int) -> tuple[nn.Module, int]:
     num_classes = len(weights[heads[0]])
     if not 0 < num_classes <= limits.CLASSES:
         raise ValueError(f"ckpt={settings.ckpt}: {heads[0]} has {num_classes:,} classes")
-    plain = build_model(settings.model.name, num_classes, image_size=image_size)
+    with torch.device("meta"):
+        plain = build_model(settings.model.name, num_classes, image_size=image_size)
     weights, with_blocks = translate(weights, settings.source, settings.model.name, plain)
+    refuse_larger(settings.model.name, num_classes, weights)
     if not with_blocks:
         net = build_network(settings, num_classes, image_size, False, weights, settings.model.name)
         return net.eval(), num_classes

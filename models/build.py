@@ -137,11 +137,8 @@ def _plain(name: str, num_classes: int, image_size: int, pretrained: bool) -> nn
                          "model.weights=FILE starts from a file") from error
 
 
-def parameter_count(name: str, num_classes: int, blocks: bool = False) -> int:
-    """Parameters of a plain network, counted without taking memory; 0 if there is none of that name.
-
-    With blocks, without its KxK kernels: blocks hold more, or less (1x1 kernels alone, say).
-    """
+def parameter_count(name: str, num_classes: int) -> int:
+    """Parameters of a plain network, counted without taking memory; 0 if there is none of that name."""
     if name not in UNTRAINED and not timm.is_model(timms_name(name)[0]):
         return 0
     with torch.device("meta"):
@@ -150,10 +147,10 @@ def parameter_count(name: str, num_classes: int, blocks: bool = False) -> int:
             net = make(*arguments, num_classes)
         else:
             net = _timms(timms_name(name)[0], num_classes=num_classes)
-    return sum(p.numel() for p in net.parameters() if not blocks or p.ndim != 4 or p.shape[2:] == (1, 1))
+    return sum(p.numel() for p in net.parameters())
 
 
-def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor], blocks: bool = False) -> None:
+def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor]) -> None:
     """Check, before it takes memory, that the network that a file names is about as large as what it holds.
 
     Raises:
@@ -161,7 +158,7 @@ def refuse_larger(name: str, num_classes: int, weights: Mapping[str, Tensor], bl
     """
     real = [value for value in weights.values() if value.is_floating_point() and value.itemsize > 1]
     sizes = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in real}
-    needed, held = parameter_count(name, num_classes, blocks), sum(value.numel() for value in real)
+    needed, held = parameter_count(name, num_classes), sum(value.numel() for value in real)
     held = min(held, sum(sizes.values()) // 2)  # one tensor may have many names
     if needed > limits.PARAMETERS * held:
         raise ValueError(f"these weights are those of another network: {name} has {needed:,} parameters, the "

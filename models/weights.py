@@ -20,6 +20,14 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
             cannot hold a number.
     """
     own = net.state_dict()
+    refuse_others(weights, own)
+    refuse_kinds(weights, own)
+    _refuse_impossible(weights, own)
+    net.load_state_dict(weights)
+
+
+def refuse_others(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for weights of other names or shapes than a network's own, with what differs."""
     both = sorted(own.keys() & weights.keys())
     lists = {"missing": sorted(own.keys() - weights.keys()),
              "unexpected": sorted(weights.keys() - own.keys()),
@@ -30,9 +38,6 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
                          f"{', ...' if len(keys) > 4 else ''})"
                          for what, keys in lists.items() if keys)
         raise ValueError(f"these weights are those of another network: {shown(text)}")
-    refuse_kinds(weights, own)
-    _refuse_impossible(weights, own)
-    net.load_state_dict(weights)
 
 
 def refuse_kinds(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

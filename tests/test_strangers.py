@@ -211,6 +211,7 @@ OF_OPTIMISER = "its optimiser has another state"
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda c: c["loops"].update(fit_loop=1), OF_TRAINING),
+    (lambda c: c["dbb"]["settings"]["optim"].update(momentum="0.9"), OF_OPTIMISER),
     (lambda c: c["optimizer_states"][0].clear(), OF_OPTIMISER),
     (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)), OF_OPTIMISER),
     (of_adam, OF_OPTIMISER),
@@ -221,6 +222,21 @@ def test_a_state_of_the_training_of_another_form(run, tmp_path, change, message)
     assert done.returncode == 1
     assert f"cannot be gone on from: {message}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_epochs_are_counted_from_where_the_checkpoint_stands(run, tmp_path):
+    """Lightning would go by its own counts, and pass over epochs, or repeat one, without a word."""
+    counts = dict.fromkeys(("ready", "started", "processed", "completed"), 3)
+    for name, change in {"further": lambda loop: loop["epoch_progress"]["current"].update(counts),
+                         "none": lambda loop: loop.pop("epoch_progress")}.items():
+        file = changed(run, tmp_path / "a.ckpt", lambda c, change=change: change(c["loops"]["fit_loop"]))
+        done = call("train.py", f"ckpt={file}", "trainer.max_epochs=3", f"out={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert [line[:9] for line in done.stdout.splitlines() if line.startswith("epoch ")] == \
+            ["epoch 2/3", "epoch 3/3"]
+    file = changed(run, tmp_path / "a.ckpt", lambda c: c["dbb"].update(place=(0, 2**31 - 1)))
+    done = call("train.py", f"ckpt={file}", "trainer.max_epochs=3", "out=c", cwd=tmp_path)
+    assert "it stands after 2147483647 batches of an epoch, and has counted" in done.stderr
 
 
 def test_tensors_in_one_memory_are_taken_apart(run, tmp_path):

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import train as train_script
+from evaluation import networks
 from export.reading import load_verified
 from models.build import build_model
 from models.checkpoint import load_checkpoint
 from models.reading import read_weights
 from models.weights import load_plain
+from tests.helpers import TINY
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.h5", "a.safetensors"])
@@ -85,3 +88,43 @@ def test_files_that_unpack_to_more(tmp_path):
     for name in ("a.h5", "b.h5", "c.pth", "d.pth"):
         with pytest.raises(ValueError, match="cannot be read"):
             read_weights(tmp_path / name)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Where blocks are made, one after another; on "meta" they take no memory."""
+    made, block = [], networks.ReparamConv2d
+
+    def make(*args, **more):
+        made.append(torch.empty(0).device.type)
+        return block(*args, **more)
+    monkeypatch.setattr(networks, "ReparamConv2d", make)
+    return made
+
+
+def test_a_network_with_blocks_is_compared_before_it_takes_memory(make_settings, tmp_path, devices):
+    """A file of 300 KB may name one of 60 branches: 6 GB."""
+    train_script.train(make_settings("model=resnet8_dbb", *TINY), tmp_path)
+    settings = make_settings(f"ckpt={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=2")
+    checkpoint = load_checkpoint(settings.ckpt)
+    networks.load_network(checkpoint, settings)
+    assert {*devices} == {"meta", "cpu"}
+    devices.clear()
+    settings.block.branches = ["kxk"] * 60
+    for use in (lambda: networks.load_network(checkpoint, settings),
+                lambda: train_script.train(settings, tmp_path / "on")):
+        with pytest.raises(ValueError, match="these weights are those of another network: "):
+            use()
+    assert {*devices} == {"meta"}
+
+
+def test_a_published_file_of_classes_without_values(make_settings, tmp_path, monkeypatch):
+    """They were a network of 2.7 GB."""
+    made, build = [], networks.build_model
+    monkeypatch.setattr(networks, "build_model",
+                        lambda *args, **more: made.append(torch.empty(0).device.type) or build(*args, **more))
+    torch.save({"linear.weight": torch.zeros(10**5, 0), "x": torch.zeros(10)}, tmp_path / "a.pth")
+    settings = make_settings("model=resnet18", "source=dbb", f"ckpt={tmp_path}/a.pth", config_name="convert")
+    with pytest.raises(ValueError, match="another network: resnet18 has 62,476,512 parameters, the file 10"):
+        networks.load_published(settings, 224)
+    assert made == ["meta"]

@@ -130,22 +130,29 @@ class Classifier(pl.LightningModule):
         # Each tensor in memory of its own, which a file's may share.
         states = checkpoint["optimizer_states"]
         checkpoint["optimizer_states"] = apply_to_collection(states, Tensor, Tensor.clone)
+        checkpoint["loops"]["fit_loop"]["epoch_progress"] = progress_at(checkpoint["epoch"])
         checkpoint["lr_schedulers"] = []  # a schedule takes any attribute; `on_train_start` places it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         epoch, batches = self.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         place = (epoch + 1, 0) if batches == self.trainer.num_training_batches else (epoch, batches)
-        # Lightning does not count the first epoch after it has gone on from an epoch's last batch, and would
-        # take a later place within an epoch for another.
-        counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
-        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-            progress.update(counts)
+        checkpoint["loops"]["fit_loop"]["epoch_progress"] = progress_at(epoch)
         checkpoint["dbb"] = {"place": place, "settings": self.settings.stored(), "classes": self.classes,
                              "image_size": self.image_size, "changed": self.changed,
                              "images": len(self.trainer.datamodule.train_indices),
                              "test_images": len(self.trainer.datamodule.test_indices),
                              "weights_digest": self.weights_digest, "processes": self.trainer.world_size,
                              **self.trainer.datamodule.digests}
+
+
+def progress_at(epoch: int) -> dict[str, dict[str, int]]:
+    """What Lightning counts of epochs at the end of one, or within.
+
+    It does not count the first epoch after it has gone on from an epoch's last batch, and would take a later
+    place within an epoch for another.
+    """
+    counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+    return {"total": counts, "current": dict(counts)}
 
 
 def make_optimizer(settings: Command, net: nn.Module) -> Optimizer:

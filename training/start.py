@@ -68,6 +68,10 @@ def start_of(command: Command, folder: RunFolder, result: dict[str, Any] | None,
         return Start()
     checkpoint = load_checkpoint(command.ckpt)
     stored, (done, batches) = checkpoint["dbb"]["settings"], place_of(checkpoint)
+    counted = flat(checkpoint["loops"]).get("fit_loop.epoch_loop.batch_progress.current.ready")
+    if batches and batches != counted:
+        raise ValueError(f"ckpt={command.ckpt} was not written by train.py: it stands after {batches} "
+                         f"batches of an epoch, and has counted {counted}")
     same_end = stored["trainer"].get("max_epochs") == command.trainer.max_epochs
     # Stopped in its last evaluation, or left complete.
     unevaluated = same_end and (result is None and folder.has_state or folder.goes_back(command.ckpt))

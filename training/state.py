@@ -22,9 +22,9 @@ def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any], d
     Raises:
         ValueError: if the optimiser does not take it, or makes another itself.
     """
-    known = _made(command, model, checkpoint, device)
     try:
         [state] = checkpoint["optimizer_states"]
+        known = _made(command, model, checkpoint, device)
         for index, buffers in state["state"].items():
             _compare(buffers, known["state"][index], f"state.{index}")
         for group, of_known in zip(state["param_groups"], known["param_groups"], strict=True):

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from dbb import branchwise, compare_logits, reparameterize
 from evaluation.cost import activations_of_a_batch
 from evaluation.evaluate import pick_device, predict, scores, sentence
-from evaluation.networks import load_network, restore
+from evaluation.networks import load_network, refuse_another, restore
 from export.files import sha256
 from images.data import ImageData
 from models.build import parameter_count
@@ -74,6 +74,8 @@ def make_model(command: Command, data: ImageData, start: Start, device: torch.de
         ValueError: if it cannot be built, is not the checkpoint's, or has no gradient to scale.
     """
     refuse_what_does_not_fit(command, data)
+    if start.checkpoint is not None:
+        refuse_another(start.checkpoint, command, len(data.classes), data.image_size)
     model = Classifier(command, data.classes, data.image_size, [*start.changed, *other_images(data, start)])
     scaled_layers(command.block, model.net)
     if start.checkpoint is not None:  # what does not fit is said here, before Lightning would
