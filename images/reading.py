@@ -11,7 +11,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
 from images.misread import misread, white_is_zero
-from images.tiff import refuse_tiles, tags_of
+from images.tiff import refuse_parts, tags_of
 from models import limits
 
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".apng", ".dib", ".gif", ".jfif", ".jpe", ".mpo", ".pbm", ".pnm",
@@ -80,7 +80,7 @@ def read_header(path: str) -> tuple[str, tuple[int, int]]:
         with Image.open(path, formats=FORMATS) as image:
             (width, height), kind = image.size, image.format
             if kind == "TIFF":
-                refuse_tiles(image, tags)
+                refuse_parts(image, tags)
     except UNREADABLE as error:
         raise ValueError(f"unreadable image: {path} ({str(error) or type(error).__name__})") from error
     most = limits.PPM_PIXELS if kind == "PPM" else limits.IMAGE_PIXELS

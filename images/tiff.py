@@ -8,6 +8,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from models import limits
 
+SIZES = 279, 325  # the tags of the bytes of each strip, or each tile
 TILE = 322, 323  # the tags of the width and height of a tile, which may be larger than the image
 TEXT, OF_TEXT = 2, 512  # the kind of values that are letters; tags from there on are mostly texts too
 BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 11: 4, 13: 4}  # of a value by its kind; else eight
@@ -52,11 +53,14 @@ def tags_of(path: str) -> list[Tag]:
     return tags
 
 
-def refuse_tiles(image: TiffImageFile, tags: list[Tag]) -> None:
-    """Raise a ValueError for tiles that are far larger than the image, or that readers disagree on."""
-    known, numbers = image.tag_v2, [tag.number for tag in tags]
+def refuse_parts(image: TiffImageFile, tags: list[Tag]) -> None:
+    """Raise a ValueError for strips or tiles that take long to read, or that readers disagree on."""
+    known, numbers = image.tag_v2, [tag.number for tag in tags if tag.number < OF_TEXT]
     if any(int(known.get(tag, 1)) > max(limits.TILE, 2 * side)
            for tag, side in zip(TILE, image.size, strict=True)):
         raise ValueError("its tiles are too large")
-    if [*map(numbers.count, TILE)] != [tag in known for tag in TILE]:
-        raise ValueError("its tiles are described twice, or by numbers of another kind")
+    if len({*numbers}) < len(numbers) or not {*numbers} <= {*known}:
+        raise ValueError("its tags are there twice, or are numbers of another kind")
+    sizes = [size for tag in SIZES for size in known.get(tag, ())]
+    if not sizes or sum(sizes) > Path(image.filename).stat().st_size:
+        raise ValueError("its strips or tiles share their bytes")

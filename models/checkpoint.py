@@ -15,7 +15,7 @@ from models.plain import are_weights, damage, sparse, strange
 OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list,
                 "lr_schedulers": list}  # that train.py goes on with
 
-VERSION = r"\d{1,4}(\.\d{1,4}){1,3}((a|b|rc|\.post|\.dev)\d{1,8})?"
+VERSION = r"2(\.\d{1,4}){1,3}((a|b|rc|\.post|\.dev)\d{1,8})?"
 GROUPS = ("model", "block", "data", "optim", "trainer")  # of the settings; an old file has no others
 
 
@@ -79,13 +79,13 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and len(str(changed)) <= limits.CHANGES
             and isinstance(about.get("weights_digest"), str | None)
             and isinstance(settings.get("logger") or {}, dict)  # an old file has none
-            and _is_loss(checkpoint["callbacks"].get("EpochLoss", {"total": 0.0, "count": 1}))
             and _are_counts(checkpoint["loops"], int)
             and _are_counts(checkpoint["callbacks"].get("Timer", {}), int | float)  # seconds
             and _has_its_average(checkpoint) and _has_its_masks(checkpoint)
             and re.fullmatch(VERSION, str(checkpoint.get("pytorch-lightning_version", "2.6")))
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
             and min(place) >= 0 and max(place) < 2**31 and place[0] - checkpoint["epoch"] in (0, 1)
+            and _is_loss(checkpoint["callbacks"].get("EpochLoss"), place[1])
             and len(str(settings)) <= 2 * limits.SETTINGS  # with quotes and brackets
             and "${" not in str(settings))  # which would be resolved, with what is secret here
     if not good:
@@ -102,10 +102,13 @@ def _is_plain(settings: dict[str, Any]) -> bool:
         return False
 
 
-def _is_loss(found: Any) -> bool:
-    """Whether something is the state of `training.callbacks.EpochLoss`."""
+def _is_loss(found: Any, batches: int) -> bool:
+    """Whether something is the state of `training.callbacks.EpochLoss` after so many batches of an epoch."""
+    if found is None:  # in an old file
+        return batches == 0
     return (isinstance(found, dict) and isinstance(found.get("total"), float)
-            and _are_counts(found.get("count"), int) and found["count"] > 0)
+            and _are_counts(found.get("count"), int) and found["count"] > 0
+            and batches in (0, found["count"]))
 
 
 def _are_counts(found: Any, kind: type | UnionType) -> bool:

@@ -122,6 +122,8 @@ def strange(found: Any, size: int) -> str | None:
             waiting += [(part, depth + 1) for part in value]
         elif isinstance(value, torch.Tensor):
             held += value.numel() * value.element_size()
+            if value.ndim > limits.DIMENSIONS:
+                return f"it holds a tensor of more than {limits.DIMENSIONS} dimensions"
         elif isinstance(value, str | bytes):
             held += len(value)
         elif isinstance(value, int):

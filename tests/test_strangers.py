@@ -135,6 +135,9 @@ def scaled(checkpoint, **state):
     lambda c: c["dbb"]["settings"]["data"].update(image_size=torch.zeros(2)),
     lambda c: c["callbacks"].update(Timer={"time_elapsed": {"train": 2**52}}),
     lambda c: c["callbacks"]["EpochLoss"].update(count=10**400),
+    lambda c: (c["callbacks"].pop("EpochLoss"), c["dbb"].update(place=(0, 1))),
+    lambda c: (c["callbacks"]["EpochLoss"].update(count=77), c["dbb"].update(place=(0, 1))),
+    lambda c: c.update({"pytorch-lightning_version": "1.6.0"}),
     lambda c: c.update(current_model_state=c["state_dict"]),
     lambda c: c["callbacks"].update(ScaleGradients={"epoch": 0, "masks": {}}),
     lambda c: c["dbb"]["settings"]["block"].update(sgs_every_n_epochs=1),
@@ -234,7 +237,8 @@ def test_epochs_are_counted_from_where_the_checkpoint_stands(run, tmp_path):
         assert done.returncode == 0, done.stderr
         assert [line[:9] for line in done.stdout.splitlines() if line.startswith("epoch ")] == \
             ["epoch 2/3", "epoch 3/3"]
-    file = changed(run, tmp_path / "a.ckpt", lambda c: c["dbb"].update(place=(0, 2**31 - 1)))
+    file = changed(run, tmp_path / "a.ckpt", lambda c: (c["dbb"].update(place=(0, 2**31 - 1)),
+                                                       c["callbacks"]["EpochLoss"].update(count=2**31 - 1)))
     done = call("train.py", f"ckpt={file}", "trainer.max_epochs=3", "out=c", cwd=tmp_path)
     assert "it stands after 2147483647 batches of an epoch, and has counted" in done.stderr
 

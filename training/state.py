@@ -28,8 +28,12 @@ def try_state(command: Command, model: Classifier, checkpoint: dict[str, Any], d
         for index, buffers in state["state"].items():
             _compare(buffers, known["state"][index], f"state.{index}")
         for group, of_known in zip(state["param_groups"], known["param_groups"], strict=True):
-            counts = [{"step": options["step"]} if "step" in options else {} for options in (group, of_known)]
-            _compare(*counts, "param_groups")
+            # By the first, torch finds each parameter's state; the others are the settings'.
+            kept = [{key: options[key] for key in ("params", "step") if key in options}
+                    for options in (group, of_known)]
+            _compare(*kept, "param_groups")
+            if group["params"] != of_known["params"]:
+                raise ValueError("param_groups.params is in another order")
         make_optimizer(command, model.net).load_state_dict(state)
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError,
             ValueError) as error:

@@ -82,6 +82,28 @@ def test_a_bitmap_of_few_colors(tmp_path, bits, kind, colors):
         assert read_pixels(str(file))[:, 0].tolist() == 3 * [4 * [255] + 4 * [0]]
 
 
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("greys", [False, True])
+@pytest.mark.parametrize("before", [b"", b"!\xfe\x03abc\x02de\0", b"\7"])
+def test_a_gif_of_two_palettes(tmp_path, other, greys, before):
+    """Where the first frame's has greys alone, Pillow would take that of all frames."""
+    table = bytes(level for level in range(4) for _ in range(3)) if greys else bytes(range(40, 52))
+    content = b"GIF89a" + struct.pack("<HHBBB", 4, 1, 0x81 if other else 0, 0, 0)
+    content += bytes([200, 0, 0] * 4) if other else b""
+    content += before + b"," + struct.pack("<HHHHB", 0, 0, 4, 1, 0x81) + table
+    # Codes: clear, 0, 1, 2, of three bits each, then 3 and the end of four.
+    bits, place = 0, 0
+    for code, width in ((4, 3), (0, 3), (1, 3), (2, 3), (3, 4), (5, 4)):
+        bits, place = bits | code << place, place + width
+    content += b"\2\3" + bits.to_bytes(3, "little") + b"\0;"
+    (tmp_path / "a.gif").write_bytes(content)
+    if other and greys:
+        with pytest.raises(ValueError, match="two palettes, one of greys"):
+            read_pixels(str(tmp_path / "a.gif"))
+    else:
+        assert bytes(read_pixels(str(tmp_path / "a.gif"))[:, 0].T.flatten().tolist()) == table
+
+
 def test_every_ending_of_the_list_is_read(tmp_path):
     """What Pillow writes under an ending, training and predict.py read; capitals too."""
     assert set(IMG_EXTENSIONS) < set(IMAGE_ENDINGS)

@@ -88,6 +88,17 @@ def test_steps_of_all_parameters_together(trained, name, step):
         try_state(settings, model, checkpoint, device)
 
 
+def test_states_of_other_parameters(trained):
+    """By the list of a group, torch would give them to others, or to none."""
+    settings, model, checkpoint, device = trained("sgd")
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:
+        honest = group["params"]
+        for group["params"] in (honest[::-1], [10**6 + index for index in honest], honest[1:], None):
+            with pytest.raises(ValueError, match=r"another state .*param_groups\.params is"):
+                try_state(settings, model, checkpoint, device)
+        group["params"] = honest
+
+
 def test_what_is_missing_is_said(trained, capsys):
     settings, model, checkpoint, device = trained("sgd")
     del checkpoint["optimizer_states"][0]["state"][0]
