@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import timm
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -64,8 +64,8 @@ def load_network(path: Path) -> tuple[nn.Module, dict]:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get("dbb")
         weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # of many kinds, depending on its header
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     about = parse_about(header, path)
     refuse_larger(about["model"], len(about["classes"]), weights)
     net = build_model(about["model"], len(about["classes"]), image_size=about["image_size"])

@@ -16,6 +16,7 @@ OF_LIGHTNING = {"epoch": int, "global_step": int, "loops": dict, "callbacks": di
                 "lr_schedulers": list}  # that train.py goes on with
 
 VERSION = r"2(\.\d{1,4}){1,3}((a|b|rc|\.post|\.dev)\d{1,8})?"
+DIGESTS = "weights_digest", "image_digest", "test_digest"  # in hexadecimal
 GROUPS = ("model", "block", "data", "optim", "trainer")  # of the settings; an old file has no others
 
 
@@ -63,6 +64,7 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
     classes, size = about.get("classes"), about.get("image_size")
     place, settings = about.get("place", (0, 0)), about["settings"]
     counts = [about.get(name, 0) for name in ("images", "test_images", "processes")]
+    digests = [about[name] for name in DIGESTS if about.get(name) is not None]
     changed = about.get("changed", [])
     good = (all(isinstance(checkpoint.get(key), kind) for key, kind in OF_LIGHTNING.items())
             and _is_plain(settings)
@@ -77,12 +79,13 @@ def _refuse_strange(checkpoint: dict[str, Any], path: str | Path) -> None:
             and {*map(type, counts)} == {int} and isinstance(changed, list)
             and all(isinstance(change, str) for change in changed)
             and len(str(changed)) <= limits.CHANGES
-            and isinstance(about.get("weights_digest"), str | None)
+            and all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{1,64}", digest) for digest in digests)
             and isinstance(settings.get("logger") or {}, dict)  # an old file has none
             and _are_counts(checkpoint["loops"], int)
             and _are_counts(checkpoint["callbacks"].get("Timer", {}), int | float)  # seconds
             and _has_its_average(checkpoint) and _has_its_masks(checkpoint)
-            and re.fullmatch(VERSION, str(checkpoint.get("pytorch-lightning_version", "2.6")))
+            and isinstance(version := checkpoint.get("pytorch-lightning_version", "2.6"), str)
+            and re.fullmatch(VERSION, version)
             and isinstance(place, list | tuple) and [type(number) for number in place] == [int, int]
             and min(place) >= 0 and max(place) < 2**31 and place[0] - checkpoint["epoch"] in (0, 1)
             and _is_loss(checkpoint["callbacks"].get("EpochLoss"), place[1])

@@ -18,6 +18,7 @@ EPOCHS = 10**6  # of a run
 OPERATIONS = 4 * VALUES  # of a pickle
 REPORT = 2**24  # bytes of a conversion's report.json, or a study's report.md
 UNPACKED = 4  # what a file of weights holds, over its own size, and that over what of it is on the disk
+HDF5_SECONDS = 10  # of a processor, to read such a file
 HEADER = 2**24  # letters of JSON in a file of weights
 IMAGE_BYTES = 2**28  # of one image file, which some readers take whole
 IMAGE_SIZE = 2048  # side of a network's images, in pixels

@@ -2,12 +2,18 @@
 
 import json
 import math
+import multiprocessing
 import re
+import resource
 from argparse import Namespace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import timm
 import torch
 from safetensors import safe_open
@@ -50,7 +56,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if kind == ".safetensors":
             weights, about = load_file(path), _header(path)
         elif kind in (".hdf5", ".h5"):
-            weights = _of_hdf5(path)
+            weights = {key: torch.as_tensor(value) for key, value in _in_a_process(_of_hdf5, path).items()}
         else:
             _refuse(damage(path))
             weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -89,7 +95,21 @@ def _known(about: Any) -> dict[str, Any]:
             if not isinstance(value, list) or all(isinstance(part, ABOUT_PARTS[key]) for part in value)}
 
 
-def _of_hdf5(path: Path) -> dict[str, Tensor]:
+def _in_a_process(read: Callable, path: Path) -> Any:
+    """What a function makes of a file, in a process of its own with a limit of time.
+
+    By a list that names itself, a small file has libhdf5 read for ever, or end the process.
+    """
+    context = multiprocessing.get_context("fork")  # which imports nothing again
+    limit = limits.HDF5_SECONDS, limits.HDF5_SECONDS
+    with ProcessPoolExecutor(1, context, resource.setrlimit, (resource.RLIMIT_CPU, limit)) as pool:
+        try:
+            return pool.submit(read, path).result()
+        except BrokenProcessPool as error:
+            raise ValueError(f"reading it crashed, or took over {limits.HDF5_SECONDS} seconds") from error
+
+
+def _of_hdf5(path: Path) -> dict[str, np.ndarray]:
     """The data sets of a file, which hold no more than it has room for, and lie in it."""
     with h5py.File(path) as file:
         if any(type(file.get(key, getlink=True)) is not h5py.HardLink for key in file):
@@ -107,7 +127,7 @@ def _of_hdf5(path: Path) -> dict[str, Tensor]:
             raise ValueError("it lacks values")
         if size > limits.UNPACKED * path.stat().st_size:
             raise ValueError("it is larger unpacked than weights are")
-        return {key: torch.as_tensor(value[()]) for key, value in sets.items()}
+        return {key: value[()] for key, value in sets.items()}
 
 
 def _unwrapped(weights: Any, path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import zipfile
 
 import h5py
@@ -12,7 +13,9 @@ from safetensors.torch import save_file
 
 import train as train_script
 from evaluation import networks
+from export.files import load_network
 from export.reading import load_verified
+from models import limits
 from models.build import build_model
 from models.checkpoint import load_checkpoint
 from models.reading import read_weights
@@ -128,3 +131,36 @@ def test_a_published_file_of_classes_without_values(make_settings, tmp_path, mon
     with pytest.raises(ValueError, match="another network: resnet18 has 62,476,512 parameters, the file 10"):
         networks.load_published(settings, 224)
     assert made == ["meta"]
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63 - 1, 2], [0, 2**64 - 1]])
+def test_a_converted_network_with_a_tensor_of_a_strange_shape(tmp_path, shape):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"a.safetensors cannot be read: .*verflow[^\n]*$"):
+        load_network(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("harm", [lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: sum(iter(int, 1))])
+def test_a_reader_that_crashes_or_never_ends(tmp_path, monkeypatch, harm):
+    """By lists in it that name themselves, HDF5 of 200 KB made libhdf5 do both."""
+    monkeypatch.setattr(limits, "HDF5_SECONDS", 1)
+    monkeypatch.setattr(h5py, "File", lambda path: harm())
+    (tmp_path / "a.h5").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="a.h5 cannot be read: .*reading it crashed, or took over 1 seconds"):
+        read_weights(tmp_path / "a.h5")
+
+
+def test_a_group_that_is_its_own_part(tmp_path):
+    """The address of the only node below the root's, in the old form, is changed to the root's own."""
+    with h5py.File(tmp_path / "a.h5", "w", libver="earliest") as file:
+        for name in range(2000):
+            file[f"{name:04}"] = np.ones(1, "f4")
+    content = bytearray((tmp_path / "a.h5").read_bytes())
+    nodes = [place for place in range(0, len(content), 8) if content[place:place + 5] == b"TREE\0"]
+    root = max(nodes, key=lambda place: content[place + 5])  # the level
+    assert content[root + 5] >= 1
+    content[root + 32:root + 40] = root.to_bytes(8, "little")  # behind the header and the first key
+    (tmp_path / "a.h5").write_bytes(content)
+    with pytest.raises(ValueError, match="a.h5 cannot be read"):
+        read_weights(tmp_path / "a.h5")
