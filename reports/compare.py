@@ -126,7 +126,7 @@ def compare_variants(runs: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
                "train_loss_std": group["train_loss"].std(skipna=False),
                "top1": 100 * group["top1"].mean(), "top1_std": 100 * group["top1"].std(),
                "converted_top1": 100 * group["converted_top1"].mean(),
-               "predictions_changed": int(group["predictions_changed"].sum()),
+               "predictions_changed": sum(map(int, group["predictions_changed"])),
                "milliseconds_per_step": 1e3 * group["seconds_per_step"].median(),
                "activations_mib": group["activations_mib"].iloc[0], "seconds": group["seconds"].median()}
         bases = [a for a in of_base if a != variant and families[a] == families[variant]]

@@ -26,6 +26,7 @@ RESULT = ("top1", "top5", "loss", "converted_top1", "predictions_changed", "acti
 FILES = {"images": (("data.name", "data.root"), ("image_digest", "test_digest")),
          "weights": (("model.weights",), ("weights_digest",))}
 KNOBS = OmegaConf.structured(Settings)  # of the types that they must have
+SECONDS = 1e-9, 1e9  # of a step, at least and at most
 LARGEST = 1e18  # value of a file, which a column of whole numbers can hold
 METRICS = {"train/loss_epoch": "train_loss", "test/loss": "test_loss", "test/top1": "test_top1",
            "train/seconds_per_step": "seconds_per_step"}
@@ -123,8 +124,9 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any] | None, pd.DataFrame | 
     numbers = {name: result.get(name) for name in RESULT}
     numbers |= {name: result[name] for name in ("parameters", "val_top1") if name in result}
     for name, value in numbers.items():
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > LARGEST:
-            raise ValueError(f"{folder.result} has {name}={value!r}, which is no number")
+        most = 1 if name.endswith(("top1", "top5")) else LARGEST
+        if type(value) not in (int, float) or not 0 <= value <= most:
+            raise ValueError(f"{folder.result} has {name}={str(value)[:40]}, which is none of a run's")
     for name, (_, digests) in FILES.items():
         if all(isinstance(result.get(digest), str) for digest in digests):
             text = "".join(result[digest] for digest in digests)
@@ -147,6 +149,8 @@ def _settings(config: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
             raise ValueError("it has ${...}, which would be resolved")
         known = OmegaConf.merge(KNOBS, known)
         whole = OmegaConf.to_container(known, resolve=False)
+        if any(isinstance(value, float) and not math.isfinite(value) for value in flat(whole).values()):
+            raise ValueError("it has numbers that are not finite")
         asked = flat(config)
     except Exception as error:  # of OmegaConf's many kinds
         raise ValueError(f"{folder.config} is damaged: {str(error).splitlines()[0]}") from error
@@ -199,6 +203,7 @@ def read_epochs(folder: RunFolder) -> pd.DataFrame:
         rows = rows.apply(pd.to_numeric, errors="coerce").dropna(subset=list(METRICS.values()), how="all")
         rows = rows.astype(float)
         odd = (rows["epoch"] % 1 != 0) | (rows["epoch"] < 0) | (rows["epoch"] > limits.EPOCHS)
+        odd |= rows["seconds_per_step"].notna() & ~rows["seconds_per_step"].between(*SECONDS)
         if odd.any() or (rows[np.isfinite(rows)].abs() > LARGEST).any(axis=None):
             raise ValueError("an epoch or a value is none of a training's")
         rows = rows.groupby("epoch").last()

@@ -74,6 +74,8 @@ def read_text(path: Path, longest: int = 2**20) -> str:
 
 
 def _read(path: Path, parse: Callable, largest: int) -> dict[str, Any] | None:
+    if path.is_symlink():  # to a file of whoever opens the folder, whose words would be shown
+        raise ValueError(f"{path} is a link, which no run writes: remove it")
     if not path.is_file():
         return None
     try:

@@ -10,6 +10,8 @@ from tests.reports.studies import DBB, PLAIN, compare, study, write_run
 
 pytestmark = pytest.mark.slow
 
+COLUMNS = "epoch,step,train/loss_epoch"
+
 
 def test_unfinished_and_failed_runs_are_listed(tmp_path):
     study(tmp_path)
@@ -140,9 +142,15 @@ def test_a_run_that_was_repeated_counts_once(tmp_path):
     ("config.yaml", "seed: 0\ntrainer: 5\n", None),
     ("config.yaml", "seed: 1\nname: \"\\ud800\"\n", "is damaged"),
     ("config.yaml", "seed: ${oc.env:HOME}\ntrainer: {max_epochs: 1}\n", "is damaged"),
-    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"activations_mib": 10**400}), "too large"),
-    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"top1": True}), "no number"),
-    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"top1": -10**30}), "no number")])
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"activations_mib": 10**400}), "none of a run's"),
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"top1": True}), "is none of a run's"),
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"top1": -10**30}), "is none of a run's"),
+    ("result.json", json.dumps(dict.fromkeys(RESULT, 1) | {"predictions_changed": -1}), "is none of a run's"),
+    ("metrics.csv", f"{COLUMNS},train/seconds_per_step\n0,1,1,1e18\n", "an epoch or a value is none of"),
+    ("metrics.csv", f"{COLUMNS},train/seconds_per_step\n0,1,1,-1\n", "an epoch or a value is none of"),
+    ("metrics.csv", f"{COLUMNS},train/seconds_per_step\n0,1,1,inf\n", "an epoch or a value is none of"),
+    ("config.yaml", "seed: 0\noptim: {lr: 'nan'}\ntrainer: {max_epochs: 1}\n", "numbers that are not finite"),
+    ("config.yaml", "", "is a link"), ("result.json", "", "is a link")])
 def test_an_odd_run_costs_the_report_no_other(tmp_path, name, text, why):
     study(tmp_path)
     odd = tmp_path / "odd"
